@@ -1,0 +1,198 @@
+"""Cosine clustering of tokens, and the ICM built on it: the user-facing functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+
+from . import reference
+from .reference import ClusterResult, Projection, Scalar
+
+AGGREGATES = ("count", "similarity")
+VARIANTS = ("paper", "released")
+_TensorOrNone = TypeVar("_TensorOrNone", torch.Tensor, torch.Tensor | None)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def cluster(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: Sequence[int],
+    hw: Sequence[int],
+    *,
+    aggregate: str = "count",
+    alpha: Scalar = 1.0,
+    beta: Scalar = 0.0,
+) -> ClusterResult:
+    """One round of cosine clustering: pool centres, assign every token to the nearest, average each cluster.
+
+    Centres start as the means of k and of v over `grid` bins of the image (the bins of `adaptive_avg_pool2d`:
+    they overlap where the grid does not divide the image, and there may be more bins than pixels). A token
+    belongs to the centre with the largest cosine of keys; a tie, and a token of norm zero, goes to the lowest
+    index, a NaN likewise as in `torch.argmax`. The new centre is the mean of its tokens' values and its own
+    pooled one.
+
+    Args:
+        k: keys [B, N, C], tokens of an image in row-major order.
+        v: values [B, N, C], k's shape and dtype.
+        grid: centres per axis (rows, columns); O is their product.
+        hw: (H, W) of the image, H * W = N.
+        aggregate: "count": each token weighs 1 (FEC; FRD-Net, Eq. 1 to 3). "similarity": each token weighs
+            its similarity sigmoid(beta + alpha * cosine), over which the arg-max is taken as well (CoC;
+            FRD-Net's code).
+        alpha: slope of the similarity, a number or a tensor of one element; unused for "count".
+        beta: offset of the similarity, likewise.
+
+    Returns:
+        ClusterResult: centres [B, O, C] in v's dtype; labels [B, N] int64; similarity [B, N] of each token
+            with its own centre (the raw cosine for "count") in float32, float64 for float64; counts [B, O] int32.
+            Centres and similarity are differentiable; labels are constants.
+
+    Raises:
+        ValueError: shapes, dtypes or names that do not fit.
+    """
+    _check_tokens(k, "k")
+    _check_tokens(v, "v")
+    k, v = _autocast(k, k), _autocast(v, k)
+    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
+        raise ValueError(f"v must have k's shape, dtype and device, got {_describe(v)} for k {_describe(k)}")
+    _check_grid(grid, "grid")
+    _check_image(hw, k)
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate must be 'count' or 'similarity', got {aggregate!r}")
+    _check_scalar(alpha, "alpha", (1,))
+    _check_scalar(beta, "beta", (1,))
+    return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta)
+
+
+def icm(
+    x: torch.Tensor,
+    projections: Sequence[Projection | None] | None,
+    *,
+    variant: str = "paper",
+    alpha: Scalar,
+    beta: Scalar,
+    grids: Sequence[Sequence[int]] = ((8, 8), (4, 4), (2, 1)),
+    hw: Sequence[int],
+) -> torch.Tensor:
+    """FRD-Net's iterative clustering: T rounds of `cluster`, then the last centres dispatched back to the
+    tokens.
+
+    Round t clusters the tokens R_(t-1) (R_0 = x, R_t = the centres of round t, an image of grids[t-1]) with
+    keys Wk R + bk and values Wv R + bv.
+
+    Args:
+        x: tokens [B, N, C] of an image in row-major order; any strides.
+        projections: for each round (Wk [C, C], bk [C], Wv [C, C], bv [C]), a bias may be None, or None for
+            keys = values = tokens; None alone: so in every round. Dtype as x.
+        variant: "paper" (Eq. 1 to 4): raw cosines, means over counts, output sigmoid(alpha * (M1 M2 ... MT) +
+            beta) R_T with the dense cosine matrices M. "released" (the authors' code): similarities
+            sigmoid(beta_t + alpha_t * cosine), means weighted by them, output the product of the similarities
+            along a token's chain of centres times its last centre.
+        alpha: "paper": a number or a tensor of one element. "released": also a tensor [T], one per round.
+        beta: likewise.
+        grids: centres per axis (rows, columns) of each round.
+        hw: (H, W) of x, H * W = N.
+
+    Returns:
+        [B, N, C] in x's dtype, strided as x where x is a permuted image [B, C, H, W].
+
+    Raises:
+        ValueError: shapes, dtypes or names that do not fit.
+    """
+    _check_tokens(x, "x")
+    if len(grids) == 0:
+        raise ValueError("grids must hold at least one (rows, columns), got none")
+    for grid in grids:
+        _check_grid(grid, "grids")
+    _check_image(hw, x)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be 'paper' or 'released', got {variant!r}")
+    sizes = (1,) if variant == "paper" else (1, len(grids))
+    _check_scalar(alpha, "alpha", sizes)
+    _check_scalar(beta, "beta", sizes)
+    if projections is not None:
+        projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
+    x = _autocast(x, x)
+    _check_projections(projections, len(grids), x)
+    return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
+
+
+def _autocast(tensor: _TensorOrNone, like: torch.Tensor) -> _TensorOrNone:
+    """The tensor as autocast wants it on the device of `like`: alpha, beta and the sums stay out of this."""
+    device = like.device.type
+    if tensor is None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _check_tokens(tensor: torch.Tensor, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != 3:
+        raise ValueError(f"{name} must be [B, N, C], got {list(tensor.shape)}")
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be float32, float64, float16 or bfloat16, got {_describe(tensor)}")
+    if tensor.size(1) == 0 or tensor.size(2) == 0:
+        raise ValueError(f"{name} must have at least one token and one channel, got {list(tensor.shape)}")
+
+
+def _check_grid(grid: Sequence[int], name: str) -> None:
+    if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
+        raise ValueError(f"{name} must be (rows, columns) of at least 1, got {tuple(grid)}")
+
+
+def _check_image(hw: Sequence[int], tokens: torch.Tensor) -> None:
+    if len(hw) != 2 or hw[0] < 1 or hw[1] < 1 or hw[0] * hw[1] != tokens.size(1):
+        raise ValueError(f"hw must be (H, W) with H * W = {tokens.size(1)} tokens, got {tuple(hw)}")
+
+
+def _check_scalar(value: Scalar, name: str, sizes: tuple[int, ...]) -> None:
+    if not isinstance(value, torch.Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
+        return
+    if value.dim() > 1 or value.numel() not in sizes:
+        wanted = " or ".join(str(size) for size in sizes)
+        raise ValueError(
+            f"{name} must be a number or a tensor of {wanted} elements, got shape {list(value.shape)}"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be of a floating dtype, got {value.dtype}")
+
+
+def _check_projections(projections: Sequence[Projection | None] | None, rounds: int, x: torch.Tensor) -> None:
+    if projections is None:
+        return
+    if len(projections) != rounds:
+        raise ValueError(
+            f"projections must have one entry for each of the {rounds} grids, got {len(projections)}"
+        )
+    channels = x.size(2)
+    for t, projection in enumerate(projections):
+        if projection is None:
+            continue
+        if len(projection) != 4:
+            raise ValueError(
+                f"projections[{t}] must be (Wk, bk, Wv, bv) or None, got {len(projection)} entries"
+            )
+        for name, tensor in zip(("Wk", "bk", "Wv", "bv"), projection, strict=True):
+            if tensor is None and name[0] == "b":
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"projections[{t}]: {name} must be a tensor, got {type(tensor).__name__}")
+            shape = [channels, channels] if name[0] == "W" else [channels]
+            if list(tensor.shape) != shape:
+                raise ValueError(
+                    f"projections[{t}]: {name} must be {shape} for x's channels, got {list(tensor.shape)}"
+                )
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                raise ValueError(
+                    f"projections[{t}]: {name} must have x's dtype and device, got {_describe(tensor)}"
+                )
