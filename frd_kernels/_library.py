@@ -1,0 +1,38 @@
+"""Loads the native libraries. torch comes first: it loads the libtorch that ours are resolved against."""
+
+from __future__ import annotations
+
+import pathlib
+
+import torch
+
+_HERE = pathlib.Path(__file__).parent
+
+
+def _load(name: str) -> str:
+    """Loads a library of operators; returns '' or why it could not be had."""
+    path = _HERE / name
+    if not path.exists():
+        return f"{name} was not built"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{name} does not load with torch {torch.__version__}: {error}"
+    return ""
+
+
+CPU_PROBLEM = _load("libfrd_cpu.so")
+if CPU_PROBLEM:
+    CUDA_PROBLEM = CPU_PROBLEM
+elif torch.version.cuda is None:
+    CUDA_PROBLEM = "this torch is a build without CUDA"
+else:
+    CUDA_PROBLEM = _load("libfrd_cuda.so")
+    if CUDA_PROBLEM.endswith("was not built"):
+        CUDA_PROBLEM += " (nvcc was not found when frd_kernels was installed)"
+
+if CPU_PROBLEM:
+    raise ImportError(
+        f"frd_kernels: {CPU_PROBLEM}; reinstall with `pip install .` (from the source tree, outside of it run "
+        "tools/build_inplace.sh). `python -m frd_kernels.info` shows more."
+    )
