@@ -20,7 +20,7 @@ QUICK_ARCHS = "90-real"
 
 
 def find_torch() -> pathlib.Path:
-    """The installed torch package, found without importing it (sysconfig sees it under pip's isolation too)."""
+    """The installed torch package, found without importing it (sysconfig sees it in isolated builds too)."""
     spec = importlib.util.find_spec("torch")
     candidates = [os.environ.get("FRD_TORCH_DIR", "")]
     candidates += list((spec and spec.submodule_search_locations) or [])
@@ -99,7 +99,8 @@ class CMakeBuild(build_ext):
         if mode == "OFF":
             (out / "libfrd_cuda.so").unlink(missing_ok=True)
         if not shutil.which("nvcc") and "CUDACXX" not in env:
-            env.update({"CUDACXX": str(p) for p in sorted(pathlib.Path("/usr/local").glob("cuda*/bin/nvcc"))})
+            installed = sorted(pathlib.Path("/usr/local").glob("cuda*/bin/nvcc"))
+            env |= {"CUDACXX": str(installed[-1])} if installed else {}
         configure = [
             *(cmake_executable(), "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
             *(f"-DFRD_TORCH_DIR={torch_dir}", f"-DFRD_OUTPUT_DIR={out}", f"-DFRD_CUDA={mode}"),

@@ -33,6 +33,6 @@ else:
 
 if CPU_PROBLEM:
     raise ImportError(
-        f"frd_kernels: {CPU_PROBLEM}; reinstall with `pip install .` (from the source tree, outside of it run "
-        "tools/build_inplace.sh). `python -m frd_kernels.info` shows more."
+        f"frd_kernels: {CPU_PROBLEM}; reinstall with `pip install .`, or run tools/build_inplace.sh to work "
+        "in the source tree. `python -m frd_kernels.info` shows more."
     )

@@ -1,7 +1,8 @@
 """Which implementation an operation runs on, and why.
 
-By default the tensor's device decides: the C++ kernels on the CPU, the CUDA kernels on a GPU where they have been
-proven there. `use_backend` overrides; an explicit request that cannot be met raises, it never falls back.
+By default the tensor's device decides: the C++ kernels on the CPU, the CUDA kernels on a GPU where they have
+been proven there. `use_backend` overrides; an explicit request that cannot be met raises, it never falls
+back.
 """
 
 from __future__ import annotations

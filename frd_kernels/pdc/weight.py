@@ -1,6 +1,7 @@
-"""The weight transform as an operator: a 3x3 parameter -> the plain kernel that equals the difference convolution.
+"""The weight transform as an operator: a 3x3 parameter -> the plain kernel that equals the difference form.
 
-`frd::pdc_weight` is linear, so `frd::pdc_weight_backward` (its transpose) differentiates into it again, to any order.
+`frd::pdc_weight` is linear, so `frd::pdc_weight_backward`, its transpose, differentiates into it again, to
+any order.
 """
 
 from __future__ import annotations
