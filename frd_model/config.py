@@ -1,0 +1,217 @@
+"""The configuration of an FRD-Net, and the three presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+VARIANTS = ("paper", "released")
+NORMS = ("group", "batch", "none")
+DECODERS = ("deconv", "pyramid")
+STEMS = ("none", "pdc")
+
+
+@dataclass(frozen=True)
+class FRDNetConfig:
+    """Everything that decides the shape and the function of an :class:`frd_model.FRDNet`.
+
+    Attributes:
+        encoder: ``mit_b0`` ... ``mit_b5``, or the name of any timm backbone that offers ``features_only``.
+        stages: encoder stages in use, counted from 1, ascending. The FRD blocks work on the last of them.
+        drop_path: largest stochastic-depth rate of a MiT; it rises linearly from 0 over its depth.
+        stem: ``"pdc"`` puts pixel difference convolutions of the image beside its RGB planes, before the
+            first patch embedding; ``"none"`` feeds the RGB planes alone.
+        stem_central, stem_angular: output channels of its central and of its angular convolution.
+        blocks: number of FRD blocks; 0 leaves encoder and decoder, the baseline of the ablation.
+        mlp_ratio: hidden width of a block's MLP over its channels.
+        variant: equations of the ICM: ``"paper"`` (Eq. 1-4) or ``"released"`` (the authors' code).
+        grids: centres of each clustering round as (rows, columns); 64, 16 and 2 centres by default.
+        icm_alpha: initial value of the ICM's alpha; None keeps the default of :class:`frd_kernels.ICM`.
+        icm, dpm: switch off one half of the mixer. Its channels then pass through unchanged, so that only
+            the component itself is missing.
+        angular, central: switch off one of the DPM's two PDC blocks.
+        norm: normalisation of the FRD blocks: ``"group"`` (one group), ``"batch"`` or ``"none"``.
+        block_norm: one more normalisation after every block, as the authors' code has it.
+        layer_scale: initial value of the per-channel scale of both residual branches; None leaves it out.
+        decoder: ``"deconv"`` (transposed convolutions up to full size) or ``"pyramid"`` (all stages in use
+            are summed at the finest one's size and joined by a high-resolution branch on the stem).
+        decoder_widths: channels between the transposed convolutions. One more convolution than widths, each
+            doubling the size: four widths go from 1/32 to full size.
+        decoder_kernel: kernel of the transposed convolutions: 4 (padding 1), 3 (padding and output padding 1)
+            or 2 (no padding).
+        decoder_skip: ``"deconv"`` only: feed the encoder's last features beside those of the last block.
+        pyramid_width: ``"pyramid"`` only: channels of the summed maps.
+        trace_width: ``"pyramid"`` only: channels of the high-resolution branch; 0 leaves it out.
+    """
+
+    encoder: str = "mit_b2"
+    stages: tuple[int, ...] = (4,)
+    drop_path: float = 0.1
+    stem: str = "none"
+    stem_central: int = 12
+    stem_angular: int = 4
+    blocks: int = 4
+    mlp_ratio: float = 4.0
+    variant: str = "paper"
+    grids: tuple[tuple[int, int], ...] = ((8, 8), (4, 4), (2, 1))
+    icm_alpha: float | None = None
+    icm: bool = True
+    dpm: bool = True
+    angular: bool = True
+    central: bool = True
+    norm: str = "group"
+    block_norm: bool = True
+    layer_scale: float | None = 1e-5
+    decoder: str = "deconv"
+    decoder_widths: tuple[int, ...] = (256, 128, 64, 32)
+    decoder_kernel: int = 4
+    decoder_skip: bool = False
+    pyramid_width: int = 64
+    trace_width: int = 32
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON can hold it: tuples become lists."""
+        return {f.name: _as_lists(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FRDNetConfig:
+        """The inverse of :meth:`to_dict`; missing fields keep their defaults, unknown ones raise an error."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"configuration: a mapping is needed, got {type(values).__name__}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(str(k) for k in values if k not in known)
+        if unknown:
+            raise ValueError(
+                f"configuration: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**{k: _as_tuples(v) for k, v in values.items()})
+
+    def replace(self, **overrides: Any) -> FRDNetConfig:
+        """A copy with some fields changed, checked again."""
+        return self.from_dict({**self.to_dict(), **overrides})
+
+    def differences(self, other: FRDNetConfig) -> list[str]:
+        """Fields in which two configurations differ, as ``name: own against other``."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{k}: {mine[k]!r} against {theirs[k]!r}" for k in mine if mine[k] != theirs[k]]
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_int_tuple(value: Any, least: int) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(_is_int(v, least) for v in value)
+
+
+def _need(good: bool, name: str, rule: str, got: Any) -> None:
+    if not good:
+        raise ValueError(f"{name}: {rule}, got {got!r}")
+
+
+def _check(c: FRDNetConfig) -> None:
+    _need(
+        isinstance(c.encoder, str) and bool(c.encoder),
+        "encoder",
+        "the name of a backbone is needed",
+        c.encoder,
+    )
+    for name, choices in (("variant", VARIANTS), ("norm", NORMS), ("decoder", DECODERS), ("stem", STEMS)):
+        value = getattr(c, name)
+        _need(value in choices, name, f"must be one of {', '.join(choices)}", value)
+    for name in ("icm", "dpm", "angular", "central", "block_norm", "decoder_skip"):
+        _need(isinstance(getattr(c, name), bool), name, "must be true or false", getattr(c, name))
+    for name in ("stem_central", "stem_angular", "blocks", "trace_width"):
+        _need(_is_int(getattr(c, name), 0), name, "must be an integer of at least 0", getattr(c, name))
+    _need(_is_int(c.pyramid_width, 1), "pyramid_width", "must be an integer of at least 1", c.pyramid_width)
+    _check_values(c)
+    _check_combinations(c)
+
+
+def _check_values(c: FRDNetConfig) -> None:
+    ascending = _is_int_tuple(c.stages, 1) and all(
+        a < b for a, b in zip(c.stages, c.stages[1:], strict=False)
+    )
+    _need(ascending, "stages", "must be ascending integers from 1 on", c.stages)
+    _need(
+        isinstance(c.grids, tuple)
+        and len(c.grids) == 3
+        and all(_is_int_tuple(g, 1) and len(g) == 2 for g in c.grids),
+        "grids",
+        "must be three pairs (rows, columns) of integers of at least 1",
+        c.grids,
+    )
+    _need(
+        _is_int_tuple(c.decoder_widths, 1),
+        "decoder_widths",
+        "must be integers of at least 1",
+        c.decoder_widths,
+    )
+    _need(
+        _is_int(c.decoder_kernel, 2) and c.decoder_kernel <= 4,
+        "decoder_kernel",
+        "must be 2, 3 or 4",
+        c.decoder_kernel,
+    )
+    _need(_is_number(c.drop_path) and 0 <= c.drop_path < 1, "drop_path", "must lie in [0, 1)", c.drop_path)
+    _need(_is_number(c.mlp_ratio) and c.mlp_ratio > 0, "mlp_ratio", "must be above 0", c.mlp_ratio)
+    for name in ("layer_scale", "icm_alpha"):
+        value = getattr(c, name)
+        _need(value is None or _is_number(value), name, "must be a number or None", value)
+
+
+def _check_combinations(c: FRDNetConfig) -> None:
+    _need(
+        not c.dpm or c.angular or c.central,
+        "angular, central",
+        "a DPM needs at least one of its two PDC blocks (or set dpm=False)",
+        (c.angular, c.central),
+    )
+    _need(
+        c.stem == "none" or c.stem_central + c.stem_angular > 0,
+        "stem_central, stem_angular",
+        "a pdc stem needs at least one channel",
+        (c.stem_central, c.stem_angular),
+    )
+    _need(
+        c.decoder == "deconv" or not c.decoder_skip,
+        "decoder_skip",
+        "belongs to the deconv decoder only",
+        c.decoder_skip,
+    )
+
+
+#: ``paper``: the equations; counts that match the paper's Table 2. ``released``: the authors' code, whose
+#: checkpoints it loads. ``lite``: small, learns low-level traces from scratch on a CPU; the demo's model.
+PRESETS: dict[str, FRDNetConfig] = {
+    "paper": FRDNetConfig(),
+    "released": FRDNetConfig(variant="released", decoder_kernel=3, decoder_skip=True),
+    "lite": FRDNetConfig(
+        encoder="mit_b0",
+        stages=(1, 2, 3, 4),
+        drop_path=0.0,
+        stem="pdc",
+        blocks=2,
+        mlp_ratio=2.0,
+        # Nothing here is pretrained, so the blocks must carry signal from the first step on.
+        layer_scale=0.1,
+        decoder="pyramid",
+    ),
+}

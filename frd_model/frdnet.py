@@ -1,0 +1,141 @@
+"""FRD-Net (AAAI 2026): encoder, FRD blocks on its coarsest map, decoder to one logit for every pixel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import frd_kernels as fk
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import FRDBlock
+from .config import PRESETS, FRDNetConfig
+from .decoder import DeconvDecoder, PyramidDecoder
+from .encoder import create_encoder
+
+NAME_PREFIX = "frdnet_"
+
+
+class PDCStem(nn.Module):
+    """The image beside its pixel differences. [B, 3, H, W] -> [B, 3 + central + angular, H, W].
+
+    Differences are free of the local mean, so camera noise, resampling and compression show from the first
+    layer on; a plain convolution would first have to learn to subtract the image content.
+    """
+
+    def __init__(self, central: int, angular: int) -> None:
+        super().__init__()
+        kinds = [(kind, n) for kind, n in (("central", central), ("angular", angular)) if n > 0]
+        # replicate: with zeros outside, every border pixel would show a false difference
+        self.layers = nn.ModuleList(
+            fk.PDC2d(3, n, padding=1, bias=False, padding_mode="replicate", kind=kind) for kind, n in kinds
+        )
+        self.channels = 3 + central + angular
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, *(layer(x) for layer in self.layers)], dim=1)
+
+
+class FRDNet(nn.Module):
+    """Image manipulation localization.
+
+    Args:
+        config: see :class:`FRDNetConfig`.
+
+    Shape: images [B, 3, H, W], ImageNet-normalised -> logits [B, 1, H, W]; their sigmoid is the probability
+    that a pixel was manipulated. Any H, W >= 1: the image is extended to the right and below, by repeating
+    its last column and row, to multiples of the encoder's coarsest stride (32); the logits are cropped back.
+
+    Raises:
+        ValueError: images are not [B, 3, H, W] with H, W >= 1.
+        TypeError: images are not floating point.
+    """
+
+    def __init__(self, config: FRDNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = PDCStem(config.stem_central, config.stem_angular) if config.stem == "pdc" else None
+        planes = 3 if self.stem is None else self.stem.channels
+        self.encoder = create_encoder(config.encoder, planes, config.stages, config.drop_path)
+        channels = self.encoder.channels
+        self.multiple = max(32, *self.encoder.reductions)
+        self.blocks = nn.ModuleList(FRDBlock(channels[-1], config) for _ in range(config.blocks))
+        self.decoder: nn.Module
+        if config.decoder == "deconv":
+            source = channels[-1] * (2 if config.decoder_skip else 1)
+            self.decoder = DeconvDecoder(source, config.decoder_widths, config.decoder_kernel)
+        else:
+            self.decoder = PyramidDecoder(channels, planes, config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        _check_images(images)
+        height, width = images.shape[-2:]
+        x = _pad(images, self.multiple)
+        size = x.shape[-2:]
+        logits = self.logits(x)
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits[..., :height, :width]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The net on an image whose sides are multiples of `multiple`; logits at the decoder's own size."""
+        planes = x if self.stem is None else self.stem(x)
+        maps = self.encoder(planes)
+        final = maps[-1]
+        for block in self.blocks:
+            final = block(final)
+        if self.config.decoder == "pyramid":
+            return self.decoder([*maps[:-1], final], planes)
+        return self.decoder(torch.cat((maps[-1], final), dim=1) if self.config.decoder_skip else final)
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] < 1 or images.shape[3] < 1:
+        raise ValueError(f"images: must be [B, 3, H, W] with H, W >= 1, got {list(images.shape)}")
+    if not images.is_floating_point():
+        raise TypeError(f"images: must be floating point, got {images.dtype}")
+
+
+def _pad(images: Tensor, multiple: int) -> Tensor:
+    below = -images.shape[-2] % multiple
+    right = -images.shape[-1] % multiple
+    return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+
+
+def create_model(
+    name: str = "frdnet_mit_b2",
+    preset: str = "paper",
+    pretrained: str | Path | None = None,
+    encoder_weights: str | Path | None = None,
+    **overrides: Any,
+) -> FRDNet:
+    """An FRD-Net by name.
+
+    Args:
+        name: ``frdnet_`` and the encoder: ``mit_b0`` ... ``mit_b5`` or a timm backbone.
+        preset: ``paper``, ``released`` or ``lite`` (made for ``frdnet_mit_b0``).
+        pretrained: None (random weights), a file for :func:`frd_model.weights.load_weights`, or ``"demo"``,
+            the weights inside the package.
+        encoder_weights: a file with MiT weights, in Hugging Face's or the original naming.
+        overrides: fields of :class:`FRDNetConfig` to change.
+
+    Raises:
+        ValueError: unknown name, preset or field, a value out of its range, a file that does not fit.
+    """
+    if not isinstance(name, str) or not name.startswith(NAME_PREFIX):
+        raise ValueError(f"name: must be {NAME_PREFIX}ENCODER, such as frdnet_mit_b2, got {name!r}")
+    if preset not in PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {preset!r}")
+    config = PRESETS[preset].replace(**{"encoder": name.removeprefix(NAME_PREFIX), **overrides})
+    model = FRDNet(config)
+    if encoder_weights is not None:
+        from .weights import load_encoder_weights
+
+        load_encoder_weights(model.encoder, encoder_weights)
+    if pretrained is not None:
+        from .weights import demo_path, load_weights
+
+        load_weights(model, demo_path() if pretrained == "demo" else pretrained)
+    return model

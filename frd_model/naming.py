@@ -1,0 +1,184 @@
+"""Parameter names of other checkpoints: where each own parameter lives in them, and in which shape.
+
+A table runs one way only, from the own name to the foreign ones; reading and writing are both derived from
+it, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Foreign(NamedTuple):
+    """Where an own parameter lives: foreign names, joined along dimension 0, each of `dims` dimensions
+    (None: as many as the own one; 2 against 4 is a linear layer against a 1x1 convolution)."""
+
+    names: tuple[str, ...]
+    dims: int | None = None
+
+
+Naming = Callable[[str], Foreign]
+
+_STAGE = re.compile(r"stages\.(\d)\.(patch_embed|blocks|norm)\.(.+)")
+_HF_PATCH = {"proj": "proj", "norm": "layer_norm"}
+_HF_BLOCK = {
+    "norm1": "layer_norm_1",
+    "norm2": "layer_norm_2",
+    "attn.q": "attention.self.query",
+    "attn.proj": "attention.output.dense",
+    "attn.sr": "attention.self.sr",
+    "attn.norm": "attention.self.layer_norm",
+    "mlp.fc1": "mlp.dense1",
+    "mlp.dwconv": "mlp.dwconv.dwconv",
+    "mlp.fc2": "mlp.dense2",
+}
+
+
+def original_encoder(key: str) -> Foreign:
+    """The naming of ``mit_b*.pth``: stages spread over patch_embed1..4, block1..4 and norm1..4."""
+    stage, part, rest = _stage(key)
+    if part == "blocks":
+        return Foreign((f"block{stage + 1}.{rest.replace('mlp.dwconv.', 'mlp.dwconv.dwconv.')}",))
+    return Foreign((f"{part}{stage + 1}.{rest}",))
+
+
+def huggingface_encoder(key: str) -> Foreign:
+    """The naming of Hugging Face's Segformer encoder: queries, keys and values apart."""
+    stage, part, rest = _stage(key)
+    if part == "norm":
+        return Foreign((f"encoder.layer_norm.{stage}.{rest}",))
+    if part == "patch_embed":
+        layer, leaf = rest.split(".")
+        return Foreign((f"encoder.patch_embeddings.{stage}.{_HF_PATCH[layer]}.{leaf}",))
+    number, layer, leaf = _split_block(rest)
+    head = f"encoder.block.{stage}.{number}"
+    if layer == "attn.kv":
+        return Foreign(tuple(f"{head}.attention.self.{which}.{leaf}" for which in ("key", "value")))
+    return Foreign((f"{head}.{_HF_BLOCK[layer]}.{leaf}",))
+
+
+def _stage(key: str) -> tuple[int, str, str]:
+    match = _STAGE.fullmatch(key)
+    if match is None:
+        raise ValueError(f"naming: {key!r} is no parameter of a MiT encoder")
+    return int(match[1]), match[2], match[3]
+
+
+def _split_block(rest: str) -> tuple[str, str, str]:
+    number, rest = rest.split(".", 1)
+    layer, leaf = rest.rsplit(".", 1)
+    return number, layer, leaf
+
+
+# The authors' angular block, which runs first, is convDC2; rounds 1, 2, 3 are cluster16, cluster4, cluster2.
+_ROUNDS = ("cluster16", "cluster4", "cluster2")
+_PROJECTIONS = {"key": "f", "value": "v"}
+_RELEASED_BLOCK = {
+    "scale1": "layer_scale_1",
+    "scale2": "layer_scale_2",
+    "mixer.enter": "token_mixer.projcd",
+    "mixer.macro": "token_mixer.proj",
+    "mixer.leave": "token_mixer.projlast",
+    "mixer.dpm.angular.pdc": "token_mixer.convDC2.conv1",
+    "mixer.dpm.angular.point": "token_mixer.convDC2.conv2",
+    "mixer.dpm.central.pdc": "token_mixer.convDC1.conv1",
+    "mixer.dpm.central.point": "token_mixer.convDC1.conv2",
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def released_model(key: str) -> Foreign:
+    """The naming of the authors' FRDNet_Main, for the preset ``released``."""
+    part, rest = key.split(".", 1)
+    if part == "encoder":
+        return original_encoder(rest)
+    if part == "decoder":
+        return Foreign((rest.replace("layers.", "deconv_model.", 1),))
+    if part != "blocks":
+        raise ValueError(f"naming: {key!r} has no place in the released checkpoints")
+    number, rest = rest.split(".", 1)
+    if rest.startswith("norm_out."):
+        return Foreign((f"norm_fec{int(number) + 1}.{rest.removeprefix('norm_out.')}",))
+    head = f"fecblock{int(number) + 1}.0"
+    if rest in _RELEASED_BLOCK:
+        return Foreign((f"{head}.{_RELEASED_BLOCK[rest]}",))
+    if rest.startswith("mixer.icm."):
+        return _released_icm(f"{head}.token_mixer", rest.removeprefix("mixer.icm."))
+    layer, leaf = rest.rsplit(".", 1)
+    if layer not in _RELEASED_BLOCK:
+        raise ValueError(f"naming: {key!r} has no place in the released checkpoints")
+    dims = 2 if layer.startswith("mlp.") and leaf == "weight" else None
+    return Foreign((f"{head}.{_RELEASED_BLOCK[layer]}.{leaf}",), dims)
+
+
+def _released_icm(head: str, rest: str) -> Foreign:
+    if rest in ("alpha", "beta"):
+        return Foreign(tuple(f"{head}.{cluster}.sim_{rest}" for cluster in _ROUNDS))
+    _, number, which, leaf = rest.split(".")
+    # Rounds 1 and 2 are 1x1 convolutions there, round 3 is a linear layer as all are here.
+    dims = None if leaf == "bias" else (4, 4, 2)[int(number)]
+    return Foreign((f"{head}.{_ROUNDS[int(number)]}.{_PROJECTIONS[which]}.{leaf}",), dims)
+
+
+def import_state(
+    own: Mapping[str, Tensor], foreign: Mapping[str, Tensor], naming: Naming
+) -> dict[str, Tensor]:
+    """`foreign` under the own names.
+
+    Args:
+        own: the model's state, for its names and shapes.
+        foreign: a state in the other naming.
+
+    Raises:
+        ValueError: names missing in `foreign` or left over, shapes that do not fit; one line.
+    """
+    places = {key: naming(key) for key in own}
+    wanted = {name for place in places.values() for name in place.names}
+    check_names(wanted, set(foreign))
+    state = {}
+    for key, place in places.items():
+        parts = [foreign[name] for name in place.names]
+        shape = list(own[key].shape)
+        want = _foreign_shape(shape, place)
+        for name, part in zip(place.names, parts, strict=True):
+            if list(part.shape) != want:
+                raise ValueError(f"{name}: shape {want} is needed, got {list(part.shape)}")
+        state[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
+    return state
+
+
+def export_state(own: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+    """The inverse of :func:`import_state`: the own state under the foreign names, in the foreign shapes."""
+    state = {}
+    for key, tensor in own.items():
+        place = naming(key)
+        want = _foreign_shape(list(tensor.shape), place)
+        for name, part in zip(place.names, tensor.detach().chunk(len(place.names)), strict=True):
+            state[name] = part.reshape(want).clone()
+    return state
+
+
+def _foreign_shape(shape: list[int], place: Foreign) -> list[int]:
+    rows = shape[0] // len(place.names)
+    dims = len(shape) if place.dims is None else place.dims
+    return [rows, *shape[1:], 1, 1][:dims]
+
+
+def check_names(wanted: set[str], got: set[str]) -> None:
+    """ValueError, in one line, unless both sets are the same."""
+    missing, extra = sorted(wanted - got), sorted(got - wanted)
+    if missing or extra:
+        raise ValueError(f"{_listed('missing', missing)}, {_listed('unexpected', extra)}")
+
+
+def _listed(what: str, names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} {what} parameters" + (f" ({shown})" if names else "")
