@@ -1,0 +1,139 @@
+"""Functions of the PDC block family: difference convolution -> ReLU -> 1x1 convolution (-> + residual)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .. import backend
+from ..pdc import api as pdc_api
+from ..pdc.arguments import Geometry, IntOrPair, check_tensors, parse_geometry
+from . import ops, reference
+
+OptionalTensor = torch.Tensor | None
+
+
+def pdc_block(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    point_weight: torch.Tensor,
+    *,
+    kind: str,
+    theta: float = 1.0,
+    stride: IntOrPair = 1,
+    dilation: IntOrPair = 1,
+    residual: OptionalTensor = None,
+    pdc_bias: OptionalTensor = None,
+    point_bias: OptionalTensor = None,
+) -> torch.Tensor:
+    """conv1x1(relu(pdc2d(x))) + residual, with padding = dilation.
+
+    A depthwise `pdc_weight` runs as one kernel: the stencil's result stays in the cache until the 1x1
+    convolution has used it, and is computed again in the backward pass instead of being stored. A dense one
+    is composed of `pdc2d`, ReLU and `F.conv2d`.
+
+    Args:
+        x: [B, C, H, W], contiguous or channels_last (so is then the result).
+        pdc_weight: [C, 1, 3, 3] (depthwise) or [Ch, C / groups, 3, 3].
+        point_weight: [Co, Ch, 1, 1], Ch = pdc_weight.shape[0].
+        kind: "vanilla", "central", "angular", "radial" or PiDiNet's "cv", "cd", "ad", "rd".
+        theta: 0 is the plain convolution, 1 the pure difference.
+        stride, dilation: of the difference convolution; int or (vertical, horizontal).
+        residual: [B, Co, Ho, Wo], added at the end.
+        pdc_bias: [Ch]. point_bias: [Co].
+
+    Returns:
+        [B, Co, Ho, Wo] with Ho = (H - 1) // stride + 1, and so for Wo.
+
+    Raises:
+        ValueError: one line that names the argument, the rule and what came.
+        TypeError: something that has to be a tensor or a number is not.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+    geometry = parse_geometry(kind, theta, stride, 0, dilation, _groups(x, pdc_weight))
+    geometry = geometry._replace(padding=geometry.dilation)
+    check_tensors(x, pdc_weight, pdc_bias, geometry)
+    _check_point(x, pdc_weight, point_weight, point_bias, residual, geometry)
+    if backend.select("pdc_block", x) == "reference":
+        return _reference(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
+    if pdc_api.is_depthwise(pdc_weight, geometry.groups):
+        return ops.pdc_block(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
+    hidden = F.relu(pdc_api.run(x, pdc_weight, pdc_bias, geometry))
+    out = F.conv2d(hidden, point_weight, point_bias)
+    return out if residual is None else out + residual
+
+
+def _groups(x: torch.Tensor, pdc_weight: torch.Tensor) -> int:
+    """How often the input channels of `pdc_weight` fit into those of x; 1 where the check will refuse it."""
+    if not isinstance(pdc_weight, torch.Tensor) or pdc_weight.dim() != 4 or pdc_weight.shape[1] < 1:
+        return 1
+    return max(x.shape[1] // pdc_weight.shape[1], 1)
+
+
+def _check_point(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    geometry: Geometry,
+) -> None:
+    """What comes after the difference convolution fits it; raises TypeError or ValueError."""
+    if not isinstance(point_weight, torch.Tensor):
+        raise TypeError(f"point_weight must be a tensor, got {type(point_weight).__name__}")
+    hidden = pdc_weight.shape[0]
+    if point_weight.dim() != 4 or tuple(point_weight.shape[1:]) != (hidden, 1, 1):
+        raise ValueError(
+            f"point_weight must be [out_channels, {hidden}, 1, 1], got {list(point_weight.shape)}"
+        )
+    channels = point_weight.shape[0]
+    wanted: list[tuple[str, OptionalTensor, tuple[int, ...]]] = [
+        ("point_weight", point_weight, tuple(point_weight.shape)),
+        ("point_bias", point_bias, (channels,)),
+        ("residual", residual, (x.shape[0], channels, *geometry.output_size(x.shape[2], x.shape[3]))),
+    ]
+    mixed_allowed = torch.is_autocast_enabled(x.device.type)
+    for name, tensor, shape in wanted:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != x.dtype and not (mixed_allowed and tensor.is_floating_point()):
+            raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
+def _reference(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    geometry: Geometry,
+) -> torch.Tensor:
+    """The reference, which itself sees no autocast: the operands are cast as the op's rule casts them."""
+    tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        tensors = ops.autocast_operands(*tensors)
+    x, pdc_weight, pdc_bias, point_weight, point_bias, residual = tensors
+    with torch.autocast(device, enabled=False):
+        return reference.pdc_block(
+            x,
+            pdc_weight,
+            point_weight,
+            kind=geometry.kind.name.lower(),
+            theta=geometry.theta,
+            stride=geometry.stride,
+            dilation=geometry.dilation,
+            residual=residual,
+            pdc_bias=pdc_bias,
+            point_bias=point_bias,
+        )

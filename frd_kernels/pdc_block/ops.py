@@ -1,0 +1,155 @@
+"""`frd::pdc_block` and its backward as operators: fakes, autograd to any order, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import _library  # noqa: F401  registers the schemas
+from ..pdc import ops as _pdc_ops  # noqa: F401  registers the autograd of the ops the double backward uses
+from ..pdc.arguments import Geometry
+
+_ops = torch.ops.frd
+
+OptionalTensor = torch.Tensor | None
+
+
+def pdc_block(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    geometry: Geometry,
+) -> torch.Tensor:
+    """x [B, C, H, W], pdc_weight [C, 1, 3, 3], point_weight [Co, C, 1, 1], checked by the caller."""
+    options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
+    tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.bfloat16:
+        # The op's autocast rule knows one dtype.
+        with torch.autocast(device, enabled=False):
+            return _ops.pdc_block(*autocast_operands(*tensors), *options)
+    return _ops.pdc_block(*tensors, *options)
+
+
+def autocast_operands(*tensors: OptionalTensor) -> tuple[Any, ...]:
+    """The operands in the dtype of the enclosing autocast region; float64 stays, as for `F.conv2d`."""
+
+    def cast(tensor: OptionalTensor) -> OptionalTensor:
+        if tensor is None or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+    return tuple(cast(tensor) for tensor in tensors)
+
+
+def _empty(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
+    """A fresh tensor in the layout the kernels give: channels_last if x is dense in it, else contiguous."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("frd::pdc_block")
+def _(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    kind: int,
+    theta: float,
+    stride: list[int],
+    dilation: list[int],
+) -> torch.Tensor:
+    torch._check(x.dim() == 4 and pdc_weight.dim() == 4 and point_weight.dim() == 4)
+    torch._check(x.dtype == pdc_weight.dtype and x.dtype == point_weight.dtype)
+    rows, columns = ((size - 1) // s + 1 for size, s in zip(x.shape[2:], stride, strict=True))
+    return _empty(x, (x.shape[0], point_weight.shape[0], rows, columns))
+
+
+@torch.library.register_fake("frd::pdc_block_backward")
+def _(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    kind: int,
+    theta: float,
+    stride: list[int],
+    dilation: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        _empty(x, tuple(x.shape)),
+        pdc_weight.new_empty(pdc_weight.shape),
+        pdc_weight.new_empty((pdc_weight.shape[0],)),
+        point_weight.new_empty(point_weight.shape),
+        point_weight.new_empty((point_weight.shape[0],)),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, pdc_weight, pdc_bias, point_weight, point_bias, residual, *ctx.options = inputs
+    ctx.has = (pdc_bias is not None, point_bias is not None, residual is not None)
+    ctx.save_for_backward(x, pdc_weight, pdc_bias, point_weight)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
+    x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
+    dx, d_pdc, d_pdc_bias, d_point, d_point_bias = _ops.pdc_block_backward(
+        grad, x, pdc_weight, pdc_bias, point_weight, *ctx.options
+    )
+    has_pdc_bias, has_point_bias, has_residual = ctx.has
+    return (
+        dx,
+        d_pdc,
+        d_pdc_bias if has_pdc_bias else None,
+        d_point,
+        d_point_bias if has_point_bias else None,
+        grad if has_residual else None,
+        *(None for _ in range(4)),
+    )
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *tensors, kind, theta, stride, dilation = inputs
+    ctx.options = (kind, theta, stride, dilation, dilation)  # padding = dilation
+    ctx.has_bias = tensors[3] is not None
+    ctx.save_for_backward(*tensors)
+
+
+def _double_backward(
+    ctx: Any,
+    a_x: torch.Tensor,
+    a_pdc: torch.Tensor,
+    a_pdc_bias: torch.Tensor,
+    a_point: torch.Tensor,
+    a_point_bias: torch.Tensor,
+) -> tuple[OptionalTensor, ...]:
+    """The gradient of <a, backward(grad, x, w, b, v)>, which with h = L(x, w) + b, m = [h > 0], r = m h is
+    <L(a_x, w) + L(x, a_w) + a_b, m (v' grad)> + <a_v r + a_c, grad>; L is the difference convolution."""
+    grad, x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
+    pdc, pdc_backward = _ops.pdc2d_depthwise, _ops.pdc2d_depthwise_backward
+    hidden = pdc(x, pdc_weight, pdc_bias, *ctx.options)
+    mask = (hidden > 0).to(hidden.dtype)
+    tangent = mask * (pdc(a_x, pdc_weight, None, *ctx.options) + pdc(x, a_pdc, a_pdc_bias, *ctx.options))
+    d_grad = F.conv2d(tangent, point_weight) + F.conv2d(mask * hidden, a_point, a_point_bias)
+    d_point = torch.einsum("bohw,bchw->oc", grad, tangent)[:, :, None, None]
+    through = mask * F.conv2d(grad, point_weight.transpose(0, 1))
+    through_a = mask * F.conv2d(grad, a_point.transpose(0, 1))
+    d_x, d_pdc, d_bias = pdc_backward(through_a, x, pdc_weight, *ctx.options, True, True)
+    d_x = d_x + pdc_backward(through, x, a_pdc, *ctx.options, True, False)[0]
+    d_pdc = d_pdc + pdc_backward(through, a_x, pdc_weight, *ctx.options, False, True)[1]
+    return d_grad, d_x, d_pdc, d_bias if ctx.has_bias else None, d_point, *(None for _ in range(4))
+
+
+torch.library.register_autograd("frd::pdc_block", _backward, setup_context=_setup)
+torch.library.register_autograd("frd::pdc_block_backward", _double_backward, setup_context=_setup_backward)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("frd::pdc_block", _device, torch.bfloat16)
