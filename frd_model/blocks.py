@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import frd_kernels as fk
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import frd_kernels as fk
 
 from .config import FRDNetConfig
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import frd_kernels as fk
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import frd_kernels as fk
 
 from .blocks import FRDBlock
 from .config import PRESETS, FRDNetConfig

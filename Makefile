@@ -1,0 +1,49 @@
+# make demo: set up, forge and localize the sample photos, a short kernel benchmark
+# make test: the same set-up, then the whole test-suite against the installed package
+# make lint: ruff, mypy, clang-format
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --root-user-action=ignore --disable-pip-version-check -c constraints.txt
+STEP := tools/step.sh
+SOURCES := $(shell find csrc frd_kernels frd_model benchmarks build_backend -type f ! -name '*.so' ! -name '*.pyc') \
+           CMakeLists.txt setup.py pyproject.toml
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint setup clean
+
+demo: setup
+	@$(STEP) "demo" $(BIN)/python examples/demo.py --out demo_out
+
+test: setup
+	@$(STEP) "test-suite" env FRD_TEST_INSTALLED=1 $(BIN)/pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/lint.stamp
+	@$(STEP) "ruff check" $(BIN)/ruff check .
+	@$(STEP) "ruff format" $(BIN)/ruff format --check .
+	@$(STEP) "mypy" $(BIN)/mypy
+	@$(STEP) "clang-format" $(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+setup: $(VENV)/install.stamp
+
+$(VENV)/venv.stamp:
+	@$(STEP) "check for Python 3.10 to 3.13" $(PYTHON) tools/check_python.py
+	@$(STEP) "create .venv" $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The tools that build come first, so that the build needs no isolated environment of its own.
+$(VENV)/dependencies.stamp: constraints.txt pyproject.toml | $(VENV)/venv.stamp
+	@$(STEP) "install torch and the build tools" $(PIP) torch setuptools cmake ninja pybind11
+	@$(STEP) "install the dependencies" $(PIP) $$($(BIN)/python tools/dependencies.py demo test)
+	@touch $@
+
+$(VENV)/install.stamp: $(SOURCES) | $(VENV)/dependencies.stamp
+	@$(STEP) "build and install frd_kernels" $(PIP) --no-deps --force-reinstall .
+	@touch $@
+
+$(VENV)/lint.stamp: constraints.txt pyproject.toml | $(VENV)/dependencies.stamp
+	@$(STEP) "install the linters" $(PIP) $$($(BIN)/python tools/dependencies.py dev)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build demo_out *.egg-info frd_kernels/*.so
