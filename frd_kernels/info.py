@@ -16,22 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 _PACKAGES = [
-    "frd-kernels",
-    "torch",
-    "torchvision",
-    "triton",
-    "timm",
-    "numpy",
-    "opencv-python-headless",
-    "pillow",
+    *("frd-kernels", "torch", "torchvision", "triton", "timm"),
+    *("numpy", "opencv-python-headless", "pillow"),
 ]
 _ENVIRONMENT = [
-    "FRD_CPU_ISA",
-    "FRD_CUDA",
-    "FRD_TORCH_DIR",
-    "TORCH_CUDA_ARCH_LIST",
-    "CUDACXX",
-    "OMP_NUM_THREADS",
+    *("FRD_CPU_ISA", "FRD_CUDA", "FRD_TORCH_DIR"),
+    *("TORCH_CUDA_ARCH_LIST", "CUDACXX", "OMP_NUM_THREADS"),
 ]
 
 

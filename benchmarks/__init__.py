@@ -1,0 +1,1 @@
+"""Kernel benchmarks: `python -m benchmarks.cpu` in the source tree, `frd bench` where the package is installed."""
