@@ -1,0 +1,141 @@
+"""The arguments of a pixel difference convolution: parsed once, checked once, for every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..kinds import Kind, parse_kind
+
+IntOrPair = int | Sequence[int]
+
+
+class Geometry(NamedTuple):
+    """What a pixel difference convolution does besides its tensors; pairs are (vertical, horizontal)."""
+
+    kind: Kind
+    theta: float
+    stride: tuple[int, int]
+    padding: tuple[
+        int, int
+    ]  # as for a 3x3 kernel; radial may hold down to -dilation (no zeros around at all)
+    dilation: tuple[int, int]
+    groups: int
+
+    @property
+    def side(self) -> int:
+        """Side of the equivalent plain kernel."""
+        return 5 if self.kind == Kind.RADIAL else 3
+
+    @property
+    def plain_padding(self) -> tuple[int, int]:
+        """Padding of the plain convolution: radial's outer taps reach one dilation step further."""
+        if self.kind != Kind.RADIAL:
+            return self.padding
+        return self.padding[0] + self.dilation[0], self.padding[1] + self.dilation[1]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = (
+            (size + 2 * p - 2 * d - 1) // s + 1
+            for size, p, d, s in zip((height, width), self.padding, self.dilation, self.stride, strict=True)
+        )
+        return rows, columns
+
+
+def _pair(value: IntOrPair, name: str, lowest: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    # bool is an int, and torch.SymInt (a traced size) is not one
+    if len(pair) != 2 or not all(
+        isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in pair
+    ):
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if any(v < lowest for v in pair):
+        raise ValueError(f"{name} must be at least {lowest}, got {value!r}")
+    return pair
+
+
+def parse_theta(theta: float) -> float:
+    """A blend in [0, 1] as a float; raises TypeError or ValueError."""
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+        raise TypeError(f"theta must be a number in [0, 1], got {type(theta).__name__}")
+    if not 0.0 <= theta <= 1.0:
+        raise ValueError(f"theta must be in [0, 1], got {theta}")
+    return float(theta)
+
+
+def parse_geometry(
+    kind: str,
+    theta: float,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+) -> Geometry:
+    """Parses what `pdc2d` takes besides tensors; raises ValueError or TypeError with one line."""
+    stride_pair = _pair(stride, "stride", 1)
+    dilation_pair = _pair(dilation, "dilation", 1)
+    if padding == "same":
+        if stride_pair != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
+        padding_pair = dilation_pair
+    elif padding == "valid":
+        padding_pair = (0, 0)
+    elif isinstance(padding, str):
+        raise ValueError(f"padding must be an int, a pair of ints, 'same' or 'valid', got {padding!r}")
+    else:
+        padding_pair = _pair(padding, "padding", 0)
+    if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)) or groups < 1:
+        raise ValueError(f"groups must be a positive int, got {groups!r}")
+    return Geometry(parse_kind(kind), parse_theta(theta), stride_pair, padding_pair, dilation_pair, groups)
+
+
+def check_weight(weight: torch.Tensor) -> None:
+    """`weight` is a floating point [O, I, 3, 3]; raises TypeError or ValueError."""
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
+        raise ValueError(
+            f"weight must be [out_channels, in_channels / groups, 3, 3], got {list(weight.shape)}"
+        )
+    if not weight.is_floating_point():
+        raise ValueError(f"weight must be floating point, got {weight.dtype}")
+
+
+def check_tensors(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+) -> None:
+    """Shapes, dtypes and devices agree, and the output is not empty; raises TypeError or ValueError."""
+    check_weight(weight)
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x must be [B, C, H, W] or [C, H, W], got {list(x.shape)}")
+    channels, groups = x.shape[-3], geometry.groups
+    if channels % groups or weight.shape[0] % groups:
+        raise ValueError(
+            f"groups must divide in_channels {channels} and out_channels {weight.shape[0]}, got {groups}"
+        )
+    if channels != weight.shape[1] * groups:
+        raise ValueError(
+            f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got {channels}"
+        )
+    # Under autocast the operands are cast to one dtype later, as for F.conv2d.
+    mixed_allowed = torch.is_autocast_enabled(x.device.type)
+    named = [("x", x)] if bias is None else [("x", x), ("bias", bias)]
+    for name, tensor in named:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != weight.dtype and not (mixed_allowed and tensor.is_floating_point()):
+            raise ValueError(f"{name} must have the dtype of weight, {weight.dtype}, got {tensor.dtype}")
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be [out_channels] = [{weight.shape[0]}], got {list(bias.shape)}")
+    rows, columns = geometry.output_size(x.shape[-2], x.shape[-1])
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"the output would be empty: x is {x.shape[-2]}x{x.shape[-1]} with padding {geometry.padding}, "
+            f"dilation {geometry.dilation}; it must cover a 3x3 window"
+        )

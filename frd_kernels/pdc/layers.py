@@ -1,0 +1,162 @@
+"""`PDC2d`, the pixel difference convolution as a layer: a drop-in for `torch.nn.Conv2d`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import backend
+from ..kinds import Kind, parse_kind
+from . import api
+from .arguments import Geometry, IntOrPair, check_tensors, parse_geometry, parse_theta
+
+
+class PDC2d(nn.Conv2d):
+    """Pixel difference convolution with the arguments, parameters and defaults of `nn.Conv2d`.
+
+    `weight` is [out_channels, in_channels / groups, 3, 3] for every kind, so checkpoints of PiDiNet's layers
+    load.
+
+    Args:
+        kernel_size: 3.
+        padding: as for a 3x3 kernel: int, pair, "same" or "valid". Radial's outer taps reach one dilation
+            step further, over zeros, or over `padding_mode`'s pixels where that is not "zeros".
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        kind: "vanilla", "central", "angular", "radial" or PiDiNet's "cv", "cd", "ad", "rd".
+        theta: 0 is the plain convolution, 1 the pure difference.
+        Others: as in `nn.Conv2d`.
+
+    Input [B, C, H, W] or [C, H, W]; output as `nn.Conv2d` with a 3x3 kernel.
+
+    In eval mode, without gradients, the plain kernel of a dense layer is computed once and kept until the
+    weight changes; only writing through `weight.data` goes unseen until the next `train()` or `eval()`.
+
+    Raises:
+        ValueError: one line that names the argument, the rule and what came.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int] = 3,
+        stride: IntOrPair = 1,
+        padding: IntOrPair | str = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kind: str = "angular",
+        theta: float = 1.0,
+    ) -> None:
+        if kernel_size not in (3, (3, 3), [3, 3]):
+            raise ValueError(f"kernel_size must be 3, got {kernel_size!r}")
+        geometry = parse_geometry(kind, theta, stride, padding, dilation, groups)
+        super().__init__(
+            in_channels,
+            out_channels,
+            3,
+            geometry.stride,
+            padding if isinstance(padding, str) else geometry.padding,
+            geometry.dilation,
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+        )
+        self.kind = parse_kind(kind).name.lower()
+        self.theta = parse_theta(theta)
+        self._plain: tuple[Any, torch.Tensor] | None = None
+
+    def geometry(self) -> Geometry:
+        """The attributes as they stand: code that edits the stride of a loaded net is honoured."""
+        return parse_geometry(self.kind, self.theta, self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.weight, self.bias)
+
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        geometry = self.geometry()
+        check_tensors(input, weight, bias, geometry)
+        if self.padding_mode != "zeros":
+            input, geometry = self._pad(input, geometry)
+        return api.run(input, weight, bias, geometry, self._cached_plain(weight, geometry))
+
+    def _pad(self, x: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, Geometry]:
+        """Pads by the mode as far as the outermost tap reaches; no zeros are left to add."""
+        vertical, horizontal = geometry.plain_padding
+        limits = (x.shape[-2], x.shape[-1])
+        for pad, size in zip((vertical, horizontal), limits, strict=True):
+            if (self.padding_mode == "reflect" and pad >= size) or (
+                self.padding_mode == "circular" and pad > size
+            ):
+                raise ValueError(
+                    f"padding_mode {self.padding_mode!r} cannot pad {size} pixels by {pad} on a side "
+                    f"(kind {self.kind}, padding {self.padding}, dilation {self.dilation})"
+                )
+        x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
+        already = geometry.dilation if geometry.kind == Kind.RADIAL else (0, 0)
+        return x, geometry._replace(padding=(-already[0], -already[1]))
+
+    def _cached_plain(self, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor | None:
+        """The transformed weight of a dense layer at inference, or None where `api.run` has to make it."""
+        learns = torch.is_grad_enabled() and weight.requires_grad
+        if self.training or learns or torch.compiler.is_compiling() or weight.is_inference():
+            return None
+        if api.is_depthwise(weight, geometry.groups) or backend.select("pdc2d", weight) == "reference":
+            return None
+        device = weight.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        key = (*source, autocast, geometry.kind, geometry.theta)
+        if self._plain is None or self._plain[0] != key:
+            # An inference tensor could not be saved for a later backward to the input.
+            with torch.inference_mode(False), torch.no_grad():
+                self._plain = (key, api.plain_weight(weight, geometry))
+        return self._plain[1]
+
+    def train(self, mode: bool = True) -> PDC2d:
+        self._plain = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no cache: its key holds an address."""
+        return {**self.__dict__, "_plain": None}
+
+    def to_conv2d(self) -> nn.Conv2d:
+        """The plain convolution that gives the same output; radial becomes 5x5 with padding + dilation.
+
+        In 16 bit its kernel is rounded (zero-sum), where depthwise PDC2d rounds only the output.
+        """
+        geometry = self.geometry()
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            geometry.side,
+            geometry.stride,
+            geometry.plain_padding,
+            geometry.dilation,
+            self.groups,
+            self.bias is not None,
+            self.padding_mode,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(api.pdc_weight(self.weight, kind=self.kind, theta=self.theta))
+            if self.bias is not None and conv.bias is not None:
+                conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, kind={self.kind!r}, theta={self.theta:g}"

@@ -1,0 +1,134 @@
+"""`frd::pdc2d_depthwise` and its backward as operators: fakes, autograd to any order, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _library  # noqa: F401  registers the schemas
+from . import weight as _weight  # noqa: F401  registers the fakes and the autograd of frd::pdc_weight
+from .arguments import Geometry
+
+_ops = torch.ops.frd
+
+OptionalTensor = torch.Tensor | None
+
+
+def pdc2d_depthwise(
+    x: torch.Tensor, weight: torch.Tensor, bias: OptionalTensor, geometry: Geometry
+) -> torch.Tensor:
+    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C]; arguments are checked by the caller."""
+    options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.padding, geometry.dilation)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.bfloat16:
+        # The op's autocast rule knows one dtype.
+        x, weight, bias = autocast_operands(x, weight, bias)
+        with torch.autocast(device, enabled=False):
+            return _ops.pdc2d_depthwise(x, weight, bias, *options)
+    return _ops.pdc2d_depthwise(x, weight, bias, *options)
+
+
+def autocast_operands(
+    x: torch.Tensor, weight: torch.Tensor, bias: OptionalTensor
+) -> tuple[torch.Tensor, torch.Tensor, OptionalTensor]:
+    """The operands in the dtype of the enclosing autocast region; float64 stays, as for `F.conv2d`."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _empty(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
+    """A fresh tensor in the layout the kernels give: channels_last if x is dense in it, else contiguous."""
+    memory_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+@torch.library.register_fake("frd::pdc2d_depthwise")
+def _(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: OptionalTensor,
+    kind: int,
+    theta: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> torch.Tensor:
+    torch._check(x.dim() == 4 and weight.dim() == 4)
+    torch._check(x.dtype == weight.dtype)
+    sizes = zip(x.shape[2:], stride, padding, dilation, strict=True)
+    rows, columns = ((size + 2 * p - 2 * d - 1) // s + 1 for size, s, p, d in sizes)
+    return _empty(x, (x.shape[0], x.shape[1], rows, columns))
+
+
+@torch.library.register_fake("frd::pdc2d_depthwise_backward")
+def _(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    kind: int,
+    theta: float,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx = _empty(x, tuple(x.shape)) if need_dx else x.new_empty((0,))
+    dw = weight.new_empty(weight.shape if need_dw else (0,))
+    return dx, dw, weight.new_empty((weight.shape[0] if need_dw else 0,))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, bias, *ctx.options = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+    need_bias = need_bias and ctx.has_bias
+    dx, dw, db = _ops.pdc2d_depthwise_backward(
+        grad, x, weight, *ctx.options, need_x, need_weight or need_bias
+    )
+    gradients = (dx if need_x else None, dw if need_weight else None, db if need_bias else None)
+    return *gradients, None, None, None, None, None
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    grad, x, weight, *ctx.options, ctx.need_dx, ctx.need_dw = inputs
+    ctx.save_for_backward(grad, x, weight)
+
+
+def _double_backward(
+    ctx: Any, grad_dx: torch.Tensor, grad_dw: torch.Tensor, grad_db: torch.Tensor
+) -> tuple[OptionalTensor, ...]:
+    """With y = L(x, w) bilinear, <a, dx> = <L(a, w), grad> and <b, dw> = <L(x, b), grad>: the ops
+    differentiate into themselves."""
+    grad, x, weight = ctx.saved_tensors
+    d_grad = d_x = d_weight = None
+    if ctx.need_dx:
+        d_grad = _ops.pdc2d_depthwise(grad_dx, weight, None, *ctx.options)
+        d_weight = _ops.pdc2d_depthwise_backward(grad, grad_dx, weight, *ctx.options, False, True)[1]
+    if ctx.need_dw:
+        from_weight = _ops.pdc2d_depthwise(x, grad_dw, grad_db, *ctx.options)
+        d_grad = from_weight if d_grad is None else d_grad + from_weight
+        d_x = _ops.pdc2d_depthwise_backward(grad, x, grad_dw, *ctx.options, True, False)[0]
+    return d_grad, d_x, d_weight, *(None for _ in range(7))
+
+
+torch.library.register_autograd("frd::pdc2d_depthwise", _backward, setup_context=_setup)
+torch.library.register_autograd(
+    "frd::pdc2d_depthwise_backward", _double_backward, setup_context=_setup_backward
+)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("frd::pdc2d_depthwise", _device, torch.bfloat16)

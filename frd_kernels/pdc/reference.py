@@ -1,0 +1,131 @@
+"""Pixel difference convolution in plain PyTorch, written to be read: the differences are taken first, by
+formula.
+
+The oracle of the tests and the explicit fallback (`use_backend("reference")`). Semantics: PiDiNet (Su et al.,
+ICCV 2021), with theta blending between the plain convolution (0) and the pure difference (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from ..kinds import Kind, parse_kind
+from .arguments import Geometry, IntOrPair, check_tensors, check_weight, parse_geometry, parse_theta
+
+Offset = tuple[int, int]  # (vertical, horizontal), in steps of the dilation, from the centre of the window
+
+WINDOW: list[Offset] = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]  # row-major: weight index -> tap
+CENTRE = 4
+# The next neighbour clockwise (y points down) on the ring 0 1 2 5 8 7 6 3.
+CLOCKWISE = {0: 1, 1: 2, 2: 5, 5: 8, 8: 7, 7: 6, 6: 3, 3: 0}
+# Radial: weight k = 1..8 acts along DIRECTIONS[k - 1]; weight 0, not 4, is the centre's.
+DIRECTIONS: list[Offset] = [tap for tap in WINDOW if tap != (0, 0)]
+
+
+def pairs(kind: Kind) -> Iterator[tuple[int, Offset, Offset | None]]:
+    """(weight index k, minuend, subtrahend) of y = sum_k w_k (x[minuend] - theta x[subtrahend])."""
+    if kind == Kind.RADIAL:
+        yield 0, (0, 0), (0, 0)
+        for k, (dy, dx) in enumerate(DIRECTIONS, start=1):
+            yield k, (2 * dy, 2 * dx), (dy, dx)
+        return
+    for k, tap in enumerate(WINDOW):
+        if kind == Kind.VANILLA:
+            yield k, tap, None
+        elif kind == Kind.CENTRAL or k == CENTRE:
+            yield k, tap, (0, 0)
+        else:
+            yield k, tap, WINDOW[CLOCKWISE[k]]
+
+
+def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.Tensor:
+    """The plain kernel that equals the difference convolution by `weight`.
+
+    Args:
+        weight: [O, I, 3, 3].
+        kind: "vanilla", "central", "angular", "radial" or PiDiNet's "cv", "cd", "ad", "rd".
+        theta: 0 is the plain convolution, 1 the pure difference.
+
+    Returns:
+        [O, I, 3, 3], for radial [O, I, 5, 5].
+    """
+    check_weight(weight)
+    parsed, theta = parse_kind(kind), parse_theta(theta)
+    side = 5 if parsed == Kind.RADIAL else 3
+    flat = weight.flatten(2)
+    taps = [torch.zeros_like(flat[..., 0]) for _ in range(side * side)]
+
+    def index(offset: Offset) -> int:
+        return (offset[0] + side // 2) * side + offset[1] + side // 2
+
+    for k, minuend, subtrahend in pairs(parsed):
+        taps[index(minuend)] = taps[index(minuend)] + flat[..., k]
+        if subtrahend is not None:
+            taps[index(subtrahend)] = taps[index(subtrahend)] - theta * flat[..., k]
+    return torch.stack(taps, dim=-1).unflatten(-1, (side, side))
+
+
+def pdc2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    kind: str,
+    theta: float = 1.0,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Pixel difference convolution, y = sum_k w_k (x_plus(k) - theta x_minus(k)) + bias.
+
+    16-bit inputs are computed in float32 and rounded once. Arguments and errors: `frd_kernels.pdc2d`.
+    """
+    geometry = parse_geometry(kind, theta, stride, padding, dilation, groups)
+    check_tensors(x, weight, bias, geometry)
+    return run(x, weight, bias, geometry)
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry) -> torch.Tensor:
+    """`pdc2d` for checked arguments."""
+    dtype = x.dtype
+    compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    groups, theta = geometry.groups, geometry.theta
+    x, taps = x.to(compute), weight.to(compute).flatten(2)
+    (stride_y, stride_x), (dilation_y, dilation_x) = geometry.stride, geometry.dilation
+    rows, columns = geometry.output_size(x.shape[-2], x.shape[-1])
+    pad_y, pad_x = geometry.plain_padding
+    padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
+    reach = geometry.side // 2
+
+    def shifted(offset: Offset) -> torch.Tensor:
+        """x at `offset` from every output position: [..., C, rows, columns]."""
+        top, left = (reach + offset[0]) * dilation_y, (reach + offset[1]) * dilation_x
+        bottom, right = top + (rows - 1) * stride_y + 1, left + (columns - 1) * stride_x + 1
+        return padded[..., top:bottom:stride_y, left:right:stride_x]
+
+    out: torch.Tensor | None = None
+    for k, minuend, subtrahend in pairs(geometry.kind):
+        if theta == 1.0 and minuend == subtrahend:
+            continue  # x - x: the unused weight
+        difference = shifted(minuend)
+        if subtrahend is not None:
+            difference = difference - theta * shifted(subtrahend)
+        term = _contract(difference, taps[..., k], groups)
+        out = term if out is None else out + term
+    assert out is not None
+    if bias is not None:
+        out = out + bias.to(compute)[:, None, None]
+    return out.to(dtype)
+
+
+def _contract(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """x [..., C, H, W], weight [O, C / groups] -> [..., O, H, W], a grouped 1x1 convolution."""
+    if weight.shape[1] == 1 and weight.shape[0] == groups:
+        return x * weight[:, 0, None, None]
+    split = x.unflatten(-3, (groups, -1))
+    out = torch.einsum("...gchw,goc->...gohw", split, weight.unflatten(0, (groups, -1)))
+    return out.flatten(-4, -3)
