@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(frd, m) {
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> Tensor");
   m.def(
       "pdc2d_depthwise_backward(Tensor grad, Tensor x, Tensor weight, int kind, float theta, "
-      "SymInt[] stride, SymInt[] padding, SymInt[] dilation) -> (Tensor, Tensor, Tensor)");
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool need_dx, bool need_dw) -> (Tensor, Tensor, "
+      "Tensor)");
 
   // Depthwise PDC -> ReLU -> 1x1 -> + residual.
   m.def(
