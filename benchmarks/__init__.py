@@ -1,1 +1,1 @@
-"""Kernel benchmarks: `python -m benchmarks.cpu` in the source tree, `frd bench` where the package is installed."""
+"""Kernel benchmarks: `python -m benchmarks.cpu` in the source tree, `frd bench` once installed."""
