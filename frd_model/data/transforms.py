@@ -1,0 +1,91 @@
+"""Between uint8 photos and the model's normalised tensors, and the random views of training."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+UInt8 = npt.NDArray[np.uint8]
+Bool = npt.NDArray[np.bool_]
+
+# Mean and standard deviation of ImageNet's RGB channels in [0, 1]: the normalisation of every encoder here.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def to_tensor(image: UInt8) -> Tensor:
+    """uint8 RGB [H,W,3] to a float32 ImageNet-normalised tensor [3,H,W]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 [H,W,3], got {image.dtype} {image.shape}")
+    scale = 1 / (255 * np.array(STD, np.float32))
+    offset = np.array(MEAN, np.float32) / np.array(STD, np.float32)
+    values = image.astype(np.float32) * scale - offset
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def to_image(tensor: Tensor) -> UInt8:
+    """The inverse of `to_tensor`: [3,H,W] to uint8 RGB [H,W,3], rounded and clipped."""
+    values = tensor.detach().float().cpu().numpy().transpose(1, 2, 0) * np.array(STD) + np.array(MEAN)
+    return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+
+
+def mask_to_tensor(mask: Bool) -> Tensor:
+    """bool [H,W] to float32 [1,H,W]."""
+    return torch.from_numpy(mask.astype(np.float32))[None]
+
+
+def resize(image: UInt8, mask: Bool, size: tuple[int, int]) -> tuple[UInt8, Bool]:
+    """Image and mask to (height, width): area or cubic interpolation for the image, nearest for the mask."""
+    height, width = size
+    if image.shape[:2] == (height, width):
+        return image, mask
+    method = cv2.INTER_AREA if height * width < image.shape[0] * image.shape[1] else cv2.INTER_CUBIC
+    resized = np.asarray(cv2.resize(image, (width, height), interpolation=method), dtype=np.uint8)
+    nearest = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    return resized, np.asarray(nearest).astype(np.bool_)
+
+
+def random_view(
+    rng: np.random.Generator,
+    photo: UInt8,
+    size: int,
+    zoom: tuple[float, float] = (0.5, 1.25),
+    attempts: int = 4,
+) -> UInt8:
+    """A random square crop [size,size,3]: half of the time at the photo's own scale, else resized by `zoom`.
+
+    Of a few crops the first that is not nearly flat is taken (a black border or clear sky teaches nothing).
+    Photos smaller than the crop are enlarged.
+    """
+    height, width = photo.shape[:2]
+    factor = 1.0 if rng.random() < 0.5 else float(np.exp(rng.uniform(*np.log(zoom))))
+    side = min(max(8, round(size / factor)), height, width)
+    crop = photo
+    for _ in range(attempts):
+        top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        crop = photo[top : top + side, left : left + side]
+        if crop[::8, ::8].std() > 8:
+            break
+    if side == size:
+        return np.ascontiguousarray(crop)
+    method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(crop, (size, size), interpolation=method), dtype=np.uint8)
+
+
+def random_look(rng: np.random.Generator, photo: UInt8, colour: float = 0.5) -> UInt8:
+    """Mirror, turn by quarters and, with probability `colour`, change gains, gamma and channel order."""
+    if rng.random() < 0.5:
+        photo = photo[:, ::-1]
+    turns = int(rng.integers(4)) if rng.random() < 0.5 else 0
+    photo = np.ascontiguousarray(np.rot90(photo, turns))
+    if rng.random() >= colour:
+        return photo
+    if rng.random() < 0.3:
+        photo = np.ascontiguousarray(photo[:, :, rng.permutation(3)])
+    levels = np.linspace(0, 1, 256)[:, None] ** np.exp(rng.uniform(-0.25, 0.25))
+    gains = rng.uniform(0.8, 1.15) * rng.uniform(0.88, 1.08, 3)
+    table = np.clip(np.rint(255 * levels * gains), 0, 255).astype(np.uint8).reshape(1, 256, 3)
+    return np.asarray(cv2.LUT(photo, table), dtype=np.uint8)

@@ -1,0 +1,125 @@
+"""The loss of FRD-Net: region dice and edge dice (paper, Eq. 8 and 9), in both published forms."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FORMS = ("paper", "released")
+
+# Protects the plain dice of Eq. 9 from 0/0 only: an empty prediction of an empty mask costs 0. Far below one
+# pixel.
+DICE_EPS = 1e-6
+
+
+def _check_width(width: int) -> None:
+    if isinstance(width, bool) or not isinstance(width, int):
+        raise TypeError(f"width must be an int, got {type(width).__name__}")
+    if width < 1 or width % 2 == 0:
+        raise ValueError(f"width must be odd and at least 1, got {width}")
+
+
+def _cross_max(x: Tensor, width: int) -> Tensor:
+    """Maximum of x [B,C,H,W] under a width x width cross; pixels outside the image do not count."""
+    pad = width // 2
+    row = F.max_pool2d(x, (1, width), stride=1, padding=(0, pad))
+    column = F.max_pool2d(x, (width, 1), stride=1, padding=(pad, 0))
+    return torch.maximum(row, column)
+
+
+def _morphological_gradient(x: Tensor, width: int, name: str) -> Tensor:
+    _check_width(width)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be [B,1,H,W], got shape {tuple(x.shape)}")
+    return _cross_max(x, width) + _cross_max(-x, width)
+
+
+def soft_edge_map(probability: Tensor, width: int = 7) -> Tensor:
+    """Morphological gradient (dilation minus erosion) of probability [B,1,H,W] under a width x width cross.
+
+    Differentiable almost everywhere; equal to `edge_map` on values in {0, 1}.
+    """
+    return _morphological_gradient(probability, width, "probability")
+
+
+def edge_map(mask: Tensor, width: int = 7) -> Tensor:
+    """Edge band of a binary mask [B,1,H,W] in {0, 1}: dilation minus erosion with a width x width cross.
+
+    Equal, at the image borders too, to OpenCV's `dilate - erode` with `MORPH_CROSS`. Boolean and integer
+    masks give float32, floating masks keep their dtype.
+    """
+    mask = mask if mask.is_floating_point() else mask.float()
+    return _morphological_gradient(mask.detach(), width, "mask")
+
+
+def dice_loss(probability: Tensor, mask: Tensor, form: str = "paper") -> Tensor:
+    """Dice loss of two tensors of the same shape, with sums over the whole batch; 0-d, in [0, 1].
+
+    `paper` is Eq. 9: 1 - 2 sum(pm) / (sum(p) + sum(m)). `released` squares the denominator's terms and
+    smooths with 1.
+    """
+    overlap = (probability * mask).sum()
+    if form == "paper":
+        return 1 - (2 * overlap + DICE_EPS) / (probability.sum() + mask.sum() + DICE_EPS)
+    return 1 - (2 * overlap + 1) / ((probability * probability).sum() + (mask * mask).sum() + 1)
+
+
+class FRDLoss(nn.Module):
+    """Region dice + edge_weight * edge dice (Eq. 8), optionally mixed with binary cross-entropy.
+
+    `paper` compares the soft edge map of the prediction with the edge map of the mask; `released` compares
+    prediction and mask inside the mask's edge band. Sums run over the whole batch, so an untouched image
+    still pulls its predictions down. `bce_weight` adds the mean cross-entropy: dice alone is slow to start
+    from scratch.
+
+    Called with logits and mask [B,1,H,W]; returns 0-d tensors "total", "region", "edge" (and "bce" where its
+    weight is not 0), computed in fp32 (fp64 for fp64 logits) whatever autocast says.
+    """
+
+    def __init__(
+        self, form: str = "paper", edge_weight: float = 1.0, edge_width: int = 7, bce_weight: float = 0.0
+    ) -> None:
+        super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+        for name, weight in (("edge_weight", edge_weight), ("bce_weight", bce_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{name} must be at least 0, got {weight}")
+        _check_width(edge_width)
+        self.form = form
+        self.edge_weight = edge_weight
+        self.edge_width = edge_width
+        self.bce_weight = bce_weight
+
+    def extra_repr(self) -> str:
+        return (
+            f"form={self.form!r}, edge_weight={self.edge_weight}, edge_width={self.edge_width}, "
+            f"bce_weight={self.bce_weight}"
+        )
+
+    def forward(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        if logits.dim() != 4 or logits.shape[1] != 1:
+            raise ValueError(f"logits must be [B,1,H,W], got shape {tuple(logits.shape)}")
+        if mask.shape != logits.shape:
+            raise ValueError(
+                f"mask must have the shape of logits {tuple(logits.shape)}, got {tuple(mask.shape)}"
+            )
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            mask = mask.to(logits.dtype)
+            return self._terms(logits, mask)
+
+    def _terms(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        probability = logits.sigmoid()
+        band = edge_map(mask, self.edge_width)
+        region = dice_loss(probability, mask, self.form)
+        if self.form == "paper":
+            edge = dice_loss(soft_edge_map(probability, self.edge_width), band, "paper")
+        else:
+            edge = dice_loss(probability * band, mask * band, "released")
+        terms = {"total": region + self.edge_weight * edge, "region": region, "edge": edge}
+        if self.bce_weight:
+            terms["bce"] = F.binary_cross_entropy_with_logits(logits, mask)
+            terms["total"] = terms["total"] + self.bce_weight * terms["bce"]
+        return terms

@@ -1,0 +1,157 @@
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from frd_model.data import forge_cli
+from frd_model.data.forge import KINDS, ForgeOptions, Forger
+from frd_model.data.images import read_image, read_mask, write_png
+from frd_model.data.shapes import SHAPES, random_shape
+from frd_model.data.traces import add_noise, jpeg, random_history, resample
+
+PLAIN = {"filter_history": 0.0, "jpeg_history": 0.0, "final_filter": 0.0, "final_jpeg": 0.0}
+
+
+def photo(seed=0, height=96, width=128):
+    """Smooth colour fields with fine texture, so that every edit can be told from its surroundings."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(30, 220, (height // 16, width // 16, 3)).repeat(16, axis=0).repeat(16, axis=1)
+    return np.clip(coarse + rng.normal(0, 6, coarse.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_region_changes(kind):
+    """Without history and feather the pixels outside the mask are the photo's own."""
+    forger = Forger(3, ForgeOptions(**PLAIN, hard_border=1.0))
+    for seed in range(8):
+        host = photo(seed)
+        result = forger.forge(host, photo(seed + 50), kind)
+        changed = (result.image != host).any(axis=2)
+        assert result.kind == kind and result.mask.any()
+        assert not changed[~result.mask].any()
+        assert changed[result.mask].mean() > 0.5
+        assert host.shape == result.image.shape and result.image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_feather_stays_near_the_mask(kind):
+    forger = Forger(4, ForgeOptions(**PLAIN, hard_border=0.0, feather=(1.0, 1.0)))
+    host = photo(1)
+    result = forger.forge(host, photo(2), kind)
+    rows, columns = np.nonzero((result.image != host).any(axis=2) & ~result.mask)
+    inside = np.argwhere(result.mask)
+    for y, x in zip(rows, columns, strict=True):
+        assert np.abs(inside - (y, x)).max(axis=1).min() <= 6
+
+
+def test_same_seed_same_bytes():
+    def run(seed):
+        forger = Forger(seed)
+        made = [forger.forge(photo(i), photo(i + 9)) for i in range(6)] + [forger.authentic(photo(7))]
+        return [(m.image.tobytes(), m.mask.tobytes(), json.dumps(m.parameters), m.kind) for m in made]
+
+    assert run(5) == run(5)
+    assert run(5) != run(6)
+
+
+def test_authentic_has_no_mask_but_the_same_processing():
+    forger = Forger(0)
+    results = [forger.authentic(photo(i)) for i in range(20)]
+    assert not any(r.mask.any() for r in results)
+    assert {r.kind for r in results} == {"authentic"}
+    assert any("jpeg" in r.parameters["final"] for r in results)
+    assert any(r.parameters["history"] for r in results)
+    assert any((r.image == photo(i)).all() for i, r in enumerate(results)), "some photos stay as they are"
+
+
+def test_flat_photos_still_give_a_forgery():
+    flat = np.full((64, 64, 3), 90, np.uint8)
+    for kind in KINDS:
+        assert Forger(1).forge(flat, flat, kind).mask.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_cover_the_asked_area(shape):
+    rng = np.random.default_rng(2)
+    shares = [random_shape(rng, (120, 160), (0.02, 0.30), shape).mean() for _ in range(60)]
+    assert min(shares) > 0.008 and max(shares) < 0.33
+    assert max(shares) > 0.15 and len(set(shares)) > 40
+
+
+def test_kinds_follow_their_weights():
+    options = ForgeOptions(kinds={"copy_move": 1.0, "removal": 3.0})
+    kinds = [Forger(i, options).forge(photo(1)).kind for i in range(60)]
+    assert 8 <= kinds.count("copy_move") <= 25 and set(kinds) == {"copy_move", "removal"}
+
+
+def test_traces():
+    image, rng = np.full((64, 64, 3), 128, np.uint8), np.random.default_rng(0)
+    assert add_noise(rng, image, 4.0).std() == pytest.approx(4, rel=0.05)
+    mono = add_noise(rng, image, 4.0, mono=True)
+    assert (mono[:, :, 0] == mono[:, :, 2]).all() and mono.std() == pytest.approx(4, rel=0.1)
+    textured = photo(0)
+    assert resample(textured, 0.5).shape == textured.shape
+    steps = np.abs(np.diff(jpeg(textured, 10, "444", (0, 3)).astype(float), axis=1)).mean(axis=(0, 2))
+    assert (steps[4::8].mean() > 1.2 * steps).mean() > 0.5, "block borders lie where the grid was shifted to"
+    record = random_history(rng, textured, 1.0, 1.0, (70, 70))[1]
+    assert record["jpeg"] == 70 and len(record) > 3
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: Forger().forge(photo()[:, :, 0]), ValueError, r"photo must be uint8 \[H,W,3\]"),
+        (lambda: Forger().forge(photo()[:31]), ValueError, "sides of at least 32, got uint8"),
+        (lambda: Forger().forge([[1]]), TypeError, "photo must be a NumPy array, got list"),
+        (lambda: Forger().forge(photo(), kind="splicing"), ValueError, "donor must be given"),
+        (lambda: Forger().forge(photo(), kind="paint"), ValueError, "kind must be one of .*, got 'paint'"),
+        (lambda: ForgeOptions(kinds={"paint": 1}), ValueError, "kinds must give weights"),
+        (lambda: ForgeOptions(area=(0.3, 0.1)), ValueError, "area must be"),
+        (lambda: ForgeOptions(final_quality=(0, 50)), ValueError, "final_quality must be"),
+        (lambda: ForgeOptions(shapes=("star",)), ValueError, "shapes must be some of"),
+    ],
+)
+def test_errors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def content(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_folder(tmp_path, extension):
+    photos = {"a b": photo(1), "c": photo(2), "d": photo(3)}
+    options = {"seed": 4, "size": 64, "authentic": 0.3, "extension": extension}
+    items = forge_cli.forge_folder(photos, tmp_path / "one", 8, **options)
+    forge_cli.forge_folder(photos, tmp_path / "two", 8, **options)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert json.loads((tmp_path / "one" / "manifest.json").read_text())["items"] == items
+    assert {item["host"] for item in items} == set(photos)
+    for item in items:
+        image = read_image(tmp_path / "one" / item["image"])
+        mask = read_mask(tmp_path / "one" / item["mask"], image.shape[:2])
+        assert image.shape == (64, 64, 3) and mask.any() == (item["kind"] != "authentic")
+        assert (item["donor"] is not None) == (item["kind"] == "splicing") and item["donor"] != item["host"]
+
+
+def command(*flags):
+    parser = argparse.ArgumentParser()
+    forge_cli.add_arguments(parser)
+    return forge_cli.run(parser.parse_args(flags))
+
+
+def test_command(tmp_path, capsys):
+    write_png(tmp_path / "in" / "a.png", photo(1))
+    write_png(tmp_path / "in" / "b.png", photo(2))
+    out = str(tmp_path / "out")
+    assert command(str(tmp_path / "in"), "--out", out, "--count", "3", "--kinds", "removal") == 0
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+    (tmp_path / "in" / "c.png").write_text("no image")
+    assert command(str(tmp_path / "in"), "--out", out, "--count", "3") == 1
+    assert "c.png' must be an image file" in capsys.readouterr().err
+    assert command("--out", out) == 2
+    assert command(str(tmp_path / "in"), "--out", out, "--size", "8") == 2
+    assert command(str(tmp_path / "none.png"), "--out", out) == 1

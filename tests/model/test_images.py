@@ -1,0 +1,187 @@
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from frd_model.data import images
+from frd_model.data.images import ImageError, find_images, read_image, read_mask
+
+
+def photo(height=20, width=30, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def save(path, array, mode=None, **options):
+    Image.fromarray(array, mode).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path, orientation):
+    stored = np.zeros((8, 16, 3), np.uint8)
+    stored[:4, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", stored, exif=exif)
+    upright = {1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1]}
+    turned = stored.transpose(1, 0, 2)
+    upright |= {5: turned, 6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}
+    np.testing.assert_array_equal(read_image(path), upright[orientation])
+
+
+def test_grey_palette_bilevel(tmp_path):
+    grey = photo()[:, :, 0]
+    np.testing.assert_array_equal(read_image(save(tmp_path / "g.png", grey)), np.dstack([grey] * 3))
+    Image.fromarray(photo() // 128 * 255).convert("P").save(tmp_path / "p.png")
+    assert read_image(tmp_path / "p.png").shape == (20, 30, 3)
+    Image.fromarray(grey > 100).save(tmp_path / "b.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png")[:, :, 0], (grey > 100) * 255)
+
+
+def test_sixteen_bit(tmp_path):
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    cv2.imwrite(str(tmp_path / "g16.png"), values)
+    np.testing.assert_array_equal(read_image(tmp_path / "g16.png")[0, :, 0], [0, 1, 128, 255])
+    cv2.imwrite(str(tmp_path / "rgb16.png"), np.dstack([values, values, values[:, ::-1]]))
+    got = read_image(tmp_path / "rgb16.png")
+    np.testing.assert_array_equal(got[0, :, 1], [0, 1, 128, 255])
+    np.testing.assert_array_equal(got[0, :, 0], [255, 128, 1, 0])
+
+
+def test_alpha_over_background(tmp_path):
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:2] = (200, 10, 10, 255)
+    path = save(tmp_path / "a.png", rgba)
+    assert (read_image(path)[3] == 255).all()
+    assert (read_image(path)[0] == (200, 10, 10)).all()
+    assert not read_image(path, background=0)[3].any()
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (6, 5), (255, 0, 0, 0)).save(tmp_path / "c.jpg")
+    assert abs(read_image(tmp_path / "c.jpg")[2, 2].astype(int) - (0, 255, 255)).max() < 6
+
+
+def test_tiny_and_wide(tmp_path):
+    assert read_image(save(tmp_path / "one.png", photo(1, 1))).shape == (1, 1, 3)
+    assert read_image(save(tmp_path / "wide.png", np.zeros((3, 20_000, 3), np.uint8))).shape == (3, 20_000, 3)
+
+
+def test_bad_files(tmp_path):
+    full = tmp_path / "full.jpg"
+    save(full, photo(200, 200))
+    (tmp_path / "cut.jpg").write_bytes(full.read_bytes()[:9000])
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    png = save(tmp_path / "full.png", photo(50, 50)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(png[: len(png) // 2])
+    cases = {
+        "cut.jpg": "must be a complete image, got: .*truncated",
+        "cut.png": "must be a complete image, got: ",
+        "text.jpg": "must be an image file Pillow can read, got 8 bytes that start with b'no image'",
+        "empty.png": "must not be empty, got 0 bytes",
+        "absent.png": "must be a readable file, got: No such file",
+        ".": "must be a file, got a directory",
+    }
+    for name, words in cases.items():
+        with pytest.raises(ImageError, match=words) as caught:
+            read_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_unreadable(tmp_path):
+    path = save(tmp_path / "a.png", photo())
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user reads every file")
+    with pytest.raises(ImageError, match="must be a readable file, got: Permission denied"):
+        read_image(path)
+
+
+def test_pixel_limit(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", photo(20, 30))
+    with pytest.raises(ImageError, match="must have at most 599 pixels, got 30 x 20 = 600"):
+        read_image(path, max_pixels=599)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageError, match="must have at most 120000000 pixels"):
+        read_image(path)
+
+
+def test_mask(tmp_path):
+    values = np.array([[0, 127, 128, 255]], np.uint8)
+    path = save(tmp_path / "m.png", values)
+    assert read_mask(path).tolist() == [[False, False, True, True]]
+    assert read_mask(path, (1, 4), invert=True).tolist() == [[True, True, False, False]]
+    with pytest.raises(ImageError, match="must have its photo's size 5 x 1, got 4 x 1"):
+        read_mask(path, (1, 5))
+    with pytest.raises(ImageError, match="values above 127, got only 0 and 1"):
+        read_mask(save(tmp_path / "one.png", values // 255))
+
+
+def test_find_images(tmp_path):
+    for name in ("b.png", "a.JPG", "c.txt", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "none").mkdir()
+    names = [p.name for p in find_images(tmp_path)]
+    assert names == ["a.JPG", "b.png"]
+    assert [p.name for p in find_images([tmp_path / "b.png", str(tmp_path / "*.png"), tmp_path])] == names
+    assert find_images(tmp_path / "absent.png") == [tmp_path / "absent.png"]
+    for paths, words in (
+        (tmp_path / "none", "directory .* must hold at least one image .* got 0 other entries"),
+        (str(tmp_path / "*.gif"), "pattern .* must hold at least one image"),
+        ([], "must name at least one file"),
+    ):
+        with pytest.raises(ImageError, match=words):
+            find_images(paths)
+
+
+def test_a_name_with_brackets_is_a_file(tmp_path):
+    path = save(tmp_path / "a[1].png", photo())
+    assert find_images(path) == [path]
+
+
+def test_writers_round_trip(tmp_path):
+    array = photo()
+    np.testing.assert_array_equal(read_image(images.write_png(tmp_path / "new" / "a.png", array)), array)
+    assert (
+        read_mask(images.write_png(tmp_path / "m.png", array[:, :, 0] > 9)).sum()
+        == (array[:, :, 0] > 9).sum()
+    )
+    smooth = np.full((16, 16, 3), (180, 90, 30), np.uint8)
+    got = read_image(images.write_jpeg(tmp_path / "a.jpg", smooth))
+    assert abs(got.astype(int) - smooth).max() < 4
+    images.write_json(tmp_path / "a.json", {"score": 0.5})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"score": 0.5}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = images.write_json(tmp_path / "a.json", [1])
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(images.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        images.write_json(path, [2])
+    assert path.read_text() == "[\n  1\n]\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_rejects_other_arrays(tmp_path):
+    with pytest.raises(ValueError, match=r"array must be uint8 .* got float64 \(2, 2\)"):
+        images.write_png(tmp_path / "a.png", np.zeros((2, 2)))
+
+
+def test_overlay_marks_the_region():
+    image = np.full((10, 10, 3), 100, np.uint8)
+    probability = np.zeros((10, 10), np.float32)
+    probability[:5] = 0.6
+    got = images.overlay(image, probability)
+    assert got.shape == image.shape and got.dtype == np.uint8
+    assert (got[5:] == 100).all() and (got[:5, :, 0] > 150).all()
+    with pytest.raises(ValueError, match=r"the image's size \(10, 10\), got \(9, 10\)"):
+        images.overlay(image, probability[1:])
