@@ -1,28 +1,23 @@
 #include "gemm.h"
 
+#include "vec.h"
+
 namespace frd {
 namespace FRD_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kVecBytes = 64, kMaxRows = 12;
+constexpr int kMaxRows = 12;
 #elif defined(__AVX2__)
-constexpr int kVecBytes = 32, kMaxRows = 6;
+constexpr int kMaxRows = 6;
 #else
-constexpr int kVecBytes = 16, kMaxRows = 4;
+constexpr int kMaxRows = 4;
 #endif
 constexpr int64_t kBlockK =
     384;  // a panel of this depth and the rows that meet it stay in the first two caches
 
 template <class A>
-struct Vec {
-  static constexpr int lanes = kVecBytes / sizeof(A);
-  static constexpr int panel = 2 * lanes;
-  typedef A type __attribute__((vector_size(kVecBytes)));
-  typedef A unaligned __attribute__((vector_size(kVecBytes), aligned(alignof(A)), may_alias));
-  static type load(const A* p) { return *reinterpret_cast<const unaligned*>(p); }
-  static void store(A* p, type v) { *reinterpret_cast<unaligned*>(p) = v; }
-};
+constexpr int64_t kPanel = 2 * Vec<A>::lanes;
 
 // c [ROWS, NV vectors] = (or +=) a * b; a's element (i, k) at a[i * rs + k * cs], b a panel [k][panel].
 // `columns` < NV * lanes: only these are touched in c.
@@ -33,7 +28,7 @@ void micro(const A* a, int64_t rs, int64_t cs, const A* b, A* c, int64_t ldc, in
   typename V::type acc[ROWS][NV] = {};
   for (int64_t p = 0; p < k; ++p) {
     typename V::type right[NV];
-    for (int j = 0; j < NV; ++j) right[j] = V::load(b + p * V::panel + j * V::lanes);
+    for (int j = 0; j < NV; ++j) right[j] = V::load(b + p * kPanel<A> + j * V::lanes);
     const A* left = a + p * cs;
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i)
@@ -98,7 +93,7 @@ Micro<A> micro_for(int64_t rows) {
 template <class A>
 void product(const A* a, int64_t rs, int64_t cs, const A* packed, A* c, int64_t ldc, int64_t m, int64_t n,
              int64_t k, bool accumulate) {
-  constexpr int64_t panel = Vec<A>::panel, lanes = Vec<A>::lanes;
+  constexpr int64_t panel = kPanel<A>, lanes = Vec<A>::lanes;
   if (m <= 0 || n <= 0) return;
   // blocks of nearly equal height, so that none is a thin remainder
   const int64_t blocks = (m + kMaxRows - 1) / kMaxRows, low = m / blocks, taller = m % blocks;
@@ -139,16 +134,8 @@ void run_at(const A* a, int64_t lda, const A* packed, A* c, int64_t ldc, int64_t
 
 template <class A>
 int64_t packed_size(int64_t k, int64_t n) {
-  return (n + Vec<A>::panel - 1) / Vec<A>::panel * Vec<A>::panel * k;
+  return (n + kPanel<A> - 1) / kPanel<A> * kPanel<A> * k;
 }
-
-#if defined(__AVX512F__)
-constexpr int kLaneBits32 = 4;
-#elif defined(__AVX2__)
-constexpr int kLaneBits32 = 3;
-#else
-constexpr int kLaneBits32 = 2;
-#endif
 
 // out [lanes rows, stride panel] = transpose of lanes rows of b (row stride cs): log2(lanes) rounds of
 // interleaving row i with row i + lanes/2.
@@ -156,7 +143,7 @@ template <class A, class Mask>
 void transpose_square(const A* b, int64_t cs, A* out) {
   using V = Vec<A>;
   constexpr int lanes = V::lanes;
-  constexpr int rounds = sizeof(A) == 4 ? kLaneBits32 : kLaneBits32 - 1;
+  constexpr int rounds = lanes == 16 ? 4 : lanes == 8 ? 3 : lanes == 4 ? 2 : 1;
   typedef Mask MaskVec __attribute__((vector_size(kVecBytes)));
   MaskVec low, high;
   for (int i = 0; i < lanes; ++i) {
@@ -177,12 +164,12 @@ void transpose_square(const A* b, int64_t cs, A* out) {
     for (int i = 0; i < lanes; ++i) rows[i] = next[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < lanes; ++i) V::store(out + i * V::panel, rows[i]);
+  for (int i = 0; i < lanes; ++i) V::store(out + i * kPanel<A>, rows[i]);
 }
 
 template <class A, class T>
 void pack_elements(const T* b, int64_t rs, int64_t cs, int64_t k, int64_t columns, A* out) {
-  constexpr int64_t panel = Vec<A>::panel;
+  constexpr int64_t panel = kPanel<A>;
   for (int64_t p = 0; p < k; ++p) {
     for (int64_t j = 0; j < columns; ++j) out[p * panel + j] = load(b[p * rs + j * cs]);
     for (int64_t j = columns; j < panel; ++j) out[p * panel + j] = 0;
@@ -191,7 +178,7 @@ void pack_elements(const T* b, int64_t rs, int64_t cs, int64_t k, int64_t column
 
 template <class A, class T>
 void pack(const T* b, int64_t rs, int64_t cs, int64_t k, int64_t n, A* packed) {
-  constexpr int64_t panel = Vec<A>::panel;
+  constexpr int64_t panel = kPanel<A>;
   for (int64_t j = 0; j < n; j += panel)
     pack_elements<A, T>(b + j * cs, rs, cs, k, n - j < panel ? n - j : panel, packed + j * k);
 }
@@ -200,7 +187,7 @@ void pack(const T* b, int64_t rs, int64_t cs, int64_t k, int64_t n, A* packed) {
 template <class A, class Mask>
 void pack_same(const A* b, int64_t rs, int64_t cs, int64_t k, int64_t n, A* packed) {
   using V = Vec<A>;
-  constexpr int64_t panel = V::panel, lanes = V::lanes;
+  constexpr int64_t panel = kPanel<A>, lanes = V::lanes;
   for (int64_t j = 0; j < n; j += panel) {
     const A* in = b + j * cs;
     A* out = packed + j * k;
@@ -223,9 +210,8 @@ void pack_same(const A* b, int64_t rs, int64_t cs, int64_t k, int64_t n, A* pack
 
 const GemmKernels& gemm_kernels() {
   static const GemmKernels table = {
-      {Vec<float>::panel, kBlockK, packed_size<float>, pack_same<float, int32_t>, run<float>, run_at<float>},
-      {Vec<double>::panel, kBlockK, packed_size<double>, pack_same<double, int64_t>, run<double>,
-       run_at<double>},
+      {kPanel<float>, kBlockK, packed_size<float>, pack_same<float, int32_t>, run<float>, run_at<float>},
+      {kPanel<double>, kBlockK, packed_size<double>, pack_same<double, int64_t>, run<double>, run_at<double>},
       pack<float, bf16>,
       pack<float, f16>,
   };
