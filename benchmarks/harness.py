@@ -1,8 +1,8 @@
 """How a claim is measured: a correctness gate first, then both sides alternated in one process.
 
-A case builds, on one set of tensors, our call, the rivals' calls and a float64 oracle. A call returns the tensors
-that it computed (outputs, and gradients in the forward+backward mode). No time is taken before our tensors have
-been compared with the oracle's.
+A case builds, on one set of tensors, our call, the rivals' calls and a float64 oracle. A call returns the
+tensors that it computed (outputs, and gradients in the forward+backward mode). No time is taken before our
+tensors have been compared with the oracle's.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def relative_error(result: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]
 
 
 def gate(case: Case, providers: Providers) -> dict[str, float]:
-    """Relative errors against float64 by provider; raises GateError where ours is not as good as the rival's."""
+    """Relative errors against float64; raises GateError where ours is over twice the best rival's."""
     exact = providers.oracle()
     errors = {"ours": relative_error(providers.ours(), exact)}
     for name, call in providers.rivals.items():
@@ -146,7 +146,7 @@ def run_case(case: Case, repeats: int = 40) -> dict[str, Any]:
 def with_gradients(
     call: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor], grad: torch.Tensor, mode: str
 ) -> Call:
-    """A call of `mode` over leaf tensors: returns the output, and in forward+backward the inputs' gradients too.
+    """A call of `mode` over leaf tensors: returns the output, in forward+backward the gradients too.
 
     The forward mode runs without autograd, as at inference.
     """
