@@ -2,8 +2,8 @@
 #pragma once
 
 #include <array>
-#include <bit>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -14,7 +14,8 @@ struct ConfusionCounts {
 };
 
 // score: [n]; truth: [n], 0 or 1. A pixel is marked when score > threshold.
-inline ConfusionCounts confusion_counts(const float* score, const uint8_t* truth, int64_t n, float threshold) {
+inline ConfusionCounts confusion_counts(const float* score, const uint8_t* truth, int64_t n,
+                                        float threshold) {
   int64_t tp = 0, marked = 0, positive = 0;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t m = score[i] > threshold, t = truth[i];
@@ -31,7 +32,9 @@ struct AucCounts {
 
 // Order-preserving map of a float (no NaN) to an unsigned integer; -0 and +0 give the same key.
 inline uint32_t ordered_key(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value + 0.0f);
+  value += 0.0f;  // turns -0 into +0
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -1,7 +1,9 @@
-// The small pybind11 module: build information and CPU features. Tensors never pass through it.
+// The small pybind11 module: build information, CPU features, metrics over NumPy arrays. Tensors never pass
+// through it.
 #include <pybind11/pybind11.h>
 
 #include "core/isa.h"
+#include "native/metrics_bind.h"
 
 namespace py = pybind11;
 
@@ -17,4 +19,5 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   m.def("cpu_isa", [] { return frd::isa_name(frd::cpu_isa()); }, "The instruction set the CPU kernels use.");
+  frd::native::bind_metrics(m);
 }

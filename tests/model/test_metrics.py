@@ -133,3 +133,15 @@ def test_errors(implementation, scores, mask, words):
 def test_incomplete_native_module_is_not_used(monkeypatch):
     monkeypatch.setattr(metrics.importlib, "import_module", lambda name: types.ModuleType(name))
     assert metrics._load_native() is None
+
+
+def test_native_refuses_what_it_would_have_to_convert():
+    if metrics._native is None:
+        pytest.skip("frd_kernels._C is not built here")
+    scores, truth = np.zeros(4, np.float32), np.zeros(4, np.uint8)
+    with pytest.raises(TypeError):
+        metrics._native.auc_counts(scores.astype(np.float64), truth)
+    with pytest.raises(TypeError):
+        metrics._native.confusion_counts(np.zeros(8, np.float32)[::2], truth, 0.5)
+    with pytest.raises(ValueError, match="score's size 4, got 3"):
+        metrics._native.auc_counts(scores, truth[:3])
