@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .forge import ForgeOptions, Forger, Forgery
 from .images import EXTENSIONS, PathLike, find_images, read_image, read_mask
-from .transforms import mask_to_tensor, random_look, random_view, resize, to_tensor
+from .transforms import is_coloured, mask_to_tensor, random_look, random_view, resize, to_tensor
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
@@ -38,6 +38,7 @@ class ForgeryDataset(Dataset[Sample]):
         length: samples per epoch.
         zoom: range of the random resize (see `random_view`).
         colour: probability of a colour change of the whole photo.
+        colour_weight: how much more often a colour photo is the host than a grey one.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ForgeryDataset(Dataset[Sample]):
         options: ForgeOptions | None = None,
         zoom: tuple[float, float] = (0.5, 1.25),
         colour: float = 0.5,
+        colour_weight: float = 3.0,
     ) -> None:
         self.photos = list(photos.values()) if isinstance(photos, Mapping) else list(photos)
         if not self.photos:
@@ -65,6 +67,11 @@ class ForgeryDataset(Dataset[Sample]):
         self.options = options or ForgeOptions()
         self.zoom = zoom
         self.colour = colour
+        if not colour_weight > 0:
+            raise ValueError(f"colour_weight must be above 0, got {colour_weight}")
+        self._coloured = np.array([is_coloured(photo) for photo in self.photos])
+        weights = np.where(self._coloured, colour_weight, 1.0)
+        self._host_weights = weights / weights.sum()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -78,16 +85,28 @@ class ForgeryDataset(Dataset[Sample]):
         if not 0 <= index < self.length:
             raise IndexError(f"index must be in [0, {self.length}), got {index}")
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
-        host = int(rng.integers(len(self.photos)))
-        photo = random_look(rng, random_view(rng, self.photos[host], self.size, self.zoom), self.colour)
+        host = int(rng.choice(len(self.photos), p=self._host_weights))
+        photo = self._view(rng, host)
         forger = Forger(rng, self.options)
         if rng.random() < self.authentic:
             return forger.authentic(photo)
-        donor = None
-        if len(self.photos) > 1:
-            other = (host + 1 + int(rng.integers(len(self.photos) - 1))) % len(self.photos)
-            donor = random_look(rng, random_view(rng, self.photos[other], self.size, self.zoom), self.colour)
-        return forger.forge(photo, donor)
+        other = self._donor(rng, host)
+        return forger.forge(photo, None if other is None else self._view(rng, other))
+
+    def _view(self, rng: np.random.Generator, number: int) -> UInt8:
+        view = random_view(rng, self.photos[number], self.size, self.zoom)
+        return random_look(rng, view, self.colour)
+
+    def _donor(self, rng: np.random.Generator, host: int) -> int | None:
+        """Another photo, three times of four a colour one for a colour host and a grey one for a grey host.
+
+        Otherwise colour inside grey would be the easiest cue of many samples, and of no real photo.
+        """
+        others = np.delete(np.arange(len(self.photos)), host)
+        alike = others[self._coloured[others] == self._coloured[host]]
+        if len(alike) and rng.random() < 0.75:
+            others = alike
+        return int(rng.choice(others)) if len(others) else None
 
     def __getitem__(self, index: int) -> Sample:
         forgery = self.forgery(index)

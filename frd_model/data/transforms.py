@@ -48,6 +48,12 @@ def resize(image: UInt8, mask: Bool, size: tuple[int, int]) -> tuple[UInt8, Bool
     return resized, np.asarray(nearest).astype(np.bool_)
 
 
+def is_coloured(photo: UInt8) -> bool:
+    """Whether the channels of a photo differ by more than a few grey levels on average."""
+    sample = photo[::4, ::4].astype(np.int16)
+    return bool((sample.max(axis=2) - sample.min(axis=2)).mean() > 4)
+
+
 def random_view(
     rng: np.random.Generator,
     photo: UInt8,

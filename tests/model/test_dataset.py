@@ -67,6 +67,17 @@ def test_forgery_dataset_share_of_authentic():
         assert low <= sum(not data[i][1].any() for i in range(20)) <= high
 
 
+def test_forgery_dataset_prefers_colour():
+    grey = [photo(i, 64, 64)[:, :, :1].repeat(3, axis=2) for i in range(2)]
+    data = ForgeryDataset([*grey, photo(3), photo(4)], size=32, length=1, colour_weight=3.0)
+    assert data._coloured.tolist() == [False, False, True, True]
+    assert data._host_weights.tolist() == [1 / 8, 1 / 8, 3 / 8, 3 / 8]
+    rng = np.random.default_rng(0)
+    donors = [data._donor(rng, 0) for _ in range(200)]
+    assert 0 not in donors and donors.count(1) > 130 and {2, 3} < set(donors)
+    assert ForgeryDataset([photo(1)], size=32)._donor(rng, 0) is None
+
+
 def test_forgery_dataset_in_workers():
     data = ForgeryDataset([photo(1, 90, 90), photo(2, 90, 90)], size=32, length=6)
     alone = [data[i][0] for i in range(6)]
