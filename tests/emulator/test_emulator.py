@@ -1,0 +1,62 @@
+"""Runs the bodies of the CUDA kernels on the CPU under AddressSanitizer (see block_emulator.h).
+
+Each *.cpp beside this file is a program that exits with 0 where its kernel is right.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+PROGRAMS = sorted(path for path in HERE.glob("*.cpp") if not path.stem.startswith("broken_"))
+
+
+def cuda_include() -> pathlib.Path | None:
+    """Where cuda_runtime.h lies: host-side vector types and the kernel keywords, empty for a host compiler."""
+    nvcc = shutil.which("nvcc")
+    roots = [pathlib.Path(nvcc).resolve().parents[1]] if nvcc else []
+    roots += sorted(pathlib.Path("/usr/local").glob("cuda*"))
+    for include in [root / "include" for root in roots]:
+        if (include / "cuda_runtime.h").exists():
+            return include
+    return None
+
+
+def build(source: pathlib.Path, out: pathlib.Path, *flags: str) -> None:
+    include = cuda_include()
+    if include is None or shutil.which("g++") is None:
+        pytest.skip("needs g++ and the CUDA toolkit's headers")
+    command = ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=address", "-Wno-attributes", *flags]
+    command += [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(include), str(source), "-o", str(out)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-4000:]
+
+
+def execute(program: pathlib.Path) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ, ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
+    return subprocess.run([program], capture_output=True, text=True, timeout=240, env=environment)
+
+
+@pytest.mark.parametrize("source", PROGRAMS, ids=lambda path: path.stem)
+def test_kernel_is_right(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    build(source, tmp_path / "program")
+    result = execute(tmp_path / "program")
+    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("fault", ["FORGET_BARRIER", "OUT_OF_BOUNDS"])
+def test_emulator_sees_faults(fault: str, tmp_path: pathlib.Path) -> None:
+    """The check itself can fail: a missing barrier and an access outside an array are both caught."""
+    build(HERE / "broken_row_energy.cpp", tmp_path / "right")
+    assert execute(tmp_path / "right").returncode == 0
+    build(HERE / "broken_row_energy.cpp", tmp_path / "broken", f"-D{fault}")
+    result = execute(tmp_path / "broken")
+    assert result.returncode != 0
+    if fault == "OUT_OF_BOUNDS":
+        assert "AddressSanitizer" in result.stderr

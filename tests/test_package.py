@@ -1,0 +1,97 @@
+"""The package as a user meets it: where it is imported from, what it reports, what it links against."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import frd_kernels
+
+PACKAGE = pathlib.Path(frd_kernels.__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
+LIBRARIES = sorted(PACKAGE.glob("libfrd_*.so"))
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd=PACKAGE.parent,
+    )
+
+
+@pytest.mark.skipif(not os.environ.get("FRD_TEST_INSTALLED"), reason="working on the tree")
+def test_the_installed_package_is_tested() -> None:
+    assert ROOT not in PACKAGE.parents or ".venv" in PACKAGE.parts
+
+
+def test_backends_name_reasons() -> None:
+    found = frd_kernels.backends()
+    assert set(found) == {"reference", "cpu", "triton", "cuda"}
+    assert found["reference"][0] and found["cpu"][0]
+    assert all(isinstance(reason, str) and reason for _available, reason in found.values())
+
+
+def test_unknown_backend_is_refused() -> None:
+    with (
+        pytest.raises(ValueError, match="backend must be one of reference, cpu, triton, cuda, got 'gpu'"),
+        frd_kernels.use_backend("gpu"),
+    ):
+        pass
+
+
+def test_explicit_backend_never_falls_back() -> None:
+    x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
+    with (
+        frd_kernels.use_backend("triton"),
+        pytest.raises(NotImplementedError, match=r"triton.*was requested"),
+    ):
+        frd_kernels.pdc2d(x, w, kind="angular", padding=1, groups=4)
+
+
+def test_info_prints_json() -> None:
+    result = run_python("-m", "frd_kernels.info", "--json")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["build"]["cpu_isa"] in ("scalar", "avx2", "avx512")
+    assert facts["backends"]["cpu"][0] is True
+
+
+def test_info_prints_without_the_native_library(tmp_path: pathlib.Path) -> None:
+    copy = tmp_path / "frd_kernels"
+    copy.mkdir()
+    for name in ("__init__.py", "_library.py", "backend.py", "info.py"):
+        (copy / name).write_text((PACKAGE / name).read_text())
+    result = subprocess.run(
+        [sys.executable, "-m", "frd_kernels.info"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "libfrd_cpu.so was not built" in result.stdout
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_instruction_set_can_be_capped(isa: str) -> None:
+    result = run_python("-c", "import frd_kernels._C as c; print(c.cpu_isa())", FRD_CPU_ISA=isa)
+    assert result.stdout.strip() in ("scalar", isa)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
+def test_stable_abi_only(library: pathlib.Path) -> None:
+    """No symbol of libtorch's C++ interface and none of Python: one binary serves torch 2.11 and later."""
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    unstable = [n for n in names if re.match(r"_ZN?K?(2at|3c10|5torch)|_?Py", n)]
+    assert not unstable
+    assert any(n.startswith(("torch_", "aoti_torch_")) for n in names)
