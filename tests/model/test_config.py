@@ -1,0 +1,74 @@
+"""The configuration: presets, JSON round trip, and one clear line for everything that cannot be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from frd_model import PRESETS, FRDNetConfig
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "lite"])
+def test_survives_json(preset: str) -> None:
+    config = PRESETS[preset]
+    assert FRDNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_paper_and_released_differ_where_equations_and_code_do() -> None:
+    differing = {line.split(":")[0] for line in PRESETS["paper"].differences(PRESETS["released"])}
+    assert differing == {"variant", "decoder_kernel", "decoder_skip"}
+
+
+def test_missing_fields_take_defaults() -> None:
+    assert FRDNetConfig.from_dict({"blocks": 2}) == FRDNetConfig(blocks=2)
+
+
+def test_replace_checks_again() -> None:
+    assert PRESETS["paper"].replace(blocks=1).blocks == 1
+    with pytest.raises(ValueError, match=r"blocks: must be an integer of at least 0, got -1"):
+        PRESETS["paper"].replace(blocks=-1)
+
+
+def test_configurations_are_frozen_and_hashable() -> None:
+    assert len({PRESETS["paper"], FRDNetConfig()}) == 1
+    with pytest.raises(AttributeError):
+        FRDNetConfig().blocks = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depth": 3}, "unknown field 'depth'"),
+        ({"encoder": ""}, "encoder: the name of a backbone is needed, got ''"),
+        ({"variant": "code"}, "variant: must be one of paper, released, got 'code'"),
+        ({"norm": "layer"}, "norm: must be one of group, batch, none, got 'layer'"),
+        ({"decoder": "unet"}, "decoder: must be one of deconv, pyramid, got 'unet'"),
+        ({"stem": True}, "stem: must be one of none, pdc, got True"),
+        ({"icm": 1}, "icm: must be true or false, got 1"),
+        ({"blocks": True}, "blocks: must be an integer of at least 0, got True"),
+        ({"stages": [4, 3]}, "stages: must be ascending integers from 1 on"),
+        ({"stages": []}, "stages: must be ascending integers from 1 on"),
+        ({"grids": [[8, 8], [4, 4]]}, "grids: must be three pairs"),
+        ({"grids": [[8, 8], [4, 4], [2, 0]]}, "grids: must be three pairs"),
+        ({"decoder_widths": [256, 0]}, "decoder_widths: must be integers of at least 1"),
+        ({"decoder_kernel": 5}, "decoder_kernel: must be 2, 3 or 4, got 5"),
+        ({"drop_path": 1.0}, "drop_path: must lie in [0, 1), got 1.0"),
+        ({"mlp_ratio": 0}, "mlp_ratio: must be above 0, got 0"),
+        ({"layer_scale": "small"}, "layer_scale: must be a number or None, got 'small'"),
+        ({"angular": False, "central": False}, "a DPM needs at least one of its two PDC blocks"),
+        ({"stem": "pdc", "stem_central": 0, "stem_angular": 0}, "a pdc stem needs at least one channel"),
+        ({"decoder": "pyramid", "decoder_skip": True}, "belongs to the deconv decoder only"),
+    ],
+)
+def test_refuses_in_one_line(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        FRDNetConfig.from_dict(values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_needs_a_mapping() -> None:
+    with pytest.raises(TypeError, match="a mapping is needed, got list"):
+        FRDNetConfig.from_dict([("blocks", 2)])  # type: ignore[arg-type]

@@ -1,0 +1,240 @@
+"""FRD-Net: composition, every switch, any image size, both backends, compilation, training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import frd_kernels as fk
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from frd_model import FRDNet, create_model
+from frd_model.blocks import FRDBlock, Mixer
+from frd_model.config import PRESETS, FRDNetConfig
+
+# Small enough for a test and with blocks that matter: the presets' layer scale of 1e-5 would hide them.
+SMALL: dict[str, dict[str, Any]] = {
+    "paper": {"blocks": 2, "mlp_ratio": 1.0, "decoder_widths": [16, 16, 8, 8], "layer_scale": 1.0},
+    "released": {"blocks": 2, "mlp_ratio": 1.0, "decoder_widths": [16, 16, 8, 8], "layer_scale": 1.0},
+    "lite": {"layer_scale": 1.0},
+}
+PRESET_NAMES = list(SMALL)
+
+
+def small_model(preset: str, **overrides: Any) -> FRDNet:
+    torch.manual_seed(0)
+    return create_model("frdnet_mit_b0", preset=preset, **{**SMALL[preset], **overrides}).eval()
+
+
+def photo(*size: int, seed: int = 1) -> Tensor:
+    """Noise over a smooth ramp: content at low and at high frequencies."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(2, 3, *size, generator=generator)
+    return noise + torch.linspace(-1, 1, size[1])
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize("size", [(64, 64), (33, 47), (1, 1), (96, 31)])
+def test_logits_have_the_size_of_the_image(preset: str, size: tuple[int, int]) -> None:
+    with torch.no_grad():
+        logits = small_model(preset)(photo(*size))
+    assert logits.shape == (2, 1, *size)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_odd_sizes_are_extended_by_their_last_pixels(preset: str) -> None:
+    model, images = small_model(preset), photo(40, 50)
+    extended = F.pad(images, (0, 14, 0, 24), mode="replicate")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), model(extended)[..., :40, :50])
+
+
+def test_images_of_a_batch_do_not_mix() -> None:
+    model, images = small_model("lite"), photo(64, 64)
+    with torch.no_grad():
+        together, alone = model(images), model(images[1:])
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(3, 8, 8), ValueError, r"images: must be \[B, 3, H, W\] with H, W >= 1, got \[3, 8, 8\]"),
+        (torch.zeros(1, 1, 8, 8), ValueError, r"got \[1, 1, 8, 8\]"),
+        (torch.zeros(1, 3, 0, 8), ValueError, r"got \[1, 3, 0, 8\]"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "must be floating point, got torch.uint8"),
+    ],
+)
+def test_other_inputs_are_refused(images: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small_model("lite")(images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet"}, "name: must be frdnet_ENCODER, such as frdnet_mit_b2, got 'resnet'"),
+        ({"preset": "tiny"}, "preset: must be one of paper, released, lite, got 'tiny'"),
+        ({"colour": "red"}, "unknown field 'colour'"),
+    ],
+)
+def test_unknown_models_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(**arguments)
+
+
+def test_a_block_is_two_scaled_residual_branches_and_a_norm() -> None:
+    torch.manual_seed(0)
+    block = FRDBlock(16, FRDNetConfig(layer_scale=0.5, variant="released")).eval()
+    x = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        block.scale2 *= 3
+        y = x + 0.5 * block.mixer(F.group_norm(x, 1))
+        hidden = torch.einsum("oc,bchw->bohw", block.mlp.fc1.weight.flatten(1), F.group_norm(y, 1))
+        hidden = F.gelu(hidden + block.mlp.fc1.bias.view(-1, 1, 1))
+        y = y + 1.5 * F.conv2d(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias)
+        torch.testing.assert_close(block(x), F.group_norm(y, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_mixer_clusters_the_first_half_and_differences_the_second() -> None:
+    torch.manual_seed(0)
+    mixer = Mixer(16, FRDNetConfig()).eval()
+    x = torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        first, second = mixer.enter(x).split(8, dim=1)
+        with fk.use_backend("reference"):
+            macro = mixer.macro(mixer.icm(first))
+            y = second + mixer.dpm.angular.point(F.relu(mixer.dpm.angular.pdc(second)))
+            micro = mixer.dpm.central.point(F.relu(mixer.dpm.central.pdc(y)))
+        want = mixer.leave(torch.cat((macro, micro), dim=1))
+        torch.testing.assert_close(mixer(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "present", "absent"),
+    [
+        ({}, {"ICM", "DPM"}, set()),
+        ({"icm": False}, {"DPM"}, {"ICM"}),
+        ({"dpm": False}, {"ICM"}, {"DPM", "PDCBlock2d"}),
+        ({"icm": False, "dpm": False}, {"Mixer"}, {"ICM", "DPM", "PDCBlock2d"}),
+        ({"angular": False}, {"ICM", "PDCBlock2d"}, {"DPM"}),
+        ({"central": False}, {"ICM", "PDCBlock2d"}, {"DPM"}),
+        ({"blocks": 0}, set(), {"Mixer", "ICM", "DPM"}),
+        ({"norm": "batch"}, {"BatchNorm2d"}, {"GroupNorm"}),
+        ({"norm": "none", "layer_scale": None}, {"ICM"}, {"GroupNorm", "BatchNorm2d"}),
+    ],
+)
+def test_every_component_switches_off(
+    overrides: dict[str, Any], present: set[str], absent: set[str]
+) -> None:
+    model = small_model("paper", **overrides)
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert present <= kinds and not absent & kinds
+    with torch.no_grad():
+        logits = model(photo(32, 32))
+        assert overrides == {} or not torch.equal(logits, small_model("paper")(photo(32, 32)))
+    assert logits.shape == (2, 1, 32, 32)
+
+
+def test_the_remaining_pdc_block_keeps_its_residual() -> None:
+    angular = small_model("paper", central=False).blocks[0].mixer.dpm
+    central = small_model("paper", angular=False).blocks[0].mixer.dpm
+    assert (angular.pdc.kind, angular.residual) == ("angular", True)
+    assert (central.pdc.kind, central.residual) == ("central", False)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"trace_width": 0},
+        {"stem": "none"},
+        {"stem_angular": 0},
+        {"stages": [2, 4]},
+        {"stages": [1, 2, 3]},
+        {"encoder": "resnet18"},
+        {"icm_alpha": 0.5},
+    ],
+)
+def test_options_of_the_small_net(overrides: dict[str, Any]) -> None:
+    model = FRDNet(PRESETS["lite"].replace(**overrides)).eval()
+    with torch.no_grad():
+        assert model(photo(40, 64)).shape == (2, 1, 40, 64)
+    if "icm_alpha" in overrides:
+        assert model.blocks[0].mixer.icm.alpha.item() == 0.5
+
+
+@pytest.mark.parametrize(("kernel", "skip"), [(2, False), (3, True), (4, False)])
+def test_every_transposed_convolution_doubles_the_size(kernel: int, skip: bool) -> None:
+    model = small_model("paper", decoder_kernel=kernel, decoder_skip=skip)
+    with torch.no_grad():
+        assert model.logits(photo(64, 96)).shape == (2, 1, 64, 96)
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+@pytest.mark.parametrize(
+    # Both sum in another order. In float64 that is far below any gap between two cosines of random data, so
+    # labels agree; in float32 an error of 1e-6 per layer grows over the residual stack and its norms.
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-9), (torch.float32, 2e-3)],
+)
+def test_fused_and_reference_give_the_same_logits(preset: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, images = small_model(preset).to(dtype), photo(160, 192).to(dtype)
+    with torch.no_grad():
+        fused = model(images)
+        with fk.use_backend("reference"):
+            reference = model(images)
+        scale = reference.std().item()
+        without = copy.deepcopy(model)
+        without.blocks = without.blocks[:1]
+        effect = (without(images) - reference).abs().max().item()
+    assert effect > 0.1 * scale, "the blocks must matter, else this compares nothing"
+    torch.testing.assert_close(fused, reference, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_channels_last_gives_the_same_logits(preset: str) -> None:
+    model, images = small_model(preset), photo(64, 64)
+    with torch.no_grad():
+        plain = model(images)
+        last = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, plain, rtol=0, atol=2e-3 * plain.std().item())
+
+
+@pytest.mark.parametrize("preset", PRESET_NAMES)
+def test_every_parameter_gets_a_gradient(preset: str) -> None:
+    model = small_model(preset).train()
+    model(photo(64, 64)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    # Paper: keys learn through the dense similarities of the dispatch alone (no gradient through labels).
+    silent = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+    assert silent == []
+
+
+def test_the_small_net_learns_to_see_noise() -> None:
+    torch.manual_seed(0)
+    model = create_model("frdnet_mit_b0", preset="lite").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[0, :, 8:40, 8:40] = 1
+    mask[1, :, 20:60, 24:56] = 1
+    images = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64) + 0.3 * mask * torch.randn(2, 3, 64, 64)
+    losses = []
+    for _ in range(25):
+        loss = F.binary_cross_entropy_with_logits(model(images), mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_compiles_whole() -> None:
+    model, images = small_model("lite"), photo(64, 64)[:1]
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-3)
