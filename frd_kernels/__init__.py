@@ -5,8 +5,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 try:
-    from . import _library  # noqa: F401  loads the operators
+    from . import _library, reference  # noqa: F401  _library loads the operators
     from .backend import backends, use_backend
+    from .icm import ICM, ClusterResult, cluster, icm
+    from .pdc import PDC2d, pdc2d, pdc_weight
+    from .pdc_block import DPM, PDCBlock2d, pdc_block
 except ImportError as _error:
     # The import goes on without the native library so that `python -m frd_kernels.info` can say why.
     _problem = str(_error)
@@ -15,4 +18,18 @@ except ImportError as _error:
         raise ImportError(_problem)
 
 
-__all__ = ["backends", "use_backend"]
+__all__ = [
+    "DPM",
+    "ICM",
+    "ClusterResult",
+    "PDC2d",
+    "PDCBlock2d",
+    "backends",
+    "cluster",
+    "icm",
+    "pdc2d",
+    "pdc_block",
+    "pdc_weight",
+    "reference",
+    "use_backend",
+]

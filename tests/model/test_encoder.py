@@ -1,4 +1,4 @@
-"""The MiT encoder against a plain forward pass written over the original checkpoint's names, and its loaders."""
+"""The MiT encoder against a plain forward pass over the original checkpoint's names, and its loaders."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_a_timm_backbone_serves_as_encoder(tmp_path: Path, images: Tensor) -> No
 
 
 def test_unknown_encoders_are_refused() -> None:
-    with pytest.raises(ValueError, match="encoder: timm gives no maps .* of 'mit_b9'"):
+    with pytest.raises(ValueError, match=r"encoder: timm gives no maps .* of 'mit_b9'"):
         create_encoder("mit_b9", 3, (4,), 0.1)
     with pytest.raises(ValueError, match=r"stages: mit_b0 has stages 1 to 4, got \(5,\)"):
         create_encoder("mit_b0", 3, (5,), 0.1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import frd_kernels as fk
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import frd_kernels as fk
 from frd_model import FRDNet, create_model
 from frd_model.blocks import FRDBlock, Mixer
 from frd_model.config import PRESETS, FRDNetConfig
@@ -128,9 +128,7 @@ def test_the_mixer_clusters_the_first_half_and_differences_the_second() -> None:
         ({"norm": "none", "layer_scale": None}, {"ICM"}, {"GroupNorm", "BatchNorm2d"}),
     ],
 )
-def test_every_component_switches_off(
-    overrides: dict[str, Any], present: set[str], absent: set[str]
-) -> None:
+def test_every_component_switches_off(overrides: dict[str, Any], present: set[str], absent: set[str]) -> None:
     model = small_model("paper", **overrides)
     kinds = {type(m).__name__ for m in model.modules()}
     assert present <= kinds and not absent & kinds
