@@ -18,7 +18,7 @@ PROGRAMS = sorted(path for path in HERE.glob("*.cpp") if not path.stem.startswit
 
 
 def cuda_include() -> pathlib.Path | None:
-    """Where cuda_runtime.h lies: host-side vector types and the kernel keywords, empty for a host compiler."""
+    """Where cuda_runtime.h lies: vector types, and the kernel keywords, empty for a host compiler."""
     nvcc = shutil.which("nvcc")
     roots = [pathlib.Path(nvcc).resolve().parents[1]] if nvcc else []
     roots += sorted(pathlib.Path("/usr/local").glob("cuda*"))
