@@ -53,7 +53,7 @@ def test_explicit_backend_never_falls_back() -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
     with (
         frd_kernels.use_backend("triton"),
-        pytest.raises(NotImplementedError, match=r"triton.*was requested"),
+        pytest.raises(NotImplementedError, match="'triton' was requested"),
     ):
         frd_kernels.pdc2d(x, w, kind="angular", padding=1, groups=4)
 
