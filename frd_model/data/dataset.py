@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -157,14 +158,21 @@ class PairDataset(Dataset[Sample]):
         return to_tensor(image), mask_to_tensor(mask)
 
     def check(self) -> list[str]:
-        """One line for each pair that is unreadable, of two sizes, or has an empty or inverted mask."""
+        """One line for each pair that is unreadable, of two sizes, has an empty or inverted mask, or a twin."""
         problems = []
+        seen: dict[bytes, Path] = {}
         for index, pair in enumerate(self.pairs):
             try:
                 _, mask = self.load(index)
             except ValueError as error:
                 problems.append(str(error))
                 continue
+            digest = hashlib.sha256(pair.image.read_bytes()).digest()
+            if digest in seen:
+                problems.append(
+                    f"photo {str(pair.image)!r} must stand once, got the same file as {str(seen[digest])!r}"
+                )
+            seen.setdefault(digest, pair.image)
             share = float(mask.mean())
             if pair.mask is not None and share == 0:
                 problems.append(f"mask {str(pair.mask)!r} must mark edited pixels, got none above 127")

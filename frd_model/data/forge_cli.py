@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `frd forge`."""
     parser.add_argument("photos", nargs="*", help="authentic photos: files, directories, patterns")
     parser.add_argument(
-        "--samples", choices=[*SPLITS, "all"], help="use the sample photos of a split instead"
+        "--sample", choices=[*sorted(SPLITS), "all"], help="use the sample photos of a split instead"
     )
     parser.add_argument("--out", required=True, help="folder for images/, masks/ and manifest.json")
     parser.add_argument("--count", type=int, default=100, help="number of images (default: %(default)s)")
@@ -129,14 +129,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`frd forge`: status 0, 1 when a photo could not be used or nothing was made, 2 for bad usage."""
-    if bool(args.photos) == bool(args.samples):
-        print("frd forge: give either photos or --samples", file=sys.stderr)
+    if bool(args.photos) == bool(args.sample):
+        print("frd forge: give either photos or --sample", file=sys.stderr)
         return 2
     if args.size is not None and args.size < MIN_SIDE:
         print(f"frd forge: --size must be at least {MIN_SIDE}, got {args.size}", file=sys.stderr)
         return 2
     try:
-        photos, failed = (sample_photos(args.samples), 0) if args.samples else _read_photos(args.photos)
+        photos, failed = (sample_photos(args.sample), 0) if args.sample else _read_photos(args.photos)
         items = forge_folder(
             photos, args.out, args.count, args.seed, args.kinds, args.size, args.authentic, args.format
         )

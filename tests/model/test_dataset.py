@@ -1,10 +1,11 @@
+import argparse
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from frd_model.data import photos
+from frd_model.data import check_cli, photos
 from frd_model.data.dataset import DatasetError, FolderDataset, ForgeryDataset, JsonDataset, ManiDataset
 from frd_model.data.images import ImageError, write_jpeg, write_png
 from frd_model.data.transforms import MEAN, STD, random_look, random_view, resize, to_image, to_tensor
@@ -131,6 +132,26 @@ def test_folder_stray_mask_and_wrong_size(folders):
 def test_folder_empty_mask_is_reported(folders):
     write_png(folders / "Gt" / "b_gt.png", np.zeros((80, 100), bool))
     assert "must mark edited pixels, got none" in ManiDataset(folders).check()[0]
+
+
+def check(*flags):
+    parser = argparse.ArgumentParser()
+    check_cli.add_arguments(parser)
+    return check_cli.run(parser.parse_args(["check", *map(str, flags)]))
+
+
+def test_check_command(folders, capsys):
+    assert check("--mani", folders) == 0
+    assert "2 photos, 0 of them untouched, 0 findings" in capsys.readouterr().out
+    assert check("--images", folders / "Tp", "--masks", folders / "Gt", "--invert-masks") == 1
+    assert capsys.readouterr().out.count("(inverted?)") == 2
+    (folders / "Tp" / "c.jpg").write_bytes((folders / "Tp" / "a.jpg").read_bytes())
+    flags = ("--images", folders / "Tp", "--masks", folders / "Gt")
+    assert check(*flags) == 1
+    assert "must have a mask of its name" in capsys.readouterr().err
+    assert check(*flags, "--allow-authentic") == 1
+    assert "c.jpg' must stand once, got the same file as" in capsys.readouterr().out
+    assert check("--images", folders / "Tp") == 2
 
 
 def write_list(path, value):

@@ -153,5 +153,7 @@ def test_command(tmp_path, capsys):
     assert command(str(tmp_path / "in"), "--out", out, "--count", "3") == 1
     assert "c.png' must be an image file" in capsys.readouterr().err
     assert command("--out", out) == 2
+    assert command("--sample", "val", "--out", out, "--count", "2", "--size", "64", "--format", "jpg") == 0
+    assert "2 images from 2 photos" in capsys.readouterr().out
     assert command(str(tmp_path / "in"), "--out", out, "--size", "8") == 2
     assert command(str(tmp_path / "none.png"), "--out", out) == 1

@@ -1,5 +1,5 @@
+import errno
 import json
-import os
 
 import cv2
 import numpy as np
@@ -93,13 +93,34 @@ def test_bad_files(tmp_path):
         assert str(tmp_path) in str(caught.value)
 
 
-def test_unreadable(tmp_path):
+def test_unreadable(tmp_path, monkeypatch):
     path = save(tmp_path / "a.png", photo())
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("this user reads every file")
-    with pytest.raises(ImageError, match="must be a readable file, got: Permission denied"):
+
+    def refuse(*_args, **_options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # a mode of 0 would not stop root
+    with pytest.raises(ImageError, match=r"a\.png' must be a readable file, got: Permission denied"):
         read_image(path)
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "webp", "gif"])
+def test_damaged_files_raise_nothing_else(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    Image.fromarray(photo(40, 50)).save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for turn in range(24):
+        data = bytearray(whole[: int(rng.integers(1, len(whole)))] if turn % 2 else whole)
+        for place in rng.integers(0, min(len(data), 150), 4 if turn % 2 == 0 else 0):
+            data[place] = int(rng.integers(256))
+        path.write_bytes(data)
+        try:
+            read_image(path)
+        except ImageError as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 8
 
 
 def test_pixel_limit(tmp_path, monkeypatch):

@@ -1,0 +1,49 @@
+"""The `frd data check` command: what in a data set cannot be used or looks wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .dataset import FolderDataset, JsonDataset, ManiDataset, PairDataset
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sub-commands of `frd data`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = actions.add_parser("check", help="pairing by name, sizes, empty and inverted masks, duplicates")
+    which = check.add_mutually_exclusive_group(required=True)
+    which.add_argument("--images", metavar="DIR", help="folder of photos; needs --masks")
+    which.add_argument("--json", metavar="FILE", help='list of [image, mask or "Negative"]')
+    which.add_argument("--mani", metavar="DIR", help="folder with Tp (photos) and Gt (masks)")
+    check.add_argument("--masks", metavar="DIR", help="folder of masks, paired with the photos by name")
+    check.add_argument("--allow-authentic", action="store_true", help="photos without a mask are untouched")
+    check.add_argument("--invert-masks", action="store_true", help="the masks are black where edited")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`frd data check`: status 0 without a finding, 1 with one, 2 for bad usage."""
+    if (args.images is None) != (args.masks is None):
+        print("frd data check: --images and --masks go together", file=sys.stderr)
+        return 2
+    try:
+        dataset = _open(args)
+    except ValueError as error:
+        print(f"frd data check: {error}", file=sys.stderr)
+        return 1
+    problems = dataset.check()
+    for problem in problems:
+        print(problem)
+    authentic = sum(pair.mask is None for pair in dataset.pairs)
+    print(f"{len(dataset)} photos, {authentic} of them untouched, {len(problems)} findings")
+    return 1 if problems else 0
+
+
+def _open(args: argparse.Namespace) -> PairDataset:
+    if args.json is not None:
+        return JsonDataset(args.json, invert_masks=args.invert_masks)
+    if args.mani is not None:
+        return ManiDataset(args.mani, invert_masks=args.invert_masks)
+    return FolderDataset(
+        args.images, args.masks, allow_authentic=args.allow_authentic, invert_masks=args.invert_masks
+    )
