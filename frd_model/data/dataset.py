@@ -158,7 +158,7 @@ class PairDataset(Dataset[Sample]):
         return to_tensor(image), mask_to_tensor(mask)
 
     def check(self) -> list[str]:
-        """One line for each pair that is unreadable, of two sizes, has an empty or inverted mask, or a twin."""
+        """One line for each pair that is unreadable, of two sizes, stands twice, or has an odd mask."""
         problems = []
         seen: dict[bytes, Path] = {}
         for index, pair in enumerate(self.pairs):
