@@ -243,5 +243,5 @@ def overlay(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) 
     )
     grey = image.mean(axis=2, dtype=np.float32, keepdims=True)
     base = 0.5 * image + 0.5 * grey
-    weight = (strength * np.sqrt(p))[:, :, None]
+    weight = (strength * p)[:, :, None]
     return np.rint(base * (1 - weight) + ramp * weight).astype(np.uint8)
