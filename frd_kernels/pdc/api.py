@@ -92,6 +92,8 @@ def run(
         if torch.is_autocast_enabled(x.device.type):
             return _autocast_reference(x, weight, bias, geometry)
         return reference.run(x, weight, bias, geometry)
+    if is_depthwise(weight, geometry.groups):
+        return ops.pdc2d_depthwise(x, weight, bias, geometry)
     if plain is None:
         plain = plain_weight(weight, geometry)
     return F.conv2d(
