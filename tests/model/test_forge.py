@@ -71,6 +71,19 @@ def test_flat_photos_still_give_a_forgery():
         assert Forger(1).forge(flat, flat, kind).mask.any()
 
 
+@pytest.mark.parametrize("kind", ["copy_move", "removal"])
+def test_edits_that_change_nothing_are_drawn_again(kind):
+    """Half of the photo is clear sky, where a removal or a copy of more sky leaves nothing to find."""
+    host = photo(3)
+    host[:, :64] = 120
+    options = ForgeOptions(**PLAIN, hard_border=1.0, local_trace=0.0, colour=0.0, follow_content=0.0)
+    changes = []
+    for seed in range(30):
+        result = Forger(seed, options).forge(host, None, kind)
+        changes.append(np.abs(result.image.astype(int) - host)[result.mask].mean())
+    assert sum(change < 4 for change in changes) <= 2
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_cover_the_asked_area(shape):
     rng = np.random.default_rng(2)
