@@ -14,12 +14,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("frd_model.predict_command", "find the edited pixels of photos"),
     "train": ("frd_model.train_command", "train a network from a configuration file"),
     "evaluate": ("frd_model.evaluate", "score a checkpoint on images with known masks"),
-    "forge": ("frd_model.data.forge_command", "make forged images with masks from authentic photos"),
+    "forge": ("frd_model.data.forge_cli", "make forged images with masks from authentic photos"),
 }
 
 # Commands of frd_kernels that parse their own arguments: main(argv) -> exit status.
 PASSED_ON: dict[str, tuple[str, str]] = {
-    "bench": ("frd_kernels.benchmarks", "measure the kernels against plain PyTorch"),
+    "bench": ("frd_kernels.benchmarks.cpu", "measure the kernels against plain PyTorch"),
     "info": ("frd_kernels.info", "print versions, backends and build facts"),
 }
 

@@ -128,21 +128,30 @@ class Trainer:
         return self.history[-1] if self.history else {}
 
     def validate(self, board: Any = None) -> dict[str, float]:
-        """Mean per-image figures on the validation set, with the averaged weights where ema is on."""
+        """Mean figures of the forged validation images, and the share of pixels falsely marked in untouched ones.
+
+        With the averaged weights where ema is on.
+        """
         self.model.eval()
         context = self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext()
-        rows, panels = [], []
+        rows, alarms, panels = [], [], []
         with context, torch.inference_mode():
             for image, mask in DataLoader(self.val_data, batch_size=1):  # type: ignore[arg-type]
                 probability = self._forward(image.to(self.device)).float().sigmoid().cpu()
+                if not mask.any():
+                    alarms.append(float((probability > 0.5).float().mean()))
+                    continue
                 rows.append(image_metrics(probability[0, 0].numpy(), mask[0, 0].numpy() > 0.5))
-                if len(panels) < self.config.images_logged and mask.any():
+                if len(panels) < self.config.images_logged:
                     panels.append(_panel(image, mask, probability))
         self.model.train()
         if board is not None:
             for i, panel in enumerate(panels):
                 board.add_image(f"val/{i}", panel, self.epoch)
-        return {f"val/{k}": float(v) for k, v in aggregate(rows).items()}
+        figures = {f"val/{k}": float(v) for k, v in aggregate(rows).items()}
+        if alarms:
+            figures["val/false_alarm"] = sum(alarms) / len(alarms)
+        return figures
 
     def resume(self) -> None:
         """Take up the state in last.pt. Raises TrainingError when it belongs to another configuration."""
@@ -192,7 +201,7 @@ class Trainer:
         """One update from image [B, 3, H, W] and mask [B, 1, H, W]; returns the loss and the gradient's norm."""
         logits = self._forward(image.to(self.device)).float()
         loss = self.loss(logits, mask.to(self.device))["total"]
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss became {value} in epoch {self.epoch + 1}, step {step + 1}; "
@@ -240,7 +249,7 @@ class Trainer:
         merit = (figures["val/auc"] + figures["val/permute_f1"]) / 2
         improved = merit > self.best
         self.best = max(self.best, merit)
-        metadata = {"epoch": str(self.epoch), "seed": str(self.config.seed), "merit": f"{merit:.4f}"}
+        metadata = {"epoch": self.epoch, "figures": figures, "training": self.config.to_dict()}
         with self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext():
             save_model(self.model, self.output / "last.safetensors", metadata)
             if improved:

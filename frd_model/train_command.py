@@ -38,10 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from frd_model.train import Trainer
     from frd_model.train_config import load_config
 
     config = load_config(args.config, overrides(args))
+    # After the configuration has been read: a typing mistake in it should not wait for torch.
+    from frd_model.train import Trainer
+
     trainer = Trainer(config)
     if args.resume:
         trainer.resume()
