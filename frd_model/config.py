@@ -11,6 +11,14 @@ VARIANTS = ("paper", "released")
 NORMS = ("group", "batch", "none")
 DECODERS = ("deconv", "pyramid")
 STEMS = ("none", "pdc")
+ENCODER_INPUTS = ("planes", "trace")
+CHOICES = (
+    ("variant", VARIANTS),
+    ("norm", NORMS),
+    ("decoder", DECODERS),
+    ("stem", STEMS),
+    ("encoder_input", ENCODER_INPUTS),
+)
 
 
 @dataclass(frozen=True)
@@ -35,15 +43,18 @@ class FRDNetConfig:
         norm: normalisation of the FRD blocks: ``"group"`` (one group), ``"batch"`` or ``"none"``.
         block_norm: one more normalisation after every block, as the authors' code has it.
         layer_scale: initial value of the per-channel scale of both residual branches; None leaves it out.
-        decoder: ``"deconv"`` (transposed convolutions up to full size) or ``"pyramid"`` (all stages in use
-            are summed at the finest one's size and joined by a high-resolution branch on the stem).
+        decoder: ``"deconv"`` (transposed convolutions up to full size) or ``"pyramid"`` (all stages in use and
+            the trace branch are summed at the finest size; needs nothing pretrained).
         decoder_widths: channels between the transposed convolutions. One more convolution than widths, each
             doubling the size: four widths go from 1/32 to full size.
         decoder_kernel: kernel of the transposed convolutions: 4 (padding 1), 3 (padding and output padding 1)
             or 2 (no padding).
         decoder_skip: ``"deconv"`` only: feed the encoder's last features beside those of the last block.
         pyramid_width: ``"pyramid"`` only: channels of the summed maps.
-        trace_width: ``"pyramid"`` only: channels of the high-resolution branch; 0 leaves it out.
+        trace_widths: ``"pyramid"`` only: channels of the trace branch at 1/2, 1/4, ... of the image's size;
+            empty leaves it out.
+        encoder_input: ``"planes"`` (the stem's output, or RGB) or ``"trace"`` (the trace branch at half size,
+            which makes every stage twice as coarse and the encoder four times as cheap).
     """
 
     encoder: str = "mit_b2"
@@ -52,6 +63,7 @@ class FRDNetConfig:
     stem: str = "none"
     stem_central: int = 12
     stem_angular: int = 4
+    stem_gain: float | None = None
     blocks: int = 4
     mlp_ratio: float = 4.0
     variant: str = "paper"
@@ -69,7 +81,8 @@ class FRDNetConfig:
     decoder_kernel: int = 4
     decoder_skip: bool = False
     pyramid_width: int = 64
-    trace_width: int = 32
+    trace_widths: tuple[int, ...] = ()
+    encoder_input: str = "planes"
 
     def __post_init__(self) -> None:
         _check(self)
@@ -133,12 +146,12 @@ def _check(c: FRDNetConfig) -> None:
         "the name of a backbone is needed",
         c.encoder,
     )
-    for name, choices in (("variant", VARIANTS), ("norm", NORMS), ("decoder", DECODERS), ("stem", STEMS)):
+    for name, choices in CHOICES:
         value = getattr(c, name)
         _need(value in choices, name, f"must be one of {', '.join(choices)}", value)
     for name in ("icm", "dpm", "angular", "central", "block_norm", "decoder_skip"):
         _need(isinstance(getattr(c, name), bool), name, "must be true or false", getattr(c, name))
-    for name in ("stem_central", "stem_angular", "blocks", "trace_width"):
+    for name in ("stem_central", "stem_angular", "blocks"):
         _need(_is_int(getattr(c, name), 0), name, "must be an integer of at least 0", getattr(c, name))
     _need(_is_int(c.pyramid_width, 1), "pyramid_width", "must be an integer of at least 1", c.pyramid_width)
     _check_values(c)
@@ -172,7 +185,9 @@ def _check_values(c: FRDNetConfig) -> None:
     )
     _need(_is_number(c.drop_path) and 0 <= c.drop_path < 1, "drop_path", "must lie in [0, 1)", c.drop_path)
     _need(_is_number(c.mlp_ratio) and c.mlp_ratio > 0, "mlp_ratio", "must be above 0", c.mlp_ratio)
-    for name in ("layer_scale", "icm_alpha"):
+    widths = c.trace_widths
+    _need(widths == () or _is_int_tuple(widths, 1), "trace_widths", "must be integers of at least 1", widths)
+    for name in ("layer_scale", "icm_alpha", "stem_gain"):
         value = getattr(c, name)
         _need(value is None or _is_number(value), name, "must be a number or None", value)
 
@@ -196,6 +211,18 @@ def _check_combinations(c: FRDNetConfig) -> None:
         "belongs to the deconv decoder only",
         c.decoder_skip,
     )
+    _need(
+        c.decoder == "pyramid" or not c.trace_widths,
+        "trace_widths",
+        "belongs to the pyramid decoder only",
+        c.trace_widths,
+    )
+    _need(
+        c.encoder_input == "planes" or len(c.trace_widths) > 0,
+        "encoder_input",
+        "the trace branch needs at least one of trace_widths",
+        c.encoder_input,
+    )
 
 
 #: ``paper``: the equations; counts that match the paper's Table 2. ``released``: the authors' code, whose
@@ -205,13 +232,17 @@ PRESETS: dict[str, FRDNetConfig] = {
     "released": FRDNetConfig(variant="released", decoder_kernel=3, decoder_skip=True),
     "lite": FRDNetConfig(
         encoder="mit_b0",
-        stages=(1, 2, 3, 4),
+        stages=(1, 2, 3),
         drop_path=0.0,
         stem="pdc",
+        stem_gain=8.0,
         blocks=2,
         mlp_ratio=2.0,
         # Nothing here is pretrained, so the blocks must carry signal from the first step on.
         layer_scale=0.1,
         decoder="pyramid",
+        pyramid_width=48,
+        trace_widths=(32, 48, 64),
+        encoder_input="trace",
     ),
 }

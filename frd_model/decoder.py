@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from .config import FRDNetConfig
 
-NORM_GROUPS = 8
-
 
 class DeconvDecoder(nn.Module):
     """Transposed convolutions, ReLU between, each doubling the size: [B, C, h, w] -> [B, 1, 2^n h, 2^n w].
@@ -37,47 +35,69 @@ class DeconvDecoder(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """3x3 convolution, GroupNorm (independent of the batch, so batches of one train too), GELU."""
+    """3x3 convolution, every channel normalised over its own image, GELU.
+
+    Without mean and scale of the whole image, what is left of a channel is how a place differs from the rest of
+    its photo: the inconsistency that an edit leaves, whatever camera and compression the photo went through.
+    """
 
     def __init__(self, source: int, target: int, stride: int = 1) -> None:
-        groups = NORM_GROUPS if target % NORM_GROUPS == 0 else 1
         super().__init__(
-            nn.Conv2d(source, target, 3, stride, 1, bias=False), nn.GroupNorm(groups, target), nn.GELU()
+            nn.Conv2d(source, target, 3, stride, 1, bias=False), nn.GroupNorm(target, target), nn.GELU()
         )
 
 
-class PyramidDecoder(nn.Module):
-    """All stages summed at the finest one's size, joined by a branch at half resolution on the stem's planes.
+class TraceBranch(nn.Module):
+    """A shallow convolutional pyramid on the stem's planes. [B, P, H, W] -> [B, widths[i], H / 2^(i+1), W / 2^(i+1)].
 
-    The branch exists because noise and resampling traces live in the highest frequencies, which the encoder's
-    first stride of 4 folds away. The result is at half of the image size where the branch exists, else at the
-    finest stage's.
-
-    Args:
-        channels: of each map, fine to coarse.
-        planes: channels of the stem's output.
-        config: gives `pyramid_width` and `trace_width`.
+    It exists because noise and resampling traces live in the highest frequencies, which the encoder's first
+    stride of 4 folds away.
     """
 
-    def __init__(self, channels: Sequence[int], planes: int, config: FRDNetConfig) -> None:
+    def __init__(self, planes: int, widths: Sequence[int]) -> None:
         super().__init__()
-        width, trace = config.pyramid_width, config.trace_width
-        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
-        self.fuse = ConvNorm(width, width)
-        self.trace = nn.Sequential(ConvNorm(planes, trace, 2), ConvNorm(trace, trace)) if trace else None
-        self.narrow = nn.Conv2d(width, trace, 1) if trace else None
-        self.join = ConvNorm(2 * trace, trace) if trace else None
-        self.head = nn.Conv2d(trace or width, 1, 1)
+        sources = [planes, *widths[:-1]]
+        self.levels = nn.ModuleList(
+            nn.Sequential(ConvNorm(source, width, 2), ConvNorm(width, width))
+            for source, width in zip(sources, widths, strict=True)
+        )
 
-    def forward(self, maps: Sequence[Tensor], planes: Tensor) -> Tensor:
-        """maps: [B, C_i, h_i, w_i], fine to coarse; planes: [B, P, H, W] -> logits [B, 1, h, w]."""
-        x = self.lateral[0](maps[0])
-        for project, coarse in zip(list(self.lateral)[1:], maps[1:], strict=True):
+    def forward(self, planes: Tensor) -> list[Tensor]:
+        maps = []
+        for level in self.levels:
+            planes = level(planes)
+            maps.append(planes)
+        return maps
+
+
+class PyramidDecoder(nn.Module):
+    """All maps summed at the finest one's size, then joined by the trace branch's first, if there is one.
+
+    The result is at half of the image size where a trace branch exists, else at the finest stage's.
+
+    Args:
+        channels: of each of the encoder's maps, fine to coarse.
+        config: gives `pyramid_width` and `trace_widths`.
+    """
+
+    def __init__(self, channels: Sequence[int], config: FRDNetConfig) -> None:
+        super().__init__()
+        width, traces = config.pyramid_width, config.trace_widths
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in (*traces[1:], *channels))
+        self.fuse = ConvNorm(width, width)
+        self.narrow = nn.Conv2d(width, traces[0], 1) if traces else None
+        self.join = ConvNorm(2 * traces[0], traces[0]) if traces else None
+        self.head = nn.Conv2d(traces[0] if traces else width, 1, 1)
+
+    def forward(self, maps: Sequence[Tensor], traces: Sequence[Tensor]) -> Tensor:
+        """maps: [B, C_i, h_i, w_i] and traces, both fine to coarse -> logits [B, 1, h, w]."""
+        sources = [*traces[1:], *maps]
+        x = self.lateral[0](sources[0])
+        for project, coarse in zip(list(self.lateral)[1:], sources[1:], strict=True):
             x = x + _resize(project(coarse), x)
         x = self.fuse(x)
-        if self.trace is not None and self.narrow is not None and self.join is not None:
-            fine = self.trace(planes)
-            x = self.join(torch.cat((_resize(self.narrow(x), fine), fine), dim=1))
+        if self.narrow is not None and self.join is not None:
+            x = self.join(torch.cat((_resize(self.narrow(x), traces[0]), traces[0]), dim=1))
         return self.head(x)
 
 

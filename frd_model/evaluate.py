@@ -19,7 +19,7 @@ from tqdm import tqdm
 from frd_model.checkpoints import add_checkpoint_argument, open_checkpoint
 from frd_model.data.images import write_json
 from frd_model.evaluate_data import Labelled, add_source_arguments, open_source
-from frd_model.metrics import aggregate, false_alarms, image_metrics
+from frd_model.metrics import aggregate, image_metrics
 from frd_model.predict import POLICIES, predict
 
 COLUMNS = ("f1", "permute_f1", "auc", "iou")
@@ -47,7 +47,10 @@ class Report:
             "forged": {"images": len(forged), **_means(forged, "")},
             "white_mask": _means(forged, "white_"),
             "by_kind": {
-                k: {"images": sum(r["kind"] == k for r in forged), **_means([r for r in forged if r["kind"] == k], "")}
+                k: {
+                    "images": sum(r["kind"] == k for r in forged),
+                    **_means([r for r in forged if r["kind"] == k], ""),
+                }
                 for k in kinds
             },
             "authentic": {
@@ -83,7 +86,11 @@ def evaluate(
             "seconds": result.seconds,
         }
         if sample.mask.any():
-            row |= {k: v for k, v in image_metrics(result.probability, sample.mask, threshold).items() if k in COLUMNS}
+            row |= {
+                k: v
+                for k, v in image_metrics(result.probability, sample.mask, threshold).items()
+                if k in COLUMNS
+            }
             white = image_metrics(np.ones_like(result.probability), sample.mask, threshold)
             row |= {f"white_{k}": white[k] for k in COLUMNS}
         report.rows.append(row)
@@ -104,11 +111,15 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     add_checkpoint_argument(parser)
-    parser.add_argument("--threshold", type=float, default=0.5, help="a pixel above it counts as edited (default 0.5)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="a pixel above it counts as edited (default 0.5)"
+    )
     parser.add_argument("--size", choices=POLICIES, default="auto", help="see `frd predict`; default auto")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the figures of every image")
-    parser.add_argument("--json-out", type=Path, metavar="FILE", help="write the means and how they were made")
+    parser.add_argument(
+        "--json-out", type=Path, metavar="FILE", help="write the means and how they were made"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -39,9 +39,15 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--images", type=Path, metavar="DIR", help="folder of photos; needs --masks")
     which.add_argument("--json", type=Path, metavar="FILE", help='list of [image, mask or "Negative"]')
-    which.add_argument("--sample", choices=sorted(SPLITS), help="seeded forgeries of the sample photos of a split")
-    parser.add_argument("--masks", type=Path, metavar="DIR", help="folder of masks, paired with photos by name")
-    parser.add_argument("--repeats", type=int, default=5, help="--sample: forgeries of each kind per photo (default 5)")
+    which.add_argument(
+        "--sample", choices=sorted(SPLITS), help="seeded forgeries of the sample photos of a split"
+    )
+    parser.add_argument(
+        "--masks", type=Path, metavar="DIR", help="folder of masks, paired with photos by name"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="--sample: forgeries of each kind per photo (default 5)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="--sample: seed of the forgeries (default 0)")
 
 

@@ -13,7 +13,7 @@ import frd_kernels as fk
 
 from .blocks import FRDBlock
 from .config import PRESETS, FRDNetConfig
-from .decoder import DeconvDecoder, PyramidDecoder
+from .decoder import DeconvDecoder, PyramidDecoder, TraceBranch
 from .encoder import create_encoder
 
 NAME_PREFIX = "frdnet_"
@@ -23,10 +23,11 @@ class PDCStem(nn.Module):
     """The image beside its pixel differences. [B, 3, H, W] -> [B, 3 + central + angular, H, W].
 
     Differences are free of the local mean, so camera noise, resampling and compression show from the first
-    layer on; a plain convolution would first have to learn to subtract the image content.
+    layer on; a plain convolution would first have to learn to subtract the image content. With `gain`, differences
+    are bounded as the truncated residuals of steganalysis are (Fridrich and Kodovsky, 2012), smoothly.
     """
 
-    def __init__(self, central: int, angular: int) -> None:
+    def __init__(self, central: int, angular: int, gain: float | None = None) -> None:
         super().__init__()
         kinds = [(kind, n) for kind, n in (("central", central), ("angular", angular)) if n > 0]
         # replicate: with zeros outside, every border pixel would show a false difference
@@ -34,9 +35,13 @@ class PDCStem(nn.Module):
             fk.PDC2d(3, n, padding=1, bias=False, padding_mode="replicate", kind=kind) for kind, n in kinds
         )
         self.channels = 3 + central + angular
+        self.gain = None if gain is None else nn.Parameter(torch.full((central + angular,), float(gain)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, *(layer(x) for layer in self.layers)], dim=1)
+        differences = torch.cat([layer(x) for layer in self.layers], dim=1)
+        if self.gain is not None:
+            differences = torch.tanh(differences * self.gain.view(-1, 1, 1))
+        return torch.cat((x, differences), dim=1)
 
 
 class FRDNet(nn.Module):
@@ -57,23 +62,33 @@ class FRDNet(nn.Module):
     def __init__(self, config: FRDNetConfig) -> None:
         super().__init__()
         self.config = config
-        self.stem = PDCStem(config.stem_central, config.stem_angular) if config.stem == "pdc" else None
+        self.stem = (
+            PDCStem(config.stem_central, config.stem_angular, config.stem_gain)
+            if config.stem == "pdc"
+            else None
+        )
         planes = 3 if self.stem is None else self.stem.channels
-        self.encoder = create_encoder(config.encoder, planes, config.stages, config.drop_path)
+        self.trace = TraceBranch(planes, config.trace_widths) if config.trace_widths else None
+        halved = config.encoder_input == "trace"
+        entering = config.trace_widths[0] if halved else planes
+        self.encoder = create_encoder(config.encoder, entering, config.stages, config.drop_path)
         channels = self.encoder.channels
-        self.multiple = max(32, *self.encoder.reductions)
+        scale = 2 if halved else 1
+        self.multiple = max(32, scale * max(self.encoder.reductions))
+        # MiT's first stage shrinks keys 8 times at 1/4 of its input's size.
+        self.least = 32 * scale
         self.blocks = nn.ModuleList(FRDBlock(channels[-1], config) for _ in range(config.blocks))
         self.decoder: nn.Module
         if config.decoder == "deconv":
             source = channels[-1] * (2 if config.decoder_skip else 1)
             self.decoder = DeconvDecoder(source, config.decoder_widths, config.decoder_kernel)
         else:
-            self.decoder = PyramidDecoder(channels, planes, config)
+            self.decoder = PyramidDecoder(channels, config)
 
     def forward(self, images: Tensor) -> Tensor:
         _check_images(images)
         height, width = images.shape[-2:]
-        x = _pad(images, self.multiple)
+        x = _pad(images, self.multiple, self.least)
         size = x.shape[-2:]
         logits = self.logits(x)
         if logits.shape[-2:] != size:
@@ -83,12 +98,13 @@ class FRDNet(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """The net on an image whose sides are multiples of `multiple`; logits at the decoder's own size."""
         planes = x if self.stem is None else self.stem(x)
-        maps = self.encoder(planes)
+        traces = self.trace(planes) if self.trace is not None else []
+        maps = self.encoder(traces[0] if self.config.encoder_input == "trace" else planes)
         final = maps[-1]
         for block in self.blocks:
             final = block(final)
         if self.config.decoder == "pyramid":
-            return self.decoder([*maps[:-1], final], planes)
+            return self.decoder([*maps[:-1], final], traces)
         return self.decoder(torch.cat((maps[-1], final), dim=1) if self.config.decoder_skip else final)
 
 
@@ -99,9 +115,8 @@ def _check_images(images: Tensor) -> None:
         raise TypeError(f"images: must be floating point, got {images.dtype}")
 
 
-def _pad(images: Tensor, multiple: int) -> Tensor:
-    below = -images.shape[-2] % multiple
-    right = -images.shape[-1] % multiple
+def _pad(images: Tensor, multiple: int, least: int) -> Tensor:
+    below, right = (max(-side % multiple, least - side) for side in images.shape[-2:])
     return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
 

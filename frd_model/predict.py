@@ -157,7 +157,9 @@ def _probability(
 ) -> FloatMap:
     height, width = pixels.shape[:2]
     if size == "resize":
-        scaled = np.asarray(cv2.resize(pixels, (RESIZE, RESIZE), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        scaled = np.asarray(
+            cv2.resize(pixels, (RESIZE, RESIZE), interpolation=cv2.INTER_AREA), dtype=np.uint8
+        )
         small = _forward(model, [scaled], device)[0]
         return np.clip(cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR), 0.0, 1.0)
     if size == "whole" or (size == "auto" and height * width <= WHOLE_LIMIT):

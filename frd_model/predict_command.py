@@ -27,7 +27,9 @@ class Job:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="photo, directory of photos, or glob pattern")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="photo, directory of photos, or glob pattern"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the results")
     add_checkpoint_argument(parser)
     parser.add_argument(
@@ -41,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: whole photo up to one megapixel, tiles above (default); resize: 512x512 and back",
     )
     parser.add_argument("--tile", type=_tile, default=TILE, help=f"side of a tile in pixels (default {TILE})")
-    parser.add_argument("--json", action="store_true", help="print one JSON line per photo instead of a table")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON line per photo instead of a table"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,7 +103,9 @@ def name_jobs(files: list[Path]) -> list[Job]:
     for file in files:
         name = file.stem
         if stems[name.lower()] > 1:
-            name = "_".join(part for part in (file.resolve().parent.name, name, file.suffix.lstrip(".")) if part)
+            name = "_".join(
+                part for part in (file.resolve().parent.name, name, file.suffix.lstrip(".")) if part
+            )
         unique, number = name, 2
         while unique.lower() in taken or (unique != file.stem and unique.lower() in stems):
             unique, number = f"{name}-{number}", number + 1

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import frd_kernels as fk
 from frd_model.checkpoints import parse_device
 from frd_model.frdnet import create_model
 from frd_model.losses import FRDLoss
@@ -212,7 +213,9 @@ class Trainer:
         clip = self.config.optim.clip_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
         if not math.isfinite(norm):
-            raise TrainingError(f"the gradient's norm became {norm} in epoch {self.epoch + 1}, step {step + 1}")
+            raise TrainingError(
+                f"the gradient's norm became {norm} in epoch {self.epoch + 1}, step {step + 1}"
+            )
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.model)
@@ -221,7 +224,11 @@ class Trainer:
     def _forward(self, image: torch.Tensor) -> torch.Tensor:
         if self.config.channels_last:
             image = image.to(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"):
+        backend = self.config.backend
+        with (
+            contextlib.nullcontext() if backend == "auto" else fk.use_backend(backend),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"),
+        ):
             logits: torch.Tensor = self.model(image)
         return logits
 
@@ -241,9 +248,13 @@ class Trainer:
         for name, value in figures.items():
             board.add_scalar(name, value, self.epoch)
         shown = ("train/loss", "val/auc", "val/permute_f1", "val/f1", "seconds")
-        print(f"epoch {self.epoch}/{self.config.epochs} " + " ".join(
-            f"{name.removeprefix('val/')} {figures[name]:.4g}" for name in shown if name in figures
-        ), flush=True)
+        print(
+            f"epoch {self.epoch}/{self.config.epochs} "
+            + " ".join(
+                f"{name.removeprefix('val/')} {figures[name]:.4g}" for name in shown if name in figures
+            ),
+            flush=True,
+        )
 
     def _save(self, figures: dict[str, float]) -> None:
         merit = (figures["val/auc"] + figures["val/permute_f1"]) / 2
@@ -300,11 +311,13 @@ def _set_rng(state: dict[str, Any]) -> None:
 
 def _check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
     """What may differ in a resumed run: where it runs and what it shows, nothing it depends on."""
-    free = ("output", "device", "workers", "images_logged")
+    free = ("output", "device", "workers", "images_logged", "backend")
     theirs, ours = saved.to_dict(), wanted.to_dict()
     for key in ours:
         if key not in free and theirs[key] != ours[key]:
-            raise TrainingError(f"cannot resume: {key} was {theirs[key]!r} in the saved run, now {ours[key]!r}")
+            raise TrainingError(
+                f"cannot resume: {key} was {theirs[key]!r} in the saved run, now {ours[key]!r}"
+            )
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

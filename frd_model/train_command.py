@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; without it the defaults hold")
     for flag, (key, kind, text) in FLAGS.items():
         parser.add_argument(flag, dest=key, type=kind, default=None, help=text)
-    parser.add_argument("--channels-last", action="store_true", default=None, help="channels_last memory format")
+    parser.add_argument(
+        "--channels-last", action="store_true", default=None, help="channels_last memory format"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -33,8 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override any key of the configuration, for example --set data.crop=320",
     )
     parser.add_argument("--resume", action="store_true", help="continue from last.pt in the output directory")
-    parser.add_argument("--stop-after", type=int, metavar="N", help="end after N epochs of this call; resume later")
-    parser.add_argument("--max-minutes", type=float, metavar="M", help="end after the epoch that passes M minutes")
+    parser.add_argument(
+        "--stop-after", type=int, metavar="N", help="end after N epochs of this call; resume later"
+    )
+    parser.add_argument(
+        "--max-minutes", type=float, metavar="M", help="end after the epoch that passes M minutes"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -80,7 +80,10 @@ class OptimSection:
 
 @dataclass
 class TrainConfig:
-    """Everything a run depends on; `frd train` stores it next to the weights."""
+    """Everything a run depends on; `frd train` stores it next to the weights.
+
+    backend: of the kernels, see `frd_kernels.use_backend`; auto goes by the device.
+    """
 
     output: str = "runs/frdnet"
     seed: int = 42
@@ -90,6 +93,7 @@ class TrainConfig:
     device: str = "cpu"
     amp: str = "none"
     channels_last: bool = False
+    backend: str = "auto"
     images_logged: int = 4
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -102,6 +106,7 @@ class TrainConfig:
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
             ("workers", self.workers, self.workers >= 0, "at least 0"),
             ("amp", self.amp, self.amp in ("none", "bf16"), "none or bf16"),
+            ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("optim.lr", self.optim.lr, self.optim.lr > 0, "positive"),
             ("optim.ema", self.optim.ema, 0 <= self.optim.ema < 1, "in [0, 1)"),
             ("data.crop", self.data.crop, self.data.crop >= 32, "at least 32"),
@@ -119,6 +124,7 @@ class TrainConfig:
         return plain
 
 
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SOURCES = ("sample", "folder", "json")
 
 
@@ -147,7 +153,7 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """"optim.lr=1e-3" -> ("optim.lr", 0.001); the value is read as YAML."""
+    """ "optim.lr=1e-3" -> ("optim.lr", 0.001); the value is read as YAML."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"an override must look like name=value, got {text!r}")
@@ -169,7 +175,9 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     unknown = [f"{prefix}{key}" for key in values if key not in hints]
     if unknown:
-        raise ConfigError(f"unknown key {unknown[0]}; known here: {', '.join(prefix + name for name in hints)}")
+        raise ConfigError(
+            f"unknown key {unknown[0]}; known here: {', '.join(prefix + name for name in hints)}"
+        )
     arguments = {
         name: _build(hints[name], value, f"{prefix}{name}.")
         if dataclasses.is_dataclass(hints[name])

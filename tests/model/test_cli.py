@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from frd_model.cli import COMMANDS, PASSED_ON, main
 
 

@@ -148,7 +148,10 @@ def test_the_remaining_pdc_block_keeps_its_residual() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"trace_width": 0},
+        {"trace_widths": (), "encoder_input": "planes"},
+        {"trace_widths": (16,)},
+        {"encoder_input": "planes"},
+        {"stem_gain": None},
         {"stem": "none"},
         {"stem_angular": 0},
         {"stages": [2, 4]},

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+
 from frd_model import create_model, predict, save_model
 from frd_model.cli import main
 from frd_model.data.images import ImageError, read_image, write_png
 from frd_model.predict import blend_windows, tile_starts
 from frd_model.predict_command import name_jobs
-from PIL import Image
-from torch import nn
 
-TINY = {"stages": (1, 2), "blocks": 1, "pyramid_width": 8, "trace_width": 8}
+TINY = {"stages": (1, 2), "blocks": 1, "pyramid_width": 8, "trace_widths": (8, 8)}
 
 
 class Brightness(nn.Module):
@@ -152,7 +153,17 @@ def test_command_on_a_folder_of_odd_photos(
     whole = (photos / "turned.jpg").read_bytes()
     (photos / "cut.jpg").write_bytes(whole[: len(whole) // 2])
 
-    status = main(["predict", str(photos), str(tmp_path / "missing.jpg"), "--out", str(out), "--checkpoint", str(checkpoint)])
+    status = main(
+        [
+            "predict",
+            str(photos),
+            str(tmp_path / "missing.jpg"),
+            "--out",
+            str(out),
+            "--checkpoint",
+            str(checkpoint),
+        ]
+    )
 
     assert status == 1
     errors = capsys.readouterr().err.strip().splitlines()
@@ -160,7 +171,9 @@ def test_command_on_a_folder_of_odd_photos(
     for name in ("text.png", "cut.jpg", "missing.jpg"):
         assert sum(name in line for line in errors) == 1
     good = {"cmyk", "deep", "alpha", "turned", "dot", "wide"}
-    assert {p.name for p in out.iterdir()} == {n + e for n in good for e in ("_mask.png", "_overlay.png", ".json")}
+    assert {p.name for p in out.iterdir()} == {
+        n + e for n in good for e in ("_mask.png", "_overlay.png", ".json")
+    }
     record = json.loads((out / "turned.json").read_text())
     assert record["size"] == {"width": 40, "height": 60}
     assert record["checkpoint"] == str(checkpoint)
@@ -172,7 +185,15 @@ def test_command_json_and_glob(tmp_path: Path, checkpoint: Path, capsys: pytest.
     for name in ("a1.png", "a2.png", "b.png"):
         write_png(tmp_path / name, photo(33, 34))
     pattern = str(tmp_path / "a*.png")
-    arguments = ["predict", pattern, "--out", str(tmp_path / "out"), "--checkpoint", str(checkpoint), "--json"]
+    arguments = [
+        "predict",
+        pattern,
+        "--out",
+        str(tmp_path / "out"),
+        "--checkpoint",
+        str(checkpoint),
+        "--json",
+    ]
     assert main(arguments) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["name"] for line in lines] == ["a1", "a2"]
@@ -201,7 +222,10 @@ def test_corrupt_checkpoint(tmp_path: Path, content: bytes, capsys: pytest.Captu
     write_png(tmp_path / "a.png", photo(33, 34))
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(content)
-    assert main(["predict", str(tmp_path / "a.png"), "--out", str(tmp_path / "o"), "--checkpoint", str(bad)]) == 1
+    assert (
+        main(["predict", str(tmp_path / "a.png"), "--out", str(tmp_path / "o"), "--checkpoint", str(bad)])
+        == 1
+    )
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
     assert "bad.safetensors" in errors[0]
@@ -218,7 +242,9 @@ def test_missing_checkpoint_and_empty_folder(tmp_path: Path, capsys: pytest.Capt
     assert "empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", [["--threshold", "2"], ["--tile", "3"], ["--size", "odd"], ["--threshold", "x"]])
+@pytest.mark.parametrize(
+    "extra", [["--threshold", "2"], ["--tile", "3"], ["--size", "odd"], ["--threshold", "x"]]
+)
 def test_usage_errors(extra: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["predict", "a.png", "--out", str(tmp_path), *extra])
