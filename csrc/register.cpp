@@ -25,17 +25,18 @@ STABLE_TORCH_LIBRARY(frd, m) {
       "Tensor)");
 
   // Cosine clustering. aggregate: 0 count, 1 similarity. variant: 0 paper, 1 released.
+  // labels int32; saved: what the backward pass needs, in float32 (float64 for float64).
   m.def(
       "cluster(Tensor k, Tensor v, Tensor alpha, Tensor beta, SymInt[] grid, SymInt[] hw, int aggregate) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "-> (Tensor centres, Tensor labels, Tensor similarity, Tensor counts, Tensor saved)");
   m.def(
       "cluster_backward(Tensor grad_centres, Tensor grad_similarity, Tensor k, Tensor v, Tensor alpha, "
-      "Tensor beta, Tensor centres, Tensor labels, Tensor similarity, Tensor counts, SymInt[] grid, "
-      "SymInt[] hw, int aggregate) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor beta, Tensor labels, Tensor saved, SymInt[] grid, SymInt[] hw, int aggregate) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "icm(Tensor x, Tensor[] projections, Tensor alpha, Tensor beta, SymInt[] grids, SymInt[] hw, "
-      "int variant) -> (Tensor, Tensor[])");
+      "int variant) -> (Tensor out, Tensor labels, Tensor saved)");
   m.def(
-      "icm_backward(Tensor grad, Tensor x, Tensor[] projections, Tensor alpha, Tensor beta, Tensor[] saved, "
-      "SymInt[] grids, SymInt[] hw, int variant) -> (Tensor, Tensor[], Tensor, Tensor)");
+      "icm_backward(Tensor grad, Tensor x, Tensor[] projections, Tensor alpha, Tensor beta, Tensor labels, "
+      "Tensor saved, SymInt[] grids, SymInt[] hw, int variant) -> (Tensor, Tensor[], Tensor, Tensor)");
 }

@@ -7,7 +7,8 @@ from typing import TypeVar, cast
 
 import torch
 
-from . import reference
+from .. import backend
+from . import ops, reference
 from .reference import ClusterResult, Projection, Scalar
 
 AGGREGATES = ("count", "similarity")
@@ -47,8 +48,8 @@ def cluster(
 
     Returns:
         ClusterResult: centres [B, O, C] in v's dtype; labels [B, N] int64; similarity [B, N] of each token
-            with its own centre (the raw cosine for "count") in float32, float64 for float64; counts [B, O] int32.
-            Centres and similarity are differentiable; labels are constants.
+            with its own centre (the raw cosine for "count") in float32, float64 for float64; counts [B, O]
+            int32. Centres and similarity are differentiable; labels are constants.
 
     Raises:
         ValueError: shapes, dtypes or names that do not fit.
@@ -64,7 +65,11 @@ def cluster(
         raise ValueError(f"aggregate must be 'count' or 'similarity', got {aggregate!r}")
     _check_scalar(alpha, "alpha", (1,))
     _check_scalar(beta, "beta", (1,))
-    return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta)
+    if backend.select("cluster", k) == "reference":
+        return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta)
+    index = AGGREGATES.index(aggregate)
+    centres, labels, similarity, counts = ops.cluster(k, v, grid, hw, index, alpha, beta)
+    return ClusterResult(centres, labels.long(), similarity, counts)
 
 
 def icm(
@@ -117,7 +122,10 @@ def icm(
         projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
     x = _autocast(x, x)
     _check_projections(projections, len(grids), x)
-    return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
+    if backend.select("icm", x) == "reference":
+        return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
+    given = [None] * len(grids) if projections is None else projections
+    return ops.icm(x, given, VARIANTS.index(variant), alpha, beta, grids, hw)
 
 
 def _autocast(tensor: _TensorOrNone, like: torch.Tensor) -> _TensorOrNone:

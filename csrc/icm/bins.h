@@ -1,0 +1,34 @@
+// Rules that every implementation of the clustering shares: which pixels a pooled centre covers (the bins of
+// adaptive_avg_pool2d), and which of two scores wins a token.
+#pragma once
+#include <cstdint>
+
+#include "core/dtypes.h"
+
+namespace frd {
+
+// Along one axis, bin i of `bins` covers the pixels [bin_begin, bin_end) of `size`.
+FRD_HD static inline int64_t bin_begin(int64_t bin, int64_t size, int64_t bins) { return bin * size / bins; }
+FRD_HD static inline int64_t bin_end(int64_t bin, int64_t size, int64_t bins) {
+  return ((bin + 1) * size + bins - 1) / bins;
+}
+
+// The bins first_bin .. last_bin (inclusive) are those that cover a pixel.
+FRD_HD static inline int64_t first_bin(int64_t pixel, int64_t size, int64_t bins) {
+  return pixel * bins / size;
+}
+FRD_HD static inline int64_t last_bin(int64_t pixel, int64_t size, int64_t bins) {
+  return ((pixel + 1) * bins - 1) / size;
+}
+
+// Whether a later score takes the token from the best one so far: the lowest index keeps a tie, and the first
+// NaN keeps all, as in torch.argmax.
+template <class A>
+FRD_HD static inline bool wins(A score, A best) {
+  return score > best || (score != score && best == best);
+}
+
+// A norm up to this counts as zero: the row's direction is then row / kNormFloor, and passes no gradient.
+constexpr double kNormFloor = 1e-12;
+
+}  // namespace frd

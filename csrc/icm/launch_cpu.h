@@ -1,0 +1,208 @@
+// What the CPU operators of the clustering share: views, allocation, stages over torch's thread pool.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "core/stable.h"
+#include "icm/dispatch_kernel.h"
+#include "icm/round_grad_kernel.h"
+#include "icm/round_kernel.h"
+
+namespace frd {
+
+using Sizes = std::vector<int64_t>;
+
+inline const RoundOps<float>& round_ops(float) { return round_kernels().f32; }
+inline const RoundOps<double>& round_ops(double) { return round_kernels().f64; }
+inline const RoundGradOps<float>& round_grad_ops(float) { return round_grad_kernels().f32; }
+inline const RoundGradOps<double>& round_grad_ops(double) { return round_grad_kernels().f64; }
+inline const DispatchOps<float>& dispatch_ops(float) { return dispatch_kernels().f32; }
+inline const DispatchOps<double>& dispatch_ops(double) { return dispatch_kernels().f64; }
+
+template <class A>
+constexpr ScalarType kScalarType = std::is_same<A, double>::value ? ScalarType::Double : ScalarType::Float;
+
+inline ScalarType compute_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class F>
+void for_units(int64_t units, const F& run) {
+  if (units > 0) torch::stable::parallel_for(0, units, 1, run);
+}
+
+// t [B, N, C]
+inline TokenView view_of(const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t, "a tensor"), t.stride(0), t.stride(1),
+          t.stride(2)};
+}
+
+// Whether a permuted image [B, C, H * W] lies under tokens [B, N, C].
+inline bool is_channel_major(const Tensor& t) {
+  return t.size(1) > 1 && t.stride(1) == 1 && t.stride(2) >= t.size(1);
+}
+
+// Uninitialised [B, N, C], its memory [B, C, N] where that is so for t.
+inline Tensor new_like_tokens(const Tensor& t) {
+  if (!is_channel_major(t)) return torch::stable::new_empty(t, Sizes{t.size(0), t.size(1), t.size(2)});
+  return torch::stable::transpose(torch::stable::new_empty(t, Sizes{t.size(0), t.size(2), t.size(1)}), 1, 2);
+}
+
+// Gives out parts of one block of memory for each item of the batch; with a null base it only counts.
+template <class A>
+class Arena {
+ public:
+  Arena(A* base, int64_t stride) : base_(base), stride_(stride) {}
+  PerItem<A> take(int64_t size) {
+    PerItem<A> part{base_ == nullptr ? nullptr : base_ + used_, stride_};
+    used_ += size;
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  A* base_;
+  int64_t stride_, used_ = 0;
+};
+
+template <class A, class Layout>
+int64_t measure(const Layout& layout) {
+  Arena<A> counter(nullptr, 0);
+  layout(counter);
+  return counter.used();
+}
+
+// memory [B, size of the layout], contiguous
+template <class A, class Layout>
+void place(const Tensor& memory, const Layout& layout) {
+  Arena<A> arena(static_cast<A*>(memory.mutable_data_ptr()), memory.size(1));
+  layout(arena);
+}
+
+// Uninitialised memory for the layout, for each item of the batch.
+template <class A, class Layout>
+Tensor allocate(const Tensor& like, int64_t batch, const Layout& layout) {
+  Tensor memory = torch::stable::new_empty(like, Sizes{batch, measure<A>(layout)}, kScalarType<A>);
+  place<A>(memory, layout);
+  return memory;
+}
+
+// Pieces of a pass over the tokens of an item: of at least 128 tokens, and their partial centres no more than
+// the tokens. It must not depend on the batch or the number of threads, which would change the order of the
+// sums.
+inline int64_t chunk_count(int64_t tokens, int64_t centres) {
+  return std::max<int64_t>(1, std::min<int64_t>({16, (tokens + 127) / 128, tokens / centres}));
+}
+
+// Pieces of the sum over the whole batch that gives the key projection's gradient.
+inline int64_t group_count(int64_t batch, int64_t chunks) { return std::min<int64_t>(8, batch * chunks); }
+
+inline void check_grid(const Sizes& hw, const Sizes& grid, int64_t tokens) {
+  FRD_CHECK_VALUE(hw.size() == 2 && hw[0] > 0 && hw[1] > 0 && hw[0] * hw[1] == tokens,
+                  "frd: hw must be (H, W) with H * W = ", tokens, " tokens");
+  FRD_CHECK_VALUE(grid.size() == 2 && grid[0] > 0 && grid[1] > 0,
+                  "frd: a grid must be (rows, columns) of at least 1");
+}
+
+inline void check_tokens(const Tensor& t, const char* name) {
+  FRD_CHECK_VALUE(t.dim() == 3, "frd: ", name, " must be [B, N, C], got ", t.dim(), "-D");
+  FRD_CHECK_VALUE(t.size(1) > 0 && t.size(2) > 0, "frd: ", name,
+                  " must have at least one token and one channel");
+  dtype_of(t, name);
+}
+
+inline void check_like(const Tensor& t, const Tensor& model, const char* name) {
+  bool same = t.dim() == model.dim() && t.scalar_type() == model.scalar_type();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == model.size(i);
+  FRD_CHECK_VALUE(same, "frd: ", name, " must have the shape and dtype of its input");
+}
+
+// What a round keeps for its backward pass, in the order in which frd_kernels/icm/ops.py counts it.
+template <class A>
+void layout_saved(Round<A>& r, Arena<A>& arena) {
+  const int64_t size = r.centres() * r.channels;
+  r.cosine = arena.take(r.tokens());
+  r.scale = arena.take(r.tokens());
+  r.pooled = arena.take(size);
+  r.unit = arena.take(size);
+  r.mean = arena.take(size);
+  r.result = arena.take(size);
+  r.unit_scale = arena.take(r.centres());
+  r.mass = arena.take(r.centres());
+}
+
+// What it needs during the call.
+template <class A>
+void layout_workspace(Round<A>& r, Arena<A>& arena) {
+  const int64_t size = r.centres() * r.channels;
+  r.pooled_keys = r.shared ? r.pooled : arena.take(size);
+  r.unit_packed = arena.take(round_ops(A()).packed_size(r.channels, r.centres()));
+  r.sums = arena.take(r.chunks * size);
+  r.weights = arena.take(r.chunks * r.centres());
+}
+
+template <class A>
+void layout_workspace(const Round<A>& r, RoundGrad<A>& g, Arena<A>& arena) {
+  const int64_t size = r.centres() * r.channels;
+  g.result_grad = arena.take(size);
+  g.mean_grad = arena.take(size);
+  g.mean_dot = arena.take(r.centres());
+  g.centre_grad = arena.take(size);
+  g.pooled_grad = arena.take(size);
+  if (g.dense) {
+    g.unit_grad = arena.take(size);
+    return;
+  }
+  g.similarity_grad = arena.take(r.tokens());
+  g.pull = arena.take(r.tokens());
+  g.sums = arena.take(r.chunks * size);
+  g.pulls = arena.take(r.chunks * r.centres());
+  g.gate_grad = arena.take(r.chunks * 2);
+}
+
+template <class A>
+void run_round(const Round<A>& r) {
+  const RoundOps<A>& ops = round_ops(A());
+  const auto stage = [&](typename RoundOps<A>::Stage run, int64_t units) {
+    for_units(units, [&](int64_t begin, int64_t end) { run(r, begin, end); });
+  };
+  stage(ops.pool, r.batch * r.rows);
+  stage(ops.centre_keys, r.batch * ops.key_panels(r.centres()));
+  stage(ops.assign, r.batch * r.chunks);
+  stage(ops.finish, r.batch * r.blocks());
+}
+
+// Gradients of a round whose result_grad, and similarity_grad or (dense) unit_grad, stand.
+template <class A>
+void run_round_grad(const Round<A>& r, const RoundGrad<A>& g) {
+  const RoundGradOps<A>& ops = round_grad_ops(A());
+  const auto stage = [&](typename RoundGradOps<A>::Stage run, int64_t units) {
+    for_units(units, [&](int64_t begin, int64_t end) { run(r, g, begin, end); });
+  };
+  stage(ops.mean_grad, r.batch * r.blocks());
+  if (!g.dense) stage(ops.pulls, r.batch * r.chunks);
+  stage(ops.centre_grad, r.batch * r.blocks());
+  stage(ops.token_grad, g.groups);
+  if (g.key_rows == nullptr) return;
+  stage(ops.pack_means, r.batch);
+  stage(ops.weight_grad, 2 * ((r.channels + kCentreBlock - 1) / kCentreBlock));
+}
+
+// Sum of the chunks' parts of the gradients of alpha (which 0) or beta (1), in a fixed order.
+template <class A>
+A sum_gate_grad(const PerItem<A>& parts, int64_t batch, int64_t chunks, int which) {
+  double sum = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t k = 0; k < chunks; ++k) sum += parts[b][k * 2 + which];
+  return static_cast<A>(sum);
+}
+
+// gate: alpha or beta, `count` elements of the compute type
+inline Tensor check_gate(const Tensor& gate, const Tensor& tokens, int64_t count, const char* name) {
+  FRD_CHECK_VALUE(gate.dim() == 1 && gate.size(0) == count && gate.scalar_type() == compute_type(tokens),
+                  "frd: ", name, " must be [", count,
+                  "] in the compute dtype (float64 for float64, else float32)");
+  return torch::stable::contiguous(gate);
+}
+
+}  // namespace frd
