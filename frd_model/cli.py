@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("frd_model.train_command", "train a network from a configuration file"),
     "evaluate": ("frd_model.evaluate", "score a checkpoint on images with known masks"),
     "forge": ("frd_model.data.forge_cli", "make forged images with masks from authentic photos"),
+    "data": ("frd_model.data.check_cli", "check a data set before a training run"),
 }
 
 # Commands of frd_kernels that parse their own arguments: main(argv) -> exit status.

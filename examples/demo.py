@@ -1,0 +1,88 @@
+"""What the project does, on photos that come with scikit-image and scikit-learn: forge, localize, compare, measure.
+
+`make demo`, or `python examples/demo.py --out DIR`. The photos are the held-out ones: the demonstration network
+never saw them in training. Beside them their untouched versions, where nothing should be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from frd_kernels.benchmarks import cpu
+from frd_model.checkpoints import Checkpoint, open_checkpoint
+from frd_model.data import overlay, write_jpeg, write_png
+from frd_model.evaluate_data import Labelled, forged_samples
+from frd_model.metrics import image_metrics
+from frd_model.predict import predict
+from frd_model.predict_command import Job, save_prediction
+
+PANEL_WIDTH = 320
+
+
+def localize(sample: Labelled, out: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Writes the photo and its true mask into `out`/photos, what was found into `out`; returns a table row."""
+    photo = write_png(out / "photos" / f"{sample.name}.png", sample.image)
+    write_png(out / "photos" / f"{sample.name}_truth.png", sample.mask)
+    result = predict(sample.image, checkpoint.model)
+    save_prediction(out, Job(photo, sample.name), sample.image, result, checkpoint.label)
+    row: dict[str, Any] = {
+        "name": sample.name,
+        "marked": float(result.mask.mean()),
+        "score": result.score,
+        "milliseconds": 1e3 * result.seconds,
+        "panel": panel(sample, overlay(sample.image, result.probability)),
+    }
+    if sample.mask.any():
+        row |= image_metrics(result.probability, sample.mask)
+    return row
+
+
+def panel(sample: Labelled, heat: np.ndarray) -> np.ndarray:
+    """Photo, true mask and heat map side by side, each PANEL_WIDTH wide."""
+    truth = np.repeat(sample.mask[:, :, None].astype(np.uint8) * 255, 3, axis=2)
+    height = round(PANEL_WIDTH * sample.image.shape[0] / sample.image.shape[1])
+    parts = [
+        cv2.resize(part, (PANEL_WIDTH, height), interpolation=cv2.INTER_AREA)
+        for part in (sample.image, truth, heat)
+    ]
+    return np.hstack(parts)
+
+
+def line(row: dict[str, Any]) -> str:
+    f1, auc = (f"{row[key]:6.3f}" if key in row else "     -" for key in ("f1", "auc"))
+    return (
+        f"{row['name']:26} {f1} {auc} {100 * row['marked']:8.1f} {row['score']:7.3f} {row['milliseconds']:8.0f}"
+    )
+
+
+def main() -> int:
+    """Returns the exit status: 1 where a kernel failed its correctness gate."""
+    parser = argparse.ArgumentParser(description="forge and localize the sample photos, a short benchmark")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="where to write (default demo_out)")
+    parser.add_argument("--seed", type=int, default=0, help="of the forgeries (default 0)")
+    options = parser.parse_args()
+
+    checkpoint = open_checkpoint(None, "cpu")
+    source = forged_samples("heldout", 1, options.seed)
+    print(f"{'photo':26} {'F1':>6} {'AUC':>6} {'marked %':>8} {'score':>7} {'ms':>8}", flush=True)
+    panels = []
+    for sample in source.samples:
+        row = localize(sample, options.out, checkpoint)
+        print(line(row), flush=True)
+        panels.append(row["panel"])
+    overview = write_jpeg(options.out / "overview.jpg", np.vstack(panels), quality=90)
+    print(f"{source.length} photos: masks, heat maps and scores in {options.out}, all at a glance in {overview}\n")
+
+    print("Kernels, ours against eager PyTorch (ratio above 1: ours is faster)")
+    _records, red = cpu.run(short=True, repeats=15)
+    return 1 if red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
