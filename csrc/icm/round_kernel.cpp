@@ -88,7 +88,8 @@ int32_t best_score(const A* scores, int32_t n, A sign) {
 }
 
 template <class A>
-void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* keys_buffer, A* scores) {
+void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* keys_buffer, A* scores,
+                  A* unit) {
   const int64_t channels = r.channels, centres = r.centres();
   // The arg-max does not see a positive factor, so neither the token's norm nor the sigmoid; a negative alpha
   // flips it, and zero ties all.
@@ -104,9 +105,19 @@ void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* key
     const A* keys = load_keys(r, tokens, b, first, m, keys_buffer);
     gemm_of(A()).run(keys, channels, r.unit_packed[b], scores, centres, m, centres, channels, false);
     for (int64_t i = 0; i < m; ++i) {
-      const int32_t label = best_score(scores + i * centres, static_cast<int32_t>(centres), sign);
-      const A scale = inverse_norm(keys + i * channels, channels);
-      const A cosine = scores[i * centres + label] * scale, weight = token_weight(r, cosine);
+      const A* key = keys + i * channels;
+      A* row = scores + i * centres;
+      const A scale = inverse_norm(key, channels);
+      A factor = scale;
+      if (!is_live(scale) || !(scale > 0)) {
+        // The norm counts as zero or has overflowed. The scores of such a key may have underflowed, or rank
+        // centres that its cosines, all zero, do not.
+        for (int64_t c = 0; c < channels; ++c) unit[c] = key[c] * scale;
+        gemm_of(A()).run(unit, channels, r.unit_packed[b], row, centres, 1, centres, channels, false);
+        factor = 1;
+      }
+      const int32_t label = best_score(row, static_cast<int32_t>(centres), sign);
+      const A cosine = row[label] * factor, weight = token_weight(r, cosine);
       r.labels[b][first + i] = label;
       r.cosine[b][first + i] = cosine;
       r.scale[b][first + i] = scale;
@@ -119,7 +130,9 @@ void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* key
 template <class A>
 void assign(const Round<A>& r, int64_t begin, int64_t end) {
   Scratch<A> buffer(kTile * r.channels), keys(kTile * r.channels), scores(kTile * r.centres());
-  for (int64_t u = begin; u < end; ++u) assign_chunk<A>(r, u / r.chunks, u % r.chunks, buffer, keys, scores);
+  Scratch<A> unit(r.channels);
+  for (int64_t u = begin; u < end; ++u)
+    assign_chunk<A>(r, u / r.chunks, u % r.chunks, buffer, keys, scores, unit);
 }
 
 template <class A>
