@@ -1,6 +1,6 @@
 # make demo: set up, forge and localize the sample photos, a short kernel benchmark
 # make test: the same set-up, then the whole test-suite against the installed package
-# make lint: ruff, mypy, clang-format
+# make lint: ruff, mypy, clang-format, the pre-commit configuration
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,7 @@ lint: $(VENV)/lint.stamp
 	@$(STEP) "ruff format" $(BIN)/ruff format --check .
 	@$(STEP) "mypy" $(BIN)/mypy
 	@$(STEP) "clang-format" $(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@$(STEP) "pre-commit configuration" $(BIN)/pre-commit validate-config
 
 setup: $(VENV)/install.stamp
 

@@ -56,15 +56,15 @@ def panel(sample: Labelled, heat: np.ndarray) -> np.ndarray:
 
 def line(row: dict[str, Any]) -> str:
     f1, auc = (f"{row[key]:6.3f}" if key in row else "     -" for key in ("f1", "auc"))
-    return (
-        f"{row['name']:26} {f1} {auc} {100 * row['marked']:8.1f} {row['score']:7.3f} {row['milliseconds']:8.0f}"
-    )
+    return f"{row['name']:26} {f1} {auc} {100 * row['marked']:8.1f} {row['score']:7.3f} {row['milliseconds']:8.0f}"
 
 
 def main() -> int:
     """Returns the exit status: 1 where a kernel failed its correctness gate."""
     parser = argparse.ArgumentParser(description="forge and localize the sample photos, a short benchmark")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="where to write (default demo_out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_out"), help="where to write (default demo_out)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the forgeries (default 0)")
     options = parser.parse_args()
 
@@ -77,7 +77,9 @@ def main() -> int:
         print(line(row), flush=True)
         panels.append(row["panel"])
     overview = write_jpeg(options.out / "overview.jpg", np.vstack(panels), quality=90)
-    print(f"{source.length} photos: masks, heat maps and scores in {options.out}, all at a glance in {overview}\n")
+    print(
+        f"{source.length} photos: masks, heat maps and scores in {options.out}, all at a glance in {overview}\n"
+    )
 
     print("Kernels, ours against eager PyTorch (ratio above 1: ours is faster)")
     _records, red = cpu.run(short=True, repeats=15)

@@ -41,7 +41,7 @@ def count_macs(model: FRDNet, height: int = 512, width: int = 512) -> dict[str, 
     """
     shadow = copy.deepcopy(model).eval()
     fake = FakeTensorMode()
-    state = {name: fake.from_tensor(value) for name, value in shadow.state_dict().items()}
+    state: dict[str, Tensor] = {name: fake.from_tensor(value) for name, value in shadow.state_dict().items()}
     counter = FlopCounterMode(
         display=False,
         custom_mapping={

@@ -86,7 +86,7 @@ class Trainer:
             section.name, preset=section.preset, pretrained=section.pretrained, **section.options
         ).to(self.device)
         if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.model = self.model.to(memory_format=torch.channels_last)
         self.loss = FRDLoss(config.loss.form, config.loss.edge_weight, bce_weight=config.loss.bce)
         self.optimizer = torch.optim.AdamW(
             _parameter_groups(self.model, config.optim.weight_decay),
@@ -135,9 +135,11 @@ class Trainer:
         """
         self.model.eval()
         context = self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext()
-        rows, alarms, panels = [], [], []
+        rows: list[dict[str, float]] = []
+        alarms: list[float] = []
+        panels: list[torch.Tensor] = []
         with context, torch.inference_mode():
-            for image, mask in DataLoader(self.val_data, batch_size=1):  # type: ignore[arg-type]
+            for image, mask in DataLoader(self.val_data, batch_size=1):
                 probability = self._forward(image.to(self.device)).float().sigmoid().cpu()
                 if not mask.any():
                     alarms.append(float((probability > 0.5).float().mean()))
@@ -237,7 +239,7 @@ class Trainer:
         # The order is a function of seed and epoch, so a resumed run sees what an unbroken one would.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         return DataLoader(
-            self.train_data,  # type: ignore[arg-type]
+            self.train_data,
             batch_size=self.config.batch_size,
             shuffle=True,
             num_workers=self.config.workers,

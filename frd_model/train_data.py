@@ -73,7 +73,8 @@ def forge_options(values: dict[str, Any]) -> ForgeOptions:
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown key data.forge.{key}; known here: {', '.join(sorted(known))}")
-    return ForgeOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return ForgeOptions(**fields)
 
 
 def _open_pairs(data: DataSection, split: str, size: tuple[int, int] | None) -> PairDataset:

@@ -61,7 +61,7 @@ class PDCBlock2d(nn.Module):
         self.point = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
         self.shortcut: nn.Conv2d | None = None
         if residual and (self.pdc.stride != (1, 1) or in_channels != out_channels):
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=self.pdc.stride)
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=self.pdc.geometry().stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         residual = None
