@@ -19,7 +19,7 @@ from tqdm import tqdm
 from frd_model.checkpoints import add_checkpoint_argument, open_checkpoint
 from frd_model.data.images import write_json
 from frd_model.evaluate_data import Labelled, add_source_arguments, open_source
-from frd_model.metrics import aggregate, image_metrics
+from frd_model.metrics import aggregate, auc, image_metrics
 from frd_model.predict import POLICIES, predict
 
 COLUMNS = ("f1", "permute_f1", "auc", "iou")
@@ -42,6 +42,8 @@ class Report:
         forged = [r for r in self.rows if r["edited"] > 0]
         clean = [r for r in self.rows if r["edited"] == 0]
         kinds = sorted({r["kind"] for r in forged if r["kind"]})
+        scores = np.array([r["score"] for r in (*forged, *clean)])
+        edited = np.array([r["edited"] > 0 for r in (*forged, *clean)])
         return {
             "threshold": self.threshold,
             "forged": {"images": len(forged), **_means(forged, "")},
@@ -58,6 +60,8 @@ class Report:
                 "pixel_false_alarm": _mean([r["alarm"] for r in clean]),
                 "photo_false_alarm": _mean([float(r["score"] > 0.5) for r in clean]),
                 "mean_score": _mean([r["score"] for r in clean]),
+                # how well the scores tell forged from untouched photos, whatever the threshold
+                "score_auc": auc(scores, edited) if self.rows else math.nan,
             },
         }
 
@@ -143,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if args.csv:
         write_csv(args.csv, report.rows)
     if args.json_out:
-        write_json(args.json_out, summary)
+        write_json(args.json_out, _nan_as_none(summary))
     return 0
 
 
@@ -158,9 +162,17 @@ def format_summary(summary: dict[str, Any]) -> str:
     if clean["images"]:
         lines.append(
             f"untouched photos: {clean['images']}; pixels falsely marked {100 * clean['pixel_false_alarm']:.2f} %, "
-            f"photos with a score above 0.5: {100 * clean['photo_false_alarm']:.1f} %"
+            f"photos with a score above 0.5: {100 * clean['photo_false_alarm']:.1f} %, "
+            f"AUC of the score: {clean['score_auc']:.4f}"
         )
     return "\n".join(lines)
+
+
+def _nan_as_none(value: Any) -> Any:
+    """JSON has no NaN: a figure that is not defined on these images becomes null."""
+    if isinstance(value, dict):
+        return {k: _nan_as_none(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:

@@ -57,6 +57,7 @@ def test_figures_and_means(samples: list[Labelled]) -> None:
     assert summary["by_kind"]["removal"]["f1"] == pytest.approx(0.5)
     assert summary["white_mask"]["auc"] == 0.5
     assert summary["authentic"]["pixel_false_alarm"] == pytest.approx(0.125)
+    assert summary["authentic"]["score_auc"] == pytest.approx(0.75)  # one alarm ties with both forgeries
     assert "all-white mask" in format_summary(summary | {"checkpoint": "x"})
 
 
@@ -105,6 +106,17 @@ def test_command_writes_figures(
     assert means["forged"]["images"] == 2 and means["authentic"]["images"] == 2
     aucs = [float(r["auc"]) for r in rows if r["auc"]]
     assert means["forged"]["auc"] == pytest.approx(np.mean(aucs), abs=1e-6)
+
+
+def test_only_untouched_photos(tmp_path: Path, checkpoint: Path) -> None:
+    write_png(tmp_path / "images" / "quiet.png", np.zeros((40, 60, 3), np.uint8))
+    (tmp_path / "masks").mkdir()
+    out = tmp_path / "means.json"
+    argv = ["evaluate", "--images", str(tmp_path / "images"), "--masks", str(tmp_path / "masks")]
+    assert main([*argv, "--checkpoint", str(checkpoint), "--json-out", str(out)]) == 0
+    means = json.loads(out.read_text())
+    assert means["forged"] == {"images": 0, "f1": None, "permute_f1": None, "auc": None, "iou": None}
+    assert means["authentic"]["images"] == 1 and means["authentic"]["score_auc"] is None
 
 
 def test_a_constant_map_scores_as_chance() -> None:
