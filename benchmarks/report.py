@@ -23,34 +23,52 @@ def _shape(record: dict[str, Any]) -> str:
     return "[" + ", ".join(map(str, record["shape"])) + "]"
 
 
+def _verdict(record: dict[str, Any]) -> str:
+    """Whether the target is reached; a ratio closer to 1 than two series of our own call are is no result."""
+    if abs(record["ratio"] - 1) <= record["aa_spread"]:
+        return "within noise"
+    if record["target"] is None:
+        return "-"
+    return "yes" if record["ratio"] >= record["target"] else "**no**"
+
+
+def _others(record: dict[str, Any]) -> str:
+    """The ratios against the rivals behind the first one."""
+    others = [name for name in record["rivals"] if name != record["rival"]]
+    return ", ".join(f"{name} {record['rivals'][name]['ratio']:.2f}x" for name in others) or "-"
+
+
 def cpu_table(report: dict[str, Any]) -> str:
     """Every case, the ones that miss their target included."""
-    head = _cells("op", "shape", "layout", "mode", "ours, ms", "eager, ms", "ratio", "target", "reached")
-    lines = [head, _cells(*["---"] * 9)]
+    head = ("op", "shape", "dtype", "layout", "mode", "ours, ms", "eager, ms", "ratio", "A/A", "target")
+    lines = [_cells(*head, "reached", "other rivals"), _cells(*["---"] * (len(head) + 2))]
     for record in report["cases"]:
-        times, target = record["milliseconds"], record["target"]
-        reached = "-" if target is None else "yes" if record["ratio"] >= target else "**no**"
+        target = record["target"]
         lines.append(
             _cells(
                 record["op"],
                 _shape(record),
+                record["dtype"],
                 record["layout"],
                 record["mode"],
-                f"{times['ours']['median']:.3f}",
-                f"{times[record['rival']]['median']:.3f}",
+                f"{record['ours_ms']['median']:.3f}",
+                f"{record['rival_ms']['median']:.3f}",
                 f"{record['ratio']:.2f}x",
+                f"{100 * record['aa_spread']:.1f}%",
                 "-" if target is None else f"{target:.1f}x",
-                reached,
+                _verdict(record),
+                _others(record),
             )
         )
     return "\n".join(lines)
 
 
 def cpu_summary(report: dict[str, Any]) -> str:
-    """One row for each op and mode: the worst and the best ratio over shapes and layouts."""
+    """One row for each op and mode: the worst and the best ratio over shapes and layouts, in float32."""
     groups: dict[tuple[str, str], list[float]] = {}
     for record in report["cases"]:
-        groups.setdefault((record["op"], record["mode"]), []).append(record["ratio"])
+        if record["dtype"] == "float32":
+            groups.setdefault((record["op"], record["mode"]), []).append(record["ratio"])
     lines = [_cells("op", "mode", "worst ratio", "best ratio"), _cells(*["---"] * 4)]
     for (op, mode), ratios in groups.items():
         lines.append(_cells(op, mode, f"{min(ratios):.1f}x", f"{max(ratios):.1f}x"))
@@ -60,10 +78,16 @@ def cpu_summary(report: dict[str, Any]) -> str:
 def cpu_conditions(report: dict[str, Any]) -> str:
     machine = report["machine"]
     versions, load = machine["versions"], report["load_before"][0]
+    busy = sum(not record["quiet"] for record in report["cases"])
+    warning = (
+        f" **Something else ran on the machine during {busy} of {len(report['cases'])} cases.**"
+        if busy
+        else ""
+    )
     return (
         f"{machine['machine']['cpu']}, {report['threads']} threads, {machine['build']['cpu_isa']} kernels, "
-        f"torch {versions['torch']}, Python {versions['python']}, float32, {report['when'][:10]}, load average "
-        f"before the run {load:.1f}."
+        f"torch {versions['torch']}, Python {versions['python']}, float32 unless said, {report['when'][:10]}, "
+        f"load average before the run {load:.1f}.{warning}"
     )
 
 

@@ -1,0 +1,202 @@
+"""The rivals: the eager PyTorch that users of these layers run today.
+
+Restated from the formulas, with the sequence of tensor operations of PiDiNet's and FRD-Net's code at theta = 1, since
+that sequence is what the time goes into. `folded` is what a converted net runs instead: the plain kernel made
+beforehand, one convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+Projection = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # Wk, bk, Wv, bv
+Convolution = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # x, weight, groups
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+# The neighbour that each tap of a row-major 3x3 window is diminished by: the one before it, clockwise.
+PREVIOUS = [3, 0, 1, 6, 4, 2, 7, 8, 5]
+# Taps of a row-major 5x5 window that the weights 1 to 8 of the radial difference act on, and their opposites.
+OUTER = [0, 2, 4, 10, 14, 20, 22, 24]
+INNER = [6, 7, 8, 11, 13, 16, 17, 18]
+
+
+def angular_weight(weight: torch.Tensor) -> torch.Tensor:
+    """[O, I, 3, 3] -> the plain kernel [O, I, 3, 3]."""
+    flat = weight.flatten(2)
+    return (flat - flat[:, :, PREVIOUS]).view_as(weight)
+
+
+def central_weight(weight: torch.Tensor) -> torch.Tensor:
+    """[O, I, 3, 3] -> the plain kernel [O, I, 3, 3], as a converter makes it."""
+    flat = weight.flatten(2).clone()
+    flat[:, :, 4] -= weight.sum((2, 3))
+    return flat.view_as(weight)
+
+
+def radial_weight(weight: torch.Tensor) -> torch.Tensor:
+    """[O, I, 3, 3] -> the plain kernel [O, I, 5, 5]."""
+    used = weight.flatten(2)[:, :, 1:]
+    buffer = weight.new_zeros(*weight.shape[:2], 25)
+    buffer[:, :, OUTER] = used
+    buffer[:, :, INNER] = -used
+    return buffer.unflatten(2, (5, 5))
+
+
+def vanilla(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """x [B, C, H, W], weight [O, C / groups, 3, 3] -> [B, O, H, W]; so are all of them."""
+    return F.conv2d(x, weight, padding=1, groups=groups)
+
+
+def angular(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    return F.conv2d(x, angular_weight(weight), padding=1, groups=groups)
+
+
+def central(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    centre = F.conv2d(x, weight.sum((2, 3), keepdim=True), groups=groups)
+    return F.conv2d(x, weight, padding=1, groups=groups) - centre
+
+
+def radial(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    return F.conv2d(x, radial_weight(weight), padding=2, groups=groups)
+
+
+PDC: dict[str, Convolution] = {"vanilla": vanilla, "angular": angular, "central": central, "radial": radial}
+WEIGHT = {"angular": angular_weight, "central": central_weight, "radial": radial_weight}
+
+
+def folded(weight: torch.Tensor, kind: str, groups: int) -> Layer:
+    """x -> difference convolution by `weight`, whose plain kernel is made here, once."""
+    plain = weight if kind == "vanilla" else WEIGHT[kind](weight.float()).to(weight.dtype)
+    padding = plain.shape[-1] // 2
+    return lambda x: F.conv2d(x, plain, padding=padding, groups=groups)
+
+
+def dpm(
+    x: torch.Tensor,
+    angular_taps: torch.Tensor,
+    angular_point: torch.Tensor,
+    central_taps: torch.Tensor,
+    central_point: torch.Tensor,
+) -> torch.Tensor:
+    """FRD-Net's detail branch. x [B, C, H, W]; taps [C, 1, 3, 3]; points [C, C, 1, 1]."""
+    groups = x.shape[1]
+    y = F.conv2d(F.relu(angular(x, angular_taps, groups)), angular_point) + x
+    return F.conv2d(F.relu(central(y, central_taps, groups)), central_point)
+
+
+def folded_dpm(
+    angular_taps: torch.Tensor,
+    angular_point: torch.Tensor,
+    central_taps: torch.Tensor,
+    central_point: torch.Tensor,
+) -> Layer:
+    """x -> the detail branch with both plain kernels made here, once."""
+    groups = angular_taps.shape[0]
+    first, second = folded(angular_taps, "angular", groups), folded(central_taps, "central", groups)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = F.conv2d(F.relu(first(x)), angular_point) + x
+        return F.conv2d(F.relu(second(y)), central_point)
+
+    return call
+
+
+def icm_products(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+    grids: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Variant "released" as its authors write it: products [B, O, N, C] in aggregation and dispatch.
+
+    x [B, C, H, W] -> [B, C, H, W]; alpha, beta [T].
+    """
+    image, masks = x, []
+    for t, (projection, grid) in enumerate(zip(projections, grids, strict=True)):
+        keys, values, key_centres, centres = _project(image, projection, grid)
+        similarity = torch.sigmoid(beta[t] + alpha[t] * _cosine(key_centres, keys))  # [B, O, N]
+        best = similarity.max(dim=1, keepdim=True).indices
+        masks.append(similarity * torch.zeros_like(similarity).scatter_(1, best, 1.0))
+        weighted = values.unsqueeze(1) * masks[-1].unsqueeze(3)  # [B, O, N, C]
+        centres = (centres + weighted.sum(2)) / (1 + masks[-1].sum(2, keepdim=True))
+        image = _image(centres, grid)
+    out = centres
+    for mask in reversed(masks):
+        out = (out.unsqueeze(2) * mask.unsqueeze(3)).sum(1)  # [B, O, N, C] -> [B, N, C]
+    return _image(out, x.shape[2:])
+
+
+def icm_gather(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+    grids: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Variant "released" at its best in eager PyTorch: sums by index, dispatch as a chain of gathers."""
+    image, levels = x, []
+    for t, (projection, grid) in enumerate(zip(projections, grids, strict=True)):
+        keys, values, key_centres, centres = _project(image, projection, grid)
+        own, labels = torch.sigmoid(beta[t] + alpha[t] * _cosine(keys, key_centres)).max(dim=2)
+        levels.append((own, labels))
+        centres = _aggregate(centres, own.unsqueeze(2) * values, own, labels)
+        image = _image(centres, grid)
+    weight, chosen = levels[0]
+    for own, labels in levels[1:]:
+        weight, chosen = weight * own.gather(1, chosen), labels.gather(1, chosen)
+    rows = chosen.unsqueeze(2).expand(-1, -1, centres.shape[2])
+    return _image(weight.unsqueeze(2) * centres.gather(1, rows), x.shape[2:])
+
+
+def icm_dense(
+    x: torch.Tensor,
+    projections: Sequence[Projection],
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+    grids: Sequence[tuple[int, int]],
+) -> torch.Tensor:
+    """Variant "paper": dense cosine matrices [B, N, O], aggregation by index as in FEC.
+
+    x [B, C, H, W] -> [B, C, H, W]; alpha, beta scalars.
+    """
+    image, product = x, None
+    for projection, grid in zip(projections, grids, strict=True):
+        keys, values, key_centres, centres = _project(image, projection, grid)
+        cosine = _cosine(keys, key_centres)
+        labels = cosine.max(dim=2).indices
+        centres = _aggregate(centres, values, torch.ones_like(values[..., 0]), labels)
+        product = cosine if product is None else product @ cosine
+        image = _image(centres, grid)
+    return _image(torch.sigmoid(alpha * product + beta) @ centres, x.shape[2:])
+
+
+def _project(image: torch.Tensor, projection: Projection, grid: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """image [B, C, H, W] -> keys and values [B, N, C], the pooled centres of both [B, O, C]."""
+    key_weight, key_bias, value_weight, value_bias = projection
+    keys = F.conv2d(image, key_weight[:, :, None, None], key_bias)
+    values = F.conv2d(image, value_weight[:, :, None, None], value_bias)
+    pooled = (F.adaptive_avg_pool2d(maps, grid) for maps in (keys, values))
+    return (maps.flatten(2).transpose(1, 2) for maps in (keys, values, *pooled))
+
+
+def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[B, P, C], [B, Q, C] -> [B, P, Q]."""
+    return F.normalize(left, dim=2) @ F.normalize(right, dim=2).transpose(1, 2)
+
+
+def _aggregate(
+    centres: torch.Tensor, weighted: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Mean of each centre [B, O, C] and its tokens: weighted values [B, N, C], weights and labels [B, N]."""
+    sums = centres.scatter_add(1, labels.unsqueeze(2).expand_as(weighted), weighted)
+    mass = torch.ones_like(centres[..., 0]).scatter_add(1, labels, weights)
+    return sums / mass.unsqueeze(2)
+
+
+def _image(tokens: torch.Tensor, hw: Sequence[int]) -> torch.Tensor:
+    """[B, N, C] -> [B, C, H, W]."""
+    return tokens.transpose(1, 2).unflatten(2, tuple(hw))

@@ -1,0 +1,102 @@
+"""The ICM with its projections, both variants, against the dense eager forms.
+
+The arg-max makes the output jump: on arbitrary data one token whose two best cosines agree to the last bits, decided
+differently in float32 and float64, would make a correct result look wrong, or a rival's error so large that the gate
+lets everything pass. So the tokens come in clusters that lie far apart, in every round and for every call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+import frd_kernels as fk
+
+from . import eager
+from .harness import Case, Providers, normal, providers
+from .pdc import SHAPES
+
+GRIDS = ((8, 8), (4, 4), (2, 1))
+RIVALS: dict[str, dict[str, Callable[..., torch.Tensor]]] = {
+    "released": {
+        "eager, [B,O,N,C] products": eager.icm_products,
+        "eager, gather and scatter_add": eager.icm_gather,
+    },
+    "paper": {"eager, dense cosines and scatter_add": eager.icm_dense},
+}
+NOISE = 0.7  # of a token around its prototype, whose entries have unit variance
+TARGET = 4.0
+
+
+def build_icm(case: Case, *, variant: str) -> Providers:
+    return providers(
+        case,
+        inputs=data(case, variant),
+        ours=functools.partial(over_tokens, fk.icm, variant),
+        rivals={name: functools.partial(over_images, icm) for name, icm in RIVALS[variant].items()},
+        reference=functools.partial(over_tokens, fk.reference.icm, variant),
+        squared=True,
+    )
+
+
+def data(case: Case, variant: str) -> tuple[torch.Tensor, ...]:
+    """The image, per round Wk, bk, Wv, bv, then alpha and beta."""
+    channels = case.shape[1]
+    projections = []
+    for seed in range(2 * len(GRIDS)):
+        projections.append(normal((channels, channels), case, 10 + seed, scale=channels**-0.5))
+        projections.append(normal((channels,), case, 20 + seed, scale=0.1))
+    gates = 1 if variant == "paper" else len(GRIDS)
+    alpha, beta = (torch.full((gates,), value, dtype=case.dtype) for value in (1.0, 0.1))
+    return clustered(case), *projections, alpha, beta
+
+
+def clustered(case: Case) -> torch.Tensor:
+    """Images [B, C, H, W]: the pixels of a bin of the first grid scatter about the bin's own prototype, each fourth
+    one about that of a bin drawn at random."""
+    batch, channels, height, width = case.shape
+    rows, columns = GRIDS[0]
+    generator = torch.Generator().manual_seed(0)
+    prototypes = normal((batch, channels, rows * columns), case, seed=1)
+    row = torch.arange(height) * rows // height
+    column = torch.arange(width) * columns // width
+    labels = (row[:, None] * columns + column).repeat(batch, 1, 1)
+    strayed = labels[:, 1::2, 1::2]
+    strayed.copy_(torch.randint(rows * columns, strayed.shape, generator=generator))
+    index = labels.flatten(1)[:, None, :].expand(-1, channels, -1)
+    image = prototypes.gather(2, index).unflatten(2, (height, width))
+    return image + normal(case.shape, case, seed=2, scale=NOISE)
+
+
+def split(inputs: Sequence[torch.Tensor]) -> tuple[list[eager.Projection], torch.Tensor, torch.Tensor]:
+    """What follows the image in `data`: a tuple for each round, alpha, beta."""
+    *projections, alpha, beta = inputs
+    return [tuple(projections[i : i + 4]) for i in range(0, len(projections), 4)], alpha, beta
+
+
+def over_tokens(
+    icm: Callable[..., torch.Tensor], variant: str, x: torch.Tensor, *inputs: torch.Tensor
+) -> torch.Tensor:
+    """x [B, C, H, W] through an `icm` over tokens, as `fk.ICM` does it."""
+    projections, alpha, beta = split(inputs)
+    tokens, hw = x.flatten(2).transpose(1, 2), x.shape[2:]
+    out = icm(tokens, projections, variant=variant, alpha=alpha, beta=beta, grids=GRIDS, hw=tuple(hw))
+    return out.transpose(1, 2).unflatten(2, hw)
+
+
+def over_images(icm: Callable[..., torch.Tensor], x: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    return icm(x, *split(inputs), GRIDS)
+
+
+def cases() -> Iterator[Case]:
+    for variant in RIVALS:
+        build = functools.partial(build_icm, variant=variant)
+        for mode in ("forward", "forward+backward"):
+            for shape in SHAPES:
+                short = (variant, shape, mode) == ("paper", SHAPES[0], "forward")
+                yield Case(f"icm {variant}", shape, mode, build, target=TARGET, short=short)
+
+
+CASES = list(cases())
