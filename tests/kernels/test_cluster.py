@@ -76,7 +76,7 @@ def check(k: torch.Tensor, v: torch.Tensor, hw: Grid, grid: Grid, options: dict[
 
 @pytest.mark.parametrize(("hw", "grid", "channels"), CASES)
 @pytest.mark.parametrize("layout", ["tokens", "image"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("form", AGGREGATES)
 def test_matches_float64(
     backend: str, form: str, dtype: torch.dtype, layout: str, hw: Grid, grid: Grid, channels: int

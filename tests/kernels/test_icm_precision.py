@@ -62,23 +62,23 @@ def eager_icm(
     return (torch.sigmoid(alpha * product + beta) if variant == "paper" else product) @ tokens
 
 
-def measured(form: Form, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The results in float64, and the gradients of the inputs for a loss of fixed weights."""
+def measured(form: Form, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The results in float64, and behind them the gradients of the inputs for a loss of fixed weights."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     results = [result.double() for result in form(*leaves)]
     loss = sum((r * torch.linspace(-1, 1.5, r.size(-1), dtype=r.dtype).cos()).sum() for r in results)
     grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    return results, [grad.double() for grad in grads]
+    return results + [grad.double() for grad in grads]
 
 
 def compare(kernel: Form, eager: Form, exact: Form, inputs: list[torch.Tensor]) -> None:
     found, rival = measured(kernel, inputs), measured(eager, inputs)
     wanted = measured(exact, [t.double() for t in inputs])
-    for b, c in zip(rival[0], wanted[0], strict=True):
-        assert (b - c).norm() <= 0.05 * c.norm(), "the eager form mistakes a label"
-    for number, (a, b, c) in enumerate(zip(sum(found, []), sum(rival, []), sum(wanted, []), strict=True)):
+    for number, (a, b, c) in enumerate(zip(found, rival, wanted, strict=True)):
         ours, theirs = (a - c).norm().item(), (b - c).norm().item()
         assert ours <= 2 * theirs, f"tensor {number}: error {ours}, of the eager form {theirs}"
+        if number < len(wanted) - len(inputs):
+            assert theirs <= 0.05 * c.norm().item(), "the eager form mistakes a label"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

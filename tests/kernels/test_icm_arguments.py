@@ -1,0 +1,215 @@
+"""Bad arguments of the clustering and the ICM: one line that names the argument, the rule and what came."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import frd_kernels as fk
+
+ops = torch.ops.frd
+INTS = torch.ones(2, 12, 4, dtype=torch.int64)
+CLUSTER: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"k": "x"}, TypeError, "k must be a tensor, got str"),
+    ({"v": None}, TypeError, "v must be a tensor, got NoneType"),
+    ({"k": torch.ones(12, 4)}, ValueError, "k must be [B, N, C], got [12, 4]"),
+    ({"v": torch.ones(2, 3, 4, 4)}, ValueError, "v must be [B, N, C], got [2, 3, 4, 4]"),
+    ({"k": INTS}, ValueError, "k must be float32, float64, float16 or bfloat16, got [2, 12, 4] int64 on cpu"),
+    ({"k": torch.ones(2, 0, 4)}, ValueError, "k must have at least one token and one channel, got [2, 0, 4]"),
+    (
+        {"v": torch.ones(2, 12, 0)},
+        ValueError,
+        "v must have at least one token and one channel, got [2, 12, 0]",
+    ),
+    (
+        {"v": torch.ones(2, 12, 5)},
+        ValueError,
+        "v must have k's shape, dtype and device, got [2, 12, 5] float32 on cpu for k [2, 12, 4] float32 on cpu",
+    ),
+    (
+        {"v": torch.ones(2, 12, 4).double()},
+        ValueError,
+        "v must have k's shape, dtype and device, got [2, 12, 4] float64",
+    ),
+    (
+        {"v": torch.ones(2, 12, 4, device="meta")},
+        ValueError,
+        "v must have k's shape, dtype and device, got [2, 12, 4] float32 on meta",
+    ),
+    ({"grid": (0, 2)}, ValueError, "grid must be (rows, columns) of at least 1, got (0, 2)"),
+    ({"grid": (2, -1)}, ValueError, "grid must be (rows, columns) of at least 1, got (2, -1)"),
+    ({"grid": [2]}, ValueError, "grid must be (rows, columns) of at least 1, got (2,)"),
+    ({"hw": (3, 5)}, ValueError, "hw must be (H, W) with H * W = 12 tokens, got (3, 5)"),
+    ({"hw": (-3, -4)}, ValueError, "hw must be (H, W) with H * W = 12 tokens, got (-3, -4)"),
+    ({"hw": (12,)}, ValueError, "hw must be (H, W) with H * W = 12 tokens, got (12,)"),
+    ({"aggregate": "mean"}, ValueError, "aggregate must be 'count' or 'similarity', got 'mean'"),
+    ({"alpha": "1"}, TypeError, "alpha must be a number or a tensor, got str"),
+    ({"beta": True}, TypeError, "beta must be a number or a tensor, got bool"),
+    ({"alpha": torch.ones(2)}, ValueError, "alpha must be a number or a tensor of 1 elements, got shape [2]"),
+    (
+        {"beta": torch.ones(1, 1)},
+        ValueError,
+        "beta must be a number or a tensor of 1 elements, got shape [1, 1]",
+    ),
+    ({"beta": torch.tensor(1)}, ValueError, "beta must be of a floating dtype, got torch.int64"),
+]
+
+
+def assert_refused(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CLUSTER)
+def test_cluster(backend: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    x = torch.randn(2, 12, 4)
+    arguments = {"k": x, "v": x, "grid": (2, 2), "hw": (3, 4)} | changes
+    assert_refused(lambda: fk.cluster(**arguments), error, message)
+
+
+W, B = torch.ones(4, 4), torch.ones(4)
+ICM: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": None}, TypeError, "x must be a tensor, got NoneType"),
+    ({"x": torch.ones(2, 4, 3, 4)}, ValueError, "x must be [B, N, C], got [2, 4, 3, 4]"),
+    ({"x": INTS}, ValueError, "x must be float32, float64, float16 or bfloat16, got [2, 12, 4] int64"),
+    (
+        {"x": torch.ones(2, 12, 0)},
+        ValueError,
+        "x must have at least one token and one channel, got [2, 12, 0]",
+    ),
+    ({"grids": []}, ValueError, "grids must hold at least one (rows, columns), got none"),
+    ({"grids": [(2, 2), (0, 1)]}, ValueError, "grids must be (rows, columns) of at least 1, got (0, 1)"),
+    ({"hw": (12, 2)}, ValueError, "hw must be (H, W) with H * W = 12 tokens, got (12, 2)"),
+    ({"variant": "code"}, ValueError, "variant must be 'paper' or 'released', got 'code'"),
+    ({"alpha": None}, TypeError, "alpha must be a number or a tensor, got NoneType"),
+    ({"alpha": torch.ones(2)}, ValueError, "alpha must be a number or a tensor of 1 elements, got shape [2]"),
+    (
+        {"beta": torch.ones(3), "variant": "released"},
+        ValueError,
+        "beta must be a number or a tensor of 1 or 2 elements, got shape [3]",
+    ),
+    ({"beta": torch.tensor([1])}, ValueError, "beta must be of a floating dtype, got torch.int64"),
+    ({"projections": [None]}, ValueError, "projections must have one entry for each of the 2 grids, got 1"),
+    (
+        {"projections": [None, (W, B, W)]},
+        ValueError,
+        "projections[1] must be (Wk, bk, Wv, bv) or None, got 3 entries",
+    ),
+    (
+        {"projections": [(None, B, W, B), None]},
+        TypeError,
+        "projections[0]: Wk must be a tensor, got NoneType",
+    ),
+    ({"projections": [(W, 0.0, W, B), None]}, TypeError, "projections[0]: bk must be a tensor, got float"),
+    (
+        {"projections": [(W, B, W[:3], B), None]},
+        ValueError,
+        "projections[0]: Wv must be [4, 4] for x's channels, got [3, 4]",
+    ),
+    (
+        {"projections": [None, (W, B, W, W)]},
+        ValueError,
+        "projections[1]: bv must be [4] for x's channels, got [4, 4]",
+    ),
+    (
+        {"projections": [None, (W.half(), B, W, B)]},
+        ValueError,
+        "projections[1]: Wk must have x's dtype and device, got [4, 4] float16 on cpu",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), ICM)
+def test_icm(backend: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"x": torch.randn(2, 12, 4), "projections": None, "alpha": 1.0, "beta": 0.0}
+    arguments |= {"grids": [(2, 2), (2, 1)], "hw": (3, 4)} | changes
+    assert_refused(lambda: fk.icm(**arguments), error, message)
+
+
+def test_layer() -> None:
+    assert_refused(lambda: fk.ICM(0), ValueError, "channels must be at least 1, got 0")
+    assert_refused(
+        lambda: fk.ICM(4, variant="code"), ValueError, "variant must be 'paper' or 'released', got 'code'"
+    )
+    assert_refused(
+        lambda: fk.ICM(4, ()), ValueError, "grids must hold at least one (rows, columns), got none"
+    )
+    layer = fk.ICM(4)
+    assert_refused(lambda: layer(torch.ones(2, 12, 4)), ValueError, "x must be [B, 4, H, W], got [2, 12, 4]")
+    assert_refused(
+        lambda: layer(torch.ones(2, 5, 3, 4)), ValueError, "x must be [B, 4, H, W], got [2, 5, 3, 4]"
+    )
+
+
+def test_cluster_operator() -> None:
+    """The operators check for themselves what their kernels rely on."""
+    x, one, sizes = torch.randn(2, 12, 4), torch.ones(1), ([2, 2], [3, 4])
+
+    def forward(
+        k: Any = x, v: Any = x, alpha: Any = one, grid: Any = (2, 2), hw: Any = (3, 4), aggregate: int = 1
+    ) -> Any:
+        return ops.cluster(k, v, alpha, one, grid, hw, aggregate)
+
+    for changes, message in [
+        ({"k": x[0]}, "k must be [B, N, C], got 2-D"),
+        ({"k": INTS}, "k must be float32"),
+        ({"v": x[:1]}, "v must have the shape and dtype of its input"),
+        ({"hw": (3, 5)}, "hw must be (H, W) with H * W = 12 tokens"),
+        ({"grid": (0, 2)}, "a grid must be (rows, columns) of at least 1"),
+        ({"aggregate": 2}, "aggregate must be 0 (count) or 1 (similarity), got 2"),
+        ({"alpha": torch.ones(2)}, "alpha must be [1] in the compute dtype"),
+        ({"alpha": one.double()}, "alpha must be [1] in the compute dtype"),
+    ]:
+        assert_refused(lambda changes=changes: forward(**changes), ValueError, message)
+
+    centres, labels, similarity, _counts, saved = forward()
+    good = {"centres": centres, "similarity": similarity, "labels": labels, "saved": saved}
+    for changes, message in [
+        ({"labels": labels.long()}, "labels must be the contiguous int32 [B, N] of the forward pass"),
+        ({"saved": saved[:, 1:]}, "saved must be what the forward pass returned"),
+        ({"centres": centres[:, 1:]}, "grad_centres must be [B, O, C]"),
+        ({"similarity": similarity[:, 1:]}, "grad_similarity must be [B, N]"),
+    ]:
+        a = good | changes
+
+        def backward(a: dict[str, Any] = a) -> Any:
+            given = a["centres"], a["similarity"], x, x, one, one, a["labels"], a["saved"]
+            return ops.cluster_backward(*given, *sizes, 1)
+
+        assert_refused(backward, ValueError, message)
+
+
+def test_icm_operator() -> None:
+    x, one = torch.randn(2, 12, 4), torch.ones(1)
+    none = [torch.empty(0)] * 4
+
+    def forward(
+        maps: Any = none, alpha: Any = one, grids: Any = (2, 2), hw: Any = (3, 4), variant: int = 0
+    ) -> Any:
+        return ops.icm(x, maps, alpha, one, grids, hw, variant)
+
+    for changes, message in [
+        ({"variant": 2}, "variant must be 0 (paper) or 1 (released), got 2"),
+        ({"grids": (2, 2, 2)}, "grids must hold pairs (rows, columns)"),
+        ({"grids": (2, 2, 0, 1)}, "a grid must be (rows, columns) of at least 1"),
+        ({"hw": (4, 4)}, "hw must be (H, W) with H * W = 12 tokens"),
+        ({"maps": none[1:]}, "projections must be 4 tensors for each of the 1 grids, got 3"),
+        ({"maps": [W, B, W.half(), B]}, "projections[2] must have x's dtype"),
+        ({"maps": [W, B, W, torch.ones(3)]}, "projections[3] must be [C] with C = 4"),
+        ({"maps": [W, B, torch.ones(4, 3), B]}, "projections[2] must be [C, C] with C = 4"),
+        ({"alpha": torch.ones(2)}, "alpha must be [1] in the compute dtype"),
+    ]:
+        assert_refused(lambda changes=changes: forward(**changes), ValueError, message)
+
+    out, labels, saved = forward()
+    for grad, kept, message in [
+        (out[:1], saved, "grad must have the shape and dtype of its input"),
+        (out.half(), saved, "grad must have the shape and dtype of its input"),
+        (out, saved.double(), "saved must be what the forward pass returned"),
+    ]:
+        given = grad, x, none, one, one, labels, kept, (2, 2), (3, 4), 0
+        assert_refused(lambda given=given: ops.icm_backward(*given), ValueError, message)
