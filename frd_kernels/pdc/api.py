@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from .. import backend
 from ..kinds import Kind, parse_kind
 from . import ops, reference
-from .arguments import Geometry, IntOrPair, check_tensors, check_weight, parse_geometry, parse_theta
+from .arguments import (
+    Geometry,
+    IntOrPair,
+    autocast_dtype,
+    check_tensors,
+    check_weight,
+    parse_geometry,
+    parse_theta,
+)
 
 
 def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.Tensor:
@@ -89,7 +97,7 @@ def run(
     if x.dim() == 3:
         return run(x.unsqueeze(0), weight, bias, geometry, plain).squeeze(0)
     if backend.select("pdc2d", x) == "reference":
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is not None:
             return _autocast_reference(x, weight, bias, geometry)
         return reference.run(x, weight, bias, geometry)
     if is_depthwise(weight, geometry.groups):
@@ -108,11 +116,11 @@ def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
 
 def plain_weight(weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """The plain kernel in the dtype of the convolution: a cast under autocast stays zero-sum."""
-    device, dtype = weight.device.type, weight.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = weight.dtype
+    if dtype != torch.float64:
+        dtype = autocast_dtype(weight.device.type) or dtype
     if geometry.kind == Kind.VANILLA:
-        return weight.to(dtype)
+        return weight if weight.dtype == dtype else weight.to(dtype)  # an exported graph would keep the no-op
     return torch.ops.frd.pdc_weight(weight, int(geometry.kind), geometry.theta, dtype)
 
 

@@ -91,6 +91,13 @@ def parse_geometry(
     return Geometry(parse_kind(kind), parse_theta(theta), stride_pair, padding_pair, dilation_pair, groups)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of the autocast region around the call; None outside one, and on devices without (meta)."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def check_weight(weight: torch.Tensor) -> None:
     """`weight` is a floating point [O, I, 3, 3]; raises TypeError or ValueError."""
     if not isinstance(weight, torch.Tensor):
@@ -122,7 +129,7 @@ def check_tensors(
             f"x must have weight.shape[1] * groups = {weight.shape[1] * groups} channels, got {channels}"
         )
     # Under autocast the operands are cast to one dtype later, as for F.conv2d.
-    mixed_allowed = torch.is_autocast_enabled(x.device.type)
+    mixed_allowed = autocast_dtype(x.device.type) is not None
     named = [("x", x)] if bias is None else [("x", x), ("bias", bias)]
     for name, tensor in named:
         if not isinstance(tensor, torch.Tensor):

@@ -12,7 +12,7 @@ from torch import nn
 from .. import backend
 from ..kinds import Kind, parse_kind
 from . import api
-from .arguments import Geometry, IntOrPair, check_tensors, parse_geometry, parse_theta
+from .arguments import Geometry, IntOrPair, autocast_dtype, check_tensors, parse_geometry, parse_theta
 
 
 class PDC2d(nn.Conv2d):
@@ -74,7 +74,7 @@ class PDC2d(nn.Conv2d):
         )
         self.kind = parse_kind(kind).name.lower()
         self.theta = parse_theta(theta)
-        self._plain: tuple[Any, torch.Tensor] | None = None
+        self._plain: tuple[Any, torch.Tensor, torch.Tensor] | None = None
 
     def geometry(self) -> Geometry:
         """The attributes as they stand: code that edits the stride of a loaded net is honoured."""
@@ -115,14 +115,13 @@ class PDC2d(nn.Conv2d):
             return None
         if api.is_depthwise(weight, geometry.groups) or backend.select("pdc2d", weight) == "reference":
             return None
-        device = weight.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        key = (*source, autocast, geometry.kind, geometry.theta)
+        key = (*source, autocast_dtype(weight.device.type), geometry.kind, geometry.theta)
         if self._plain is None or self._plain[0] != key:
             # An inference tensor could not be saved for a later backward to the input.
             with torch.inference_mode(False), torch.no_grad():
-                self._plain = (key, api.plain_weight(weight, geometry))
+                # The alias keeps the memory of this weight, so that no later one gets its address.
+                self._plain = (key, api.plain_weight(weight, geometry), weight.detach())
         return self._plain[1]
 
     def train(self, mode: bool = True) -> PDC2d:

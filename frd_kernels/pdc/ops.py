@@ -8,7 +8,7 @@ import torch
 
 from .. import _library  # noqa: F401  registers the schemas
 from . import weight as _weight  # noqa: F401  registers the fakes and the autograd of frd::pdc_weight
-from .arguments import Geometry
+from .arguments import Geometry, autocast_dtype
 
 _ops = torch.ops.frd
 
@@ -21,7 +21,7 @@ def pdc2d_depthwise(
     """x [B, C, H, W], weight [C, 1, 3, 3], bias [C]; arguments are checked by the caller."""
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.padding, geometry.dilation)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.bfloat16:
+    if autocast_dtype(device) not in (None, torch.bfloat16):
         # The op's autocast rule knows one dtype.
         x, weight, bias = autocast_operands(x, weight, bias)
         with torch.autocast(device, enabled=False):

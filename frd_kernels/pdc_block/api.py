@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .. import backend
 from ..pdc import api as pdc_api
-from ..pdc.arguments import Geometry, IntOrPair, check_tensors, parse_geometry
+from ..pdc.arguments import Geometry, IntOrPair, autocast_dtype, check_tensors, parse_geometry
 from . import ops, reference
 
 OptionalTensor = torch.Tensor | None
@@ -95,7 +95,7 @@ def _check_point(
         ("point_bias", point_bias, (channels,)),
         ("residual", residual, (x.shape[0], channels, *geometry.output_size(x.shape[2], x.shape[3]))),
     ]
-    mixed_allowed = torch.is_autocast_enabled(x.device.type)
+    mixed_allowed = autocast_dtype(x.device.type) is not None
     for name, tensor, shape in wanted:
         if tensor is None:
             continue
@@ -119,21 +119,22 @@ def _reference(
     geometry: Geometry,
 ) -> torch.Tensor:
     """The reference, which itself sees no autocast: the operands are cast as the op's rule casts them."""
-    tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        tensors = ops.autocast_operands(*tensors)
-    x, pdc_weight, pdc_bias, point_weight, point_bias, residual = tensors
-    with torch.autocast(device, enabled=False):
-        return reference.pdc_block(
-            x,
-            pdc_weight,
-            point_weight,
-            kind=geometry.kind.name.lower(),
-            theta=geometry.theta,
-            stride=geometry.stride,
-            dilation=geometry.dilation,
-            residual=residual,
-            pdc_bias=pdc_bias,
-            point_bias=point_bias,
+    if autocast_dtype(device) is not None:
+        x, pdc_weight, pdc_bias, point_weight, point_bias, residual = ops.autocast_operands(
+            x, pdc_weight, pdc_bias, point_weight, point_bias, residual
         )
+        with torch.autocast(device, enabled=False):
+            return _reference(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
+    return reference.pdc_block(
+        x,
+        pdc_weight,
+        point_weight,
+        kind=geometry.kind.name.lower(),
+        theta=geometry.theta,
+        stride=geometry.stride,
+        dilation=geometry.dilation,
+        residual=residual,
+        pdc_bias=pdc_bias,
+        point_bias=point_bias,
+    )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .. import _library  # noqa: F401  registers the schemas
 from ..pdc import ops as _pdc_ops  # noqa: F401  registers the autograd of the ops the double backward uses
-from ..pdc.arguments import Geometry
+from ..pdc.arguments import Geometry, autocast_dtype
 
 _ops = torch.ops.frd
 
@@ -29,7 +29,7 @@ def pdc_block(
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
     tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != torch.bfloat16:
+    if autocast_dtype(device) not in (None, torch.bfloat16):
         # The op's autocast rule knows one dtype.
         with torch.autocast(device, enabled=False):
             return _ops.pdc_block(*autocast_operands(*tensors), *options)
@@ -137,12 +137,16 @@ def _double_backward(
     grad, x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
     pdc, pdc_backward = _ops.pdc2d_depthwise, _ops.pdc2d_depthwise_backward
     hidden = pdc(x, pdc_weight, pdc_bias, *ctx.options)
-    mask = (hidden > 0).to(hidden.dtype)
-    tangent = mask * (pdc(a_x, pdc_weight, None, *ctx.options) + pdc(x, a_pdc, a_pdc_bias, *ctx.options))
-    d_grad = F.conv2d(tangent, point_weight) + F.conv2d(mask * hidden, a_point, a_point_bias)
+    closed = hidden <= 0  # a NaN passes, as in torch
+
+    def gate(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.masked_fill(closed, 0)
+
+    tangent = gate(pdc(a_x, pdc_weight, None, *ctx.options) + pdc(x, a_pdc, a_pdc_bias, *ctx.options))
+    d_grad = F.conv2d(tangent, point_weight) + F.conv2d(gate(hidden), a_point, a_point_bias)
     d_point = torch.einsum("bohw,bchw->oc", grad, tangent)[:, :, None, None]
-    through = mask * F.conv2d(grad, point_weight.transpose(0, 1))
-    through_a = mask * F.conv2d(grad, a_point.transpose(0, 1))
+    through = gate(F.conv2d(grad, point_weight.transpose(0, 1)))
+    through_a = gate(F.conv2d(grad, a_point.transpose(0, 1)))
     d_x, d_pdc, d_bias = pdc_backward(through_a, x, pdc_weight, *ctx.options, True, True)
     d_x = d_x + pdc_backward(through, x, a_pdc, *ctx.options, True, False)[0]
     d_pdc = d_pdc + pdc_backward(through, a_x, pdc_weight, *ctx.options, False, True)[1]
