@@ -1,0 +1,145 @@
+"""What the tests of the difference convolution and of its block share: the eager rival, inputs, error bounds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import frd_kernels as fk
+from frd_kernels import backend as backends
+
+KINDS = ["vanilla", "central", "angular", "radial"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+# The backends that promise more than the reference does: results that repeat bit for bit, layouts.
+KERNELS = [name for name, (available, _) in fk.backends().items() if available and name != "reference"]
+
+
+def device_of(backend: str, op: str) -> torch.device:
+    """Where a backend computes; skips the test where it has no kernel of `op`."""
+    device = torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
+    try:
+        backends.select(op, torch.empty(0, device=device))
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    return device
+
+
+def eager(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    kind: str,
+    theta: float = 1.0,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """The layer the way PiDiNet computes it, every step rounded to the dtype of x."""
+    if kind == "radial":
+        wide = weight.new_zeros(*weight.shape[:2], 25)
+        wide[..., [0, 2, 4, 10, 14, 20, 22, 24]] = weight.flatten(2)[..., 1:]
+        wide[..., [6, 7, 8, 11, 13, 16, 17, 18]] = -theta * weight.flatten(2)[..., 1:]
+        wide[..., 12] = (1 - theta) * weight[..., 0, 0]
+        weight, padding = wide.unflatten(-1, (5, 5)), padding + dilation
+    elif kind == "angular":
+        weight = weight - theta * weight.flatten(2)[..., [3, 0, 1, 6, 4, 2, 7, 8, 5]].view_as(weight)
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if kind == "central":
+        centres = F.pad(x, [padding - dilation] * 4)
+        out = out - theta * F.conv2d(centres, weight.sum((2, 3), keepdim=True), None, stride, 0, 1, groups)
+    return out
+
+
+def eager_block(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    point_weight: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    pdc_bias: torch.Tensor | None = None,
+    point_bias: torch.Tensor | None = None,
+    dilation: int = 1,
+    **options: Any,
+) -> torch.Tensor:
+    """`fk.pdc_block` out of eager convolutions, every step rounded to the dtype of x."""
+    groups = x.shape[1] // pdc_weight.shape[1]
+    hidden = eager(x, pdc_weight, pdc_bias, padding=dilation, dilation=dilation, groups=groups, **options)
+    out = F.conv2d(F.relu(hidden), point_weight, point_bias)
+    return out if residual is None else out + residual
+
+
+def doubles(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The same values in float64, as leaves that learn if the originals do."""
+    return tuple(None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
+
+
+def worst(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error of `out` against a float64 result."""
+    assert out.shape == exact.shape
+    return (out.double() - exact).abs().max().item()
+
+
+def magnitude(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float:
+    """An upper bound of the sum of the absolute terms of an output of the difference convolution."""
+    taps = weight.detach().double().abs().flatten(1).sum(1).max() * 2 * x.detach().double().abs().max()
+    return taps.item() + (0.0 if bias is None else bias.detach().double().abs().max().item())
+
+
+def assert_rounded_once(out: torch.Tensor, exact: torch.Tensor, scale: float) -> None:
+    """Each element is off by one rounding to its dtype, plus what the accumulation of terms that add up to
+    `scale` may lose in float32 (float64 for float64)."""
+    assert out.shape == exact.shape
+    kind = torch.finfo(out.dtype)
+    accumulation = 4 * scale * (kind.eps if kind.bits == 64 else torch.finfo(torch.float32).eps)
+    allowed = kind.eps / 2 * exact.abs() + accumulation + kind.smallest_normal * kind.eps / 2
+    error = (out.double() - exact).abs()
+    assert (error <= allowed).all(), f"off by {(error - allowed).max().item():.3g} more than one rounding"
+
+
+def assert_layout(out: torch.Tensor, layout: str) -> None:
+    """`out` is dense in the named layout, to the last stride."""
+    expected = torch.empty(out.shape, memory_format=LAYOUTS[layout])
+    assert out.stride() == expected.stride()
+
+
+def message_of(value: Any) -> str:
+    """The id of a case is its message."""
+    return value if isinstance(value, str) else ""
+
+
+def raises(error: type[Exception], message: str) -> Any:
+    """The exact type, and one line that holds `message`."""
+    return pytest.raises(
+        error, match=rf"^[^\n]*{re.escape(message)}[^\n]*$", check=lambda e: type(e) is error
+    )
+
+
+def compiled_agrees(
+    f: Callable[[torch.Tensor], torch.Tensor],
+    inputs: list[torch.Tensor],
+    parameters: list[torch.Tensor],
+    backend: str,
+) -> None:
+    """One graph without a break serves all inputs, whatever their sizes, and gives what `f` gives, backward
+    as well."""
+    torch.compiler.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x in inputs:
+            x = x.detach().requires_grad_()
+            out, expected = compiled(x), f(x)
+            assert out.stride() == expected.stride()
+            torch.testing.assert_close(out, expected)
+            grad = torch.randn_like(out)
+            leaves = [x, *parameters]
+            torch.testing.assert_close(
+                torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+            )
