@@ -81,6 +81,56 @@ def doubles(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors)
 
 
+def block_operands(
+    batch: int,
+    channels: int,
+    filters: int,
+    height: int,
+    width: int,
+    *,
+    groups: int | None = None,
+    stride: int | tuple[int, int] = 1,
+    dilation: int | tuple[int, int] = 1,
+    layout: str = "nchw",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every tensor argument of `fk.pdc_block`, depthwise unless `groups` says otherwise."""
+    steps = stride if isinstance(stride, tuple) else (stride, stride)
+    size = [(extent - 1) // step + 1 for extent, step in zip((height, width), steps, strict=True)]
+    shapes = {
+        "x": (batch, channels, height, width),
+        "pdc_weight": (channels, channels // (groups or channels), 3, 3),
+        "point_weight": (filters, channels, 1, 1),
+        "pdc_bias": (channels,),
+        "point_bias": (filters,),
+        "residual": (batch, filters, *size),
+    }
+    operands = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    operands["point_weight"] /= channels**0.5
+    for name in ("x", "residual"):
+        operands[name] = operands[name].contiguous(memory_format=LAYOUTS[layout])
+    return {name: operand.to(dtype) for name, operand in operands.items()}
+
+
+def off_the_kink(
+    draw: Callable[[], dict[str, torch.Tensor]], *, kind: str, **options: Any
+) -> dict[str, torch.Tensor]:
+    """Operands of the block of which no hidden value is so near 0 that a rounding opens or closes its ReLU."""
+    dilation = options.get("dilation", 1)
+    while True:
+        operands = draw()
+        x, weight, bias = doubles(operands["x"], operands["pdc_weight"], operands.get("pdc_bias"))
+        groups = x.shape[1] // weight.shape[1]
+        hidden = fk.reference.pdc2d(x, weight, bias, kind=kind, padding=dilation, groups=groups, **options)
+        if (hidden.abs() > 1e-5).all():
+            return operands
+
+
+def in_double(operands: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return dict(zip(operands, doubles(*operands.values()), strict=True))
+
+
 def worst(out: torch.Tensor, exact: torch.Tensor) -> float:
     """The largest error of `out` against a float64 result."""
     assert out.shape == exact.shape
