@@ -17,7 +17,7 @@ import torch
 
 from frd_kernels.info import collect
 
-from .harness import Case, GateError, load_limit, run_case
+from .harness import Case, GateError, keep_memory, load_limit, run_case
 
 FAMILIES = ("pdc", "pdc_block", "icm")
 
@@ -76,7 +76,11 @@ def run(
 
 
 def write_report(
-    path: pathlib.Path, records: list[dict[str, Any]], threads: int, load_before: tuple[float, ...]
+    path: pathlib.Path,
+    records: list[dict[str, Any]],
+    threads: int,
+    load_before: tuple[float, ...],
+    memory_kept: bool,
 ) -> None:
     with cpu_threads(threads):
         limit = load_limit()
@@ -86,6 +90,7 @@ def write_report(
         "load_before": list(load_before),
         "load_after": list(os.getloadavg()),
         "load_limit": limit,
+        "memory_kept": memory_kept,
         "quiet": all(record["quiet"] for record in records),
         "machine": collect(),
         "cases": records,
@@ -117,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
         for case in chosen:
             print(f"{case.name}  target {_target(case.target)}")
         return 0
-    load = os.getloadavg()
+    load, kept = os.getloadavg(), keep_memory()
     records, red = run(options.only, options.short, options.repeats, options.threads)
     if options.out:
-        write_report(options.out, records, options.threads, load)
+        write_report(options.out, records, options.threads, load, kept)
     if not all(record["quiet"] for record in records):
         print("Something else ran on this machine (load average): repeat the cases marked busy.")
     return 1 if red else 0

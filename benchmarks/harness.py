@@ -7,6 +7,7 @@ tensors have been compared with the oracle's.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import os
@@ -217,6 +218,20 @@ def compare(ours: Call, other: Call, repeats: int) -> dict[str, Any]:
         "ours_ms": dataclasses.asdict(mine),
         "rival_ms": dataclasses.asdict(others),
     }
+
+
+def keep_memory() -> bool:
+    """Lets glibc keep freed memory instead of giving it back to the kernel; False where the allocator is another.
+
+    Otherwise a result of some megabytes is paged in anew at each call, which takes longer than many a kernel, ours or
+    the rival's, and says nothing about either. jemalloc and tcmalloc, which PyTorch's tuning guide asks for, keep it.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3
+    return bool(mallopt(trim_threshold, 1 << 30) and mallopt(mmap_threshold, 1 << 30))
 
 
 def load_limit() -> float:

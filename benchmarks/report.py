@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and README.md from the result files: `python -m benchmarks.report`.
+"""Writes the tables of docs/ and README.md from the result files: `python -m benchmarks.report`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; what is outside the marks is left alone.
 """
@@ -10,6 +10,8 @@ import pathlib
 import re
 import sys
 from typing import Any
+
+from . import demo_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -97,19 +99,37 @@ def replace_table(text: str, name: str, table: str) -> str:
     return re.sub(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
 
 
-def main() -> int:
-    """Returns the exit status."""
-    report = json.loads((RESULTS / "cpu" / "kernels.json").read_text())
-    tables = {
+def _result(name: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return report
+
+
+def cpu_tables() -> dict[str, str]:
+    report = _result("cpu/kernels.json")
+    return {
         "cpu": cpu_table(report),
         "cpu-summary": cpu_summary(report),
         "cpu-conditions": cpu_conditions(report),
     }
-    for document in (ROOT / "docs" / "performance.md", ROOT / "README.md"):
-        text = document.read_text()
-        for name, table in tables.items():
-            text = replace_table(text, name, table)
-        document.write_text(text)
+
+
+def demo_model_tables() -> dict[str, str]:
+    trained, untrained = _result("demo/heldout.json"), _result("demo/untrained.json")
+    return {
+        "demo-heldout": demo_tables.heldout_table(trained, untrained),
+        "demo-alarms": demo_tables.alarm_table(trained, untrained),
+        "demo-training": demo_tables.training_table(_result("demo/training.json")),
+    }
+
+
+def main() -> int:
+    """Returns the exit status."""
+    tables = cpu_tables() | demo_model_tables()
+    for name in ("docs/performance.md", "docs/model-card.md", "README.md"):
+        text = (ROOT / name).read_text()
+        for table, content in tables.items():
+            text = replace_table(text, table, content)
+        (ROOT / name).write_text(text)
     return 0
 
 

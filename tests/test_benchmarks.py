@@ -257,6 +257,21 @@ def test_report_replaces_only_its_tables() -> None:
     assert report.replace_table(text, "none", "x") == text
 
 
+def write_demo_results(folder: pathlib.Path) -> None:
+    folder.mkdir(parents=True)
+    figures = {"permute_f1": 0.25, "f1": 0.25, "auc": 0.5, "iou": 0.125}
+    clean = {"pixel_false_alarm": 0.05, "photo_false_alarm": 0.5, "score_auc": 0.75}
+    summary = {"forged": figures, "by_kind": {"removal": figures}, "white_mask": figures, "authentic": clean}
+    kept = {"epoch": 3.0, "val/auc": 0.9, "val/permute_f1": 0.5, "val/f1": 0.5, "val/false_alarm": 0.01}
+    run = {"seed": 1, "epochs": 4, "steps_per_epoch": 2, "batch_size": 8, "fastest_epoch_seconds": 9.0}
+    for name, value in (
+        ("heldout", summary),
+        ("untrained", summary),
+        ("training", run | {"kept": kept, "machine": "a machine"}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+
+
 def test_bench_command_writes_a_report(
     bench: None,
     tmp_path: pathlib.Path,
@@ -276,10 +291,11 @@ def test_bench_command_writes_a_report(
     assert written["load_limit"] == pytest.approx(1.2)
     assert isinstance(written["quiet"], bool)
 
+    write_demo_results(results / "demo")
     docs.mkdir()
-    names = ("cpu", "cpu-summary", "cpu-conditions")
+    names = ("cpu", "cpu-summary", "cpu-conditions", "demo-heldout", "demo-alarms", "demo-training")
     marks = "".join(f"<!-- table:{name} -->\n<!-- /table:{name} -->\n" for name in names)
-    for document in (docs / "performance.md", tmp_path / "README.md"):
+    for document in (docs / "performance.md", docs / "model-card.md", tmp_path / "README.md"):
         document.write_text(marks)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", results)
@@ -287,6 +303,9 @@ def test_bench_command_writes_a_report(
     text = (docs / "performance.md").read_text()
     assert "| icm paper | [4, 256, 16, 16] | float32 | nchw | forward |" in text
     assert "1 threads" in text
+    assert "| all-white mask | 0.250 | 0.250 | 0.500 | 0.125 |" in text
+    assert "| **demo checkpoint** | 5.0 % | 50.0 % | 0.750 |" in text
+    assert "| kept | epoch 3 |" in text
     assert (tmp_path / "README.md").read_text() == text
 
 
