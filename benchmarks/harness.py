@@ -35,6 +35,8 @@ class Providers:
     ours: Call
     rivals: dict[str, Call]  # name -> call; the first one is what the headline ratio is taken against
     oracle: Call  # float64
+    # name -> a part of the work that nobody can leave out, timed beside ours and not checked: it bounds the ratio
+    floors: dict[str, Call] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +251,7 @@ def run_case(case: Case, repeats: int = 40) -> dict[str, Any]:
     errors = gate(case, sides)
     before = os.getloadavg()[0]
     rivals = {name: compare(sides.ours, call, repeats) for name, call in sides.rivals.items()}
+    floors = {name: compare(sides.ours, call, repeats) for name, call in sides.floors.items()}
     again = compare(sides.ours, sides.ours, repeats)
     load = max(before, os.getloadavg()[0])
     headline = next(iter(rivals))
@@ -264,6 +267,7 @@ def run_case(case: Case, repeats: int = 40) -> dict[str, Any]:
         **rivals[headline],
         "aa_spread": abs(again["ratio"] - 1),
         "rivals": rivals,
+        "floors": floors,
         "relative_errors": errors,
         "load": load,
         "quiet": load <= load_limit(),

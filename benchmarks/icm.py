@@ -11,11 +11,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 
 import frd_kernels as fk
 
 from . import eager
-from .harness import Case, Providers, normal, providers
+from .harness import Case, Providers, normal, providers, with_gradients
 from .pdc import SHAPES
 
 GRIDS = ((8, 8), (4, 4), (2, 1))
@@ -31,14 +32,22 @@ TARGET = 4.0
 
 
 def build_icm(case: Case, *, variant: str) -> Providers:
-    return providers(
+    inputs = data(case, variant)
+    sides = providers(
         case,
-        inputs=data(case, variant),
+        inputs=inputs,
         ours=functools.partial(over_tokens, fk.icm, variant),
         rivals={name: functools.partial(over_images, icm) for name, icm in RIVALS[variant].items()},
         reference=functools.partial(over_tokens, fk.reference.icm, variant),
         squared=True,
     )
+    # The norm of every key is needed, so one product of the tokens with a C x C matrix is, whoever computes it.
+    image = inputs[0].to(memory_format=torch.channels_last)
+    grad = None if case.mode == "forward" else torch.ones_like(image)
+    sides.floors["keys of round 1 alone"] = with_gradients(
+        F.conv2d, (image, inputs[1][:, :, None, None]), grad, case.mode
+    )
+    return sides
 
 
 def data(case: Case, variant: str) -> tuple[torch.Tensor, ...]:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import frd_kernels as fk
 
 from . import eager
-from .harness import Case, Providers, normal, providers
+from .harness import Case, Providers, normal, providers, with_gradients
 from .pdc import LAYOUTS, SHAPES, SMALL, folded_rivals
 
 TARGETS = {"forward": 1.8, "forward+backward": 2.0}
@@ -37,9 +38,17 @@ def build_dpm(case: Case) -> Providers:
         rivals={"eager": eager.dpm},
         reference=functools.partial(dpm, fk.reference, case.dtype),
     )
+    # Of a DPM this much is matrix product, in the layout in which the library runs it fastest.
+    products = [x.to(memory_format=torch.channels_last), *points]
+    grad = None if case.mode == "forward" else torch.ones_like(x)
+    sides.floors["two 1x1 alone"] = with_gradients(two_products, products, grad, case.mode)
     if case.mode == "forward":
         sides.rivals.update(folded_rivals(case, x, eager.folded_dpm(*weights)))
     return sides
+
+
+def two_products(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(F.conv2d(x, first), second)
 
 
 def dpm(module: Any, dtype: torch.dtype, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

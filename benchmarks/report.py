@@ -35,15 +35,17 @@ def _verdict(record: dict[str, Any]) -> str:
 
 
 def _others(record: dict[str, Any]) -> str:
-    """The ratios against the rivals behind the first one."""
-    others = [name for name in record["rivals"] if name != record["rival"]]
-    return ", ".join(f"{name} {record['rivals'][name]['ratio']:.2f}x" for name in others) or "-"
+    """The ratios against the rivals behind the first one, and against the floors."""
+    others = {name: pair for name, pair in record["rivals"].items() if name != record["rival"]} | record[
+        "floors"
+    ]
+    return ", ".join(f"{name} {pair['ratio']:.2f}x" for name, pair in others.items()) or "-"
 
 
 def cpu_table(report: dict[str, Any]) -> str:
     """Every case, the ones that miss their target included."""
     head = ("op", "shape", "dtype", "layout", "mode", "ours, ms", "eager, ms", "ratio", "A/A", "target")
-    lines = [_cells(*head, "reached", "other rivals"), _cells(*["---"] * (len(head) + 2))]
+    lines = [_cells(*head, "reached", "other rivals and floors"), _cells(*["---"] * (len(head) + 2))]
     for record in report["cases"]:
         target = record["target"]
         lines.append(

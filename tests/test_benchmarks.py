@@ -212,7 +212,12 @@ def test_record_survives_json(case: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 def made_up(ratio: float, target: float | None, **changes: Any) -> dict[str, Any]:
     times = {"ours_ms": {"median": 2.0}, "rival_ms": {"median": 2.0 * ratio}, "ratio": ratio}
     record = {"op": "dpm", "shape": [1, 2], "dtype": "float32", "layout": "nchw", "mode": "forward"}
-    others = {"rival": "eager", "rivals": {"eager": times, "folded": {"ratio": 1.25}}, "aa_spread": 0.02}
+    others = {
+        "rival": "eager",
+        "rivals": {"eager": times, "folded": {"ratio": 1.25}},
+        "floors": {"bare": {"ratio": 0.5}},
+        "aa_spread": 0.02,
+    }
     return record | times | others | {"target": target, "quiet": True} | changes
 
 
@@ -225,7 +230,8 @@ def test_tables() -> None:
     ]
     rows = report.cpu_table({"cases": records}).splitlines()
     assert rows[2] == (
-        "| dpm | [1, 2] | float32 | nchw | forward | 2.000 | 5.000 | 2.50x | 2.0% | 2.0x | yes | folded 1.25x |"
+        "| dpm | [1, 2] | float32 | nchw | forward | 2.000 | 5.000 | 2.50x | 2.0% | 2.0x | yes "
+        "| folded 1.25x, bare 0.50x |"
     )
     assert [row.split(" | ")[10] for row in rows[2:]] == ["yes", "**no**", "within noise", "-"]
     assert report.cpu_summary({"cases": records}).splitlines()[2:] == [
