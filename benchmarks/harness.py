@@ -233,7 +233,8 @@ def keep_memory() -> bool:
     except (OSError, AttributeError, TypeError):
         return False
     trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(trim_threshold, 1 << 30) and mallopt(mmap_threshold, 1 << 30))
+    never, limit = -1, (1 << 31) - 1
+    return bool(mallopt(trim_threshold, never) and mallopt(mmap_threshold, limit))
 
 
 def load_limit() -> float:
