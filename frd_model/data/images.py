@@ -239,7 +239,9 @@ def overlay(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) 
         raise ValueError(f"probability must have the image's size {image.shape[:2]}, got {probability.shape}")
     p = np.clip(np.nan_to_num(np.asarray(probability, np.float32)), 0, 1)
     ramp = cv2.cvtColor(
-        cv2.applyColorMap(np.rint(p * 255).astype(np.uint8), cv2.COLORMAP_HOT), cv2.COLOR_BGR2RGB
+        # up to yellow: the map's last quarter, white, would be lost on bright photos
+        cv2.applyColorMap(np.rint(p * 190).astype(np.uint8), cv2.COLORMAP_HOT),
+        cv2.COLOR_BGR2RGB,
     )
     grey = image.mean(axis=2, dtype=np.float32, keepdims=True)
     base = 0.5 * image + 0.5 * grey
