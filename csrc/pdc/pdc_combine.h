@@ -31,7 +31,7 @@ struct Term {
   static constexpr bool zero = pure && same;
 
   template <class V>
-  static FRD_INLINE V difference(const V* t, V theta) {
+  FRD_INLINE V difference(const V* t, V theta) {
     if constexpr (kind == PdcKind::vanilla) return t[k];
     if constexpr (pure) return t[k] - t[minus];
     return t[k] - theta * t[minus];
