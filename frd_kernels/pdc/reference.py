@@ -7,38 +7,12 @@ ICCV 2021), with theta blending between the plain convolution (0) and the pure d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 
 from ..kinds import Kind, parse_kind
 from .arguments import Geometry, IntOrPair, check_tensors, check_weight, parse_geometry, parse_theta
-
-Offset = tuple[int, int]  # (vertical, horizontal), in steps of the dilation, from the centre of the window
-
-WINDOW: list[Offset] = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]  # row-major: weight index -> tap
-CENTRE = 4
-# The next neighbour clockwise (y points down) on the ring 0 1 2 5 8 7 6 3.
-CLOCKWISE = {0: 1, 1: 2, 2: 5, 5: 8, 8: 7, 7: 6, 6: 3, 3: 0}
-# Radial: weight k = 1..8 acts along DIRECTIONS[k - 1]; weight 0, not 4, is the centre's.
-DIRECTIONS: list[Offset] = [tap for tap in WINDOW if tap != (0, 0)]
-
-
-def pairs(kind: Kind) -> Iterator[tuple[int, Offset, Offset | None]]:
-    """(weight index k, minuend, subtrahend) of y = sum_k w_k (x[minuend] - theta x[subtrahend])."""
-    if kind == Kind.RADIAL:
-        yield 0, (0, 0), (0, 0)
-        for k, (dy, dx) in enumerate(DIRECTIONS, start=1):
-            yield k, (2 * dy, 2 * dx), (dy, dx)
-        return
-    for k, tap in enumerate(WINDOW):
-        if kind == Kind.VANILLA:
-            yield k, tap, None
-        elif kind == Kind.CENTRAL or k == CENTRE:
-            yield k, tap, (0, 0)
-        else:
-            yield k, tap, WINDOW[CLOCKWISE[k]]
+from .taps import Offset, pairs
 
 
 def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.Tensor:
