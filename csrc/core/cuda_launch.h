@@ -1,8 +1,15 @@
-// Device guard and current stream of a launch, for the *_cuda.cpp files.
+// Device guard, current stream and registration of the *_cuda.cpp files.
 #pragma once
 #include <cuda_runtime_api.h>
 
 #include "core/stable.h"
+
+#if defined(FRD_EMULATED)
+#include "emulated_launch.h"  // the tests build the same launchers for CPU tensors, over the block emulator
+#else
+
+#define FRD_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(frd, CUDA, m)
+#define FRD_OP(name) "frd::" name  // for a call through the dispatcher
 
 namespace frd {
 
@@ -19,3 +26,4 @@ class CudaScope {
 };
 
 }  // namespace frd
+#endif

@@ -3,16 +3,13 @@
 #include <memory>
 #include <tuple>
 
-#include "core/stable.h"
 #include "pdc/pdc_kernel.h"
+#include "pdc/pdc_op.h"
 #include "pdc/pdc_weight_dispatch.h"
 #include "pdc/pdc_weight_math.h"
 
 namespace frd {
 namespace {
-
-using Ints = std::vector<int64_t>;
-using torch::headeronly::MemoryFormat;
 
 constexpr int64_t kGrain = 32768;         // outputs a thread should at least have
 constexpr int64_t kRunOutputs = 16384;    // of an item in channels_last
@@ -20,59 +17,7 @@ constexpr int64_t kSumOutputs = 65536;    // likewise where it leaves 10 sums fo
 constexpr int64_t kBlockOutputs = 32768;  // planes whose dy is still in the second cache when dx follows dw
 constexpr int64_t kPitchUnit = 16;        // lanes of the widest vector
 
-// The layout of a result: channels_last where x is dense in it and not contiguous too, else contiguous.
-MemoryFormat layout_of(const Tensor& x) {
-  if (x.is_contiguous()) return MemoryFormat::Contiguous;
-  int64_t expected = 1;
-  for (int64_t dim : {1, 3, 2, 0}) {
-    if (x.size(dim) != 1 && x.stride(dim) != expected) return MemoryFormat::Contiguous;
-    expected *= x.size(dim);
-  }
-  return MemoryFormat::ChannelsLast;
-}
-
-struct Geometry {
-  PdcKind kind;
-  double theta;
-  PdcAxis y, x;  // of the forward
-};
-
-PdcAxis axis(const char* name, PdcKind kind, int64_t size, int64_t stride, int64_t padding,
-             int64_t dilation) {
-  FRD_CHECK_VALUE(stride >= 1 && dilation >= 1, "pdc2d: stride and dilation must be at least 1, got ", stride,
-                  " and ", dilation);
-  const int64_t extra = kind == PdcKind::radial ? dilation : 0;
-  FRD_CHECK_VALUE(padding >= -extra, "pdc2d: padding must be at least ", -extra, ", got ", padding);
-  const int64_t covered = size + 2 * padding - 2 * dilation - 1;
-  FRD_CHECK_VALUE(covered >= 0, "pdc2d: the output would be empty: ", name, " ", size, ", padding ", padding,
-                  ", dilation ", dilation);
-  return {size, covered / stride + 1, padding + extra, stride, 1, dilation};
-}
-
-// x [B, C, H, W], weight [C, 1, 3, 3], bias [C]
-Geometry checked(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind,
-                 double theta, const Ints& stride, const Ints& padding, const Ints& dilation) {
-  FRD_CHECK_VALUE(kind >= 0 && kind <= 3, "pdc2d: kind must be 0 (vanilla) to 3 (radial), got ", kind);
-  FRD_CHECK_VALUE(x.dim() == 4, "pdc2d: x must be [B, C, H, W], got ", x.dim(), "-D");
-  const bool shaped = weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
-                      weight.size(2) == 3 && weight.size(3) == 3;
-  FRD_CHECK_VALUE(shaped, "pdc2d: depthwise weight must be [", x.size(1), ", 1, 3, 3], got ", weight.dim(),
-                  "-D with first size ", weight.dim() ? weight.size(0) : 0);
-  FRD_CHECK_VALUE(weight.scalar_type() == x.scalar_type() && weight.is_cpu(),
-                  "pdc2d: weight must have the dtype and device of x");
-  if (bias) {
-    FRD_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == x.size(1), "pdc2d: bias must be [", x.size(1), "]");
-    FRD_CHECK_VALUE(bias->scalar_type() == x.scalar_type() && bias->is_cpu(),
-                    "pdc2d: bias must have the dtype and device of x");
-  }
-  FRD_CHECK_VALUE(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "pdc2d: stride, padding and dilation must be pairs");
-  const auto k = static_cast<PdcKind>(kind);
-  return {k, theta, axis("height", k, x.size(2), stride[0], padding[0], dilation[0]),
-          axis("width", k, x.size(3), stride[1], padding[1], dilation[1])};
-}
-
-PdcStencil stencil(const Geometry& g, const Tensor& x) {
+PdcStencil stencil(const PdcGeometry& g, const Tensor& x) {
   PdcStencil s{};
   s.y = g.y, s.x = g.x;
   s.batch = x.size(0), s.channels = x.size(1);
@@ -82,31 +27,13 @@ PdcStencil stencil(const Geometry& g, const Tensor& x) {
   return s;
 }
 
-// The gradient of x is a stencil over dy with the window turned by 180 degrees. For the 3x3 kinds it is
-// plain, with the transformed weight; radial stays a sum of differences.
-PdcAxis turned(const PdcAxis& a, PdcKind kind) {
-  const int64_t span = 2 * (kernel_side(kind) / 2) * a.dilation;
-  return {a.out, a.source, span - a.lead, 1, a.step, a.dilation};
-}
+// The gradient of x: for the 3x3 kinds a plain stencil with the transformed weight; radial stays a sum of
+// differences.
 PdcStencil turned(const PdcStencil& s) {
   PdcStencil t = s;
   t.y = turned(s.y, s.kind), t.x = turned(s.x, s.kind);
   if (s.kind != PdcKind::radial) t.kind = PdcKind::vanilla, t.pure = true;
   return t;
-}
-
-template <typename A>
-void turn(PdcKind kind, A theta, A* w) {
-  A v[kPdcWeights] = {};
-  if (kind == PdcKind::radial) {
-    for (int k = 1; k < kPdcWeights; ++k) v[k] = w[kPdcWeights - k];
-    v[0] = w[0];
-  } else {
-    A plain[25];
-    with_kind(kind, [&](auto which) { transform<decltype(which)::value>(w, theta, plain); });
-    for (int k = 0; k < kPdcWeights; ++k) v[k] = plain[kPdcWeights - 1 - k];
-  }
-  for (int k = 0; k < kPdcWeights; ++k) w[k] = v[k];
 }
 
 // weight [C, 1, 3, 3], bias [C] -> [10, pitch] in the compute type; `turned`: for the gradient of x, without
@@ -125,7 +52,8 @@ Tensor pack(const PdcStencil& s, const Tensor& weight_, const std::optional<Tens
     for (int64_t c = 0; c < s.channels; ++c) {
       A w[kPdcWeights];
       for (int k = 0; k < kPdcWeights; ++k) w[k] = load(from[c * kPdcWeights + k]);
-      if (for_dx) turn(s.kind, static_cast<A>(s.theta), w);
+      if (for_dx)
+        with_kind(s.kind, [&](auto kind) { turn<decltype(kind)::value>(w, static_cast<A>(s.theta)); });
       for (int k = 0; k < kPdcWeights; ++k) to[k * s.pitch + c] = w[k];
       if (shift) to[kPdcWeights * s.pitch + c] = load(shift[c]);
     }
@@ -206,12 +134,11 @@ void run_pixels(const PdcStencil* sums, const PdcStencil* out, int64_t runs) {
 Tensor pdc2d_depthwise(const Tensor& x_, const Tensor& weight, const std::optional<Tensor>& bias,
                        int64_t kind, double theta, const Ints& stride, const Ints& padding,
                        const Ints& dilation) {
-  const Geometry g = checked(x_, weight, bias, kind, theta, stride, padding, dilation);
+  const PdcGeometry g = checked_pdc(x_, weight, bias, kind, theta, stride, padding, dilation);
   const MemoryFormat format = layout_of(x_);
   const Tensor x = torch::stable::contiguous(x_, format);
   PdcStencil s = stencil(g, x);
-  Tensor y = torch::stable::empty({s.batch, s.channels, s.y.out, s.x.out}, x.scalar_type(), std::nullopt,
-                                  x.device(), std::nullopt, format);
+  Tensor y = empty_images(x, s.channels, s.y.out, s.x.out, format);
   if (s.batch == 0 || s.channels == 0) return y;
   const Tensor packed = pack(s, weight, bias, false);
   s.source = x.const_data_ptr(), s.weights = packed.const_data_ptr(), s.out = y.mutable_data_ptr();
@@ -257,18 +184,13 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad_,
                                                             const Ints& stride, const Ints& padding,
                                                             const Ints& dilation, bool need_dx,
                                                             bool need_dw) {
-  const Geometry g = checked(x_, weight, std::nullopt, kind, theta, stride, padding, dilation);
-  const bool shaped = grad_.dim() == 4 && grad_.size(0) == x_.size(0) && grad_.size(1) == x_.size(1) &&
-                      grad_.size(2) == g.y.out && grad_.size(3) == g.x.out;
-  FRD_CHECK_VALUE(shaped && grad_.scalar_type() == x_.scalar_type() && grad_.is_cpu(),
-                  "pdc2d: grad must have the shape of the output, [", x_.size(0), ", ", x_.size(1), ", ",
-                  g.y.out, ", ", g.x.out, "], and the dtype and device of x");
+  const PdcGeometry g = checked_pdc(x_, weight, std::nullopt, kind, theta, stride, padding, dilation);
+  check_pdc_grad(g, grad_, x_);
   const MemoryFormat format = layout_of(x_);
   const bool pixels = format == MemoryFormat::ChannelsLast;
   const Tensor x = torch::stable::contiguous(x_, format), grad = torch::stable::contiguous(grad_, format);
   PdcStencil s = stencil(g, x), t = turned(s);
-  Tensor dx = need_dx ? torch::stable::empty({s.batch, s.channels, s.y.source, s.x.source}, x.scalar_type(),
-                                             std::nullopt, x.device(), std::nullopt, format)
+  Tensor dx = need_dx ? empty_images(x, s.channels, s.y.source, s.x.source, format)
                       : torch::stable::new_empty(x, {0});
   Tensor dw = need_dw ? torch::stable::new_zeros(weight, {s.channels, 1, 3, 3})
                       : torch::stable::new_empty(weight, {0});

@@ -1,18 +1,11 @@
 // CPU stencils of the depthwise pixel difference convolution: y, and by the same code dx; and dw.
 #pragma once
 #include "core/isa.h"
-#include "pdc/pdc_taps.h"
+#include "pdc/pdc_axis.h"
 
 namespace frd {
 
 constexpr int kPdcRows = kPdcWeights + 1;  // of a packed weight: the 9 weights, then the bias
-
-// Output q reads, at offset o from the first tap of its window, element (q * step + o - lead) / insert of the
-// source where that is whole and inside, else 0. Forward has insert 1; the gradient of x has step 1 and
-// insert = stride: it reads dy with zeros between.
-struct PdcAxis {
-  int64_t source, out, lead, step, insert, dilation;
-};
 
 struct PdcStencil {
   PdcAxis y, x;

@@ -25,7 +25,7 @@ Tensor pdc_weight_backward(const Tensor& grad, int64_t kind, double theta, Scala
 }  // namespace
 }  // namespace frd
 
-STABLE_TORCH_LIBRARY_IMPL(frd, CUDA, m) {
+FRD_CUDA_LIBRARY(m) {
   m.impl("pdc_weight", TORCH_BOX(&frd::pdc_weight));
   m.impl("pdc_weight_backward", TORCH_BOX(&frd::pdc_weight_backward));
 }

@@ -15,9 +15,9 @@ cudaError_t launch(const PdcWeightArgs& a, int64_t pairs, cudaStream_t stream) {
       with_dtype(a.out_dtype, [&](auto out) {
         using In = decltype(in);
         using Out = decltype(out);
-        pdc_weight_kernel<decltype(kind)::value, In, Out, kTransposed>
-            <<<blocks, kPdcWeightThreads, 0, stream>>>(static_cast<const In*>(a.in), static_cast<Out*>(a.out),
-                                                       pairs, a.theta);
+        FRD_LAUNCH((pdc_weight_kernel<decltype(kind)::value, In, Out, kTransposed>), blocks,
+                   kPdcWeightThreads, 0, stream, static_cast<const In*>(a.in), static_cast<Out*>(a.out),
+                   pairs, a.theta);
       });
     });
   });

@@ -25,6 +25,22 @@ FRD_HD inline void transform_transposed(const A* v, A theta, A* w) {
   }
 }
 
+// w[9] in place -> the weights of the gradient of the input, a stencil over dy with the window turned by 180
+// degrees. The 3x3 kinds become plain; radial stays a sum of differences.
+template <PdcKind kind, typename A>
+FRD_HD inline void turn(A* w, A theta) {
+  A v[kPdcWeights];
+  if constexpr (kind == PdcKind::radial) {
+    v[0] = w[0];
+    for (int k = 1; k < kPdcWeights; ++k) v[k] = w[kPdcWeights - k];
+  } else {
+    A plain[kPdcWeights];
+    transform<kind>(w, theta, plain);
+    for (int k = 0; k < kPdcWeights; ++k) v[k] = plain[kPdcWeights - 1 - k];
+  }
+  for (int k = 0; k < kPdcWeights; ++k) w[k] = v[k];
+}
+
 FRD_HD inline double magnitude(double v) { return v < 0 ? -v : v; }
 FRD_HD inline double larger(double a, double b) { return a > b ? a : b; }
 FRD_HD inline double nearest(double v) {

@@ -2,22 +2,14 @@
 // tiles.
 #pragma once
 #include "core/isa.h"
-#include "pdc/pdc_taps.h"
+#include "pdc_block/pdc_block_geometry.h"
 
 namespace frd {
 
 constexpr int kStencilRow = kPdcWeights + 1;  // of the prepared stencil: nine weights, then the bias
 
 // A is the compute type: double for double, else float. "Planes" is NCHW, "pixels" is channels_last.
-struct PdcBlockArgs {
-  DType dtype;
-  PdcKind kind;
-  bool pure;  // theta is 1
-  double theta;
-  bool channels_last;
-  int64_t batch, channels, height, width;       // x [B, C, H, W]
-  int64_t out_channels, out_height, out_width;  // out [B, Co, Ho, Wo]
-  int64_t stride_y, stride_x, dilation_y, dilation_x;
+struct PdcBlockArgs : PdcBlockGeometry {
   // A tile is tile_rows whole rows of the output, or (tile_rows 1) tile_columns of a row: contiguous pixels.
   int64_t tile_rows, tile_columns, tiles_y, tiles_x;
   const void* x;           // [B, C, H, W]

@@ -6,6 +6,7 @@
 // tensor-core and asynchronous-copy instructions (give those a replaceable function).
 #pragma once
 #include <cuda_runtime.h>  // host-side: vector types, dim3; the kernel keywords are empty here
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +15,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <mutex>
 #include <random>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
@@ -27,12 +30,19 @@
 
 namespace emu {
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 * 1024;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStack = 256 * 1024;  // its redzones make frames several times as large
+#else
+constexpr size_t kStack = 64 * 1024;
+#endif
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+// A stack on which the threads of one block after another run: made once, as a program launches thousands.
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  jmp_buf resume;
+  bool started = false;
+  std::unique_ptr<char[]> stack;
   State state = State::ready;
   dim3 tid;
   int linear = 0;
@@ -45,10 +55,11 @@ struct Warp {
 };
 struct Block {
   dim3 block_idx, block_dim, grid_dim;
-  std::vector<Fiber> fibers;
+  std::vector<Fiber*> fibers;
   std::vector<Warp> warps;
   std::vector<unsigned char> dynamic_shared;
   ucontext_t scheduler;
+  jmp_buf scheduler_resume;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
   Fiber* current = nullptr;
@@ -58,30 +69,62 @@ inline Block*& block() {
   static Block* b = nullptr;
   return b;
 }
+inline std::vector<std::unique_ptr<Fiber>>& pool() {
+  static std::vector<std::unique_ptr<Fiber>> fibers;
+  return fibers;
+}
 
-inline void switch_to_scheduler(bool dying) {
+// swapcontext makes two system calls; setjmp makes none, but AddressSanitizer takes a longjmp for a return.
+inline void switch_to_scheduler() {
   Block& b = *block();
   Fiber& f = *b.current;
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(dying ? nullptr : &f.fake_stack, b.scheduler_stack, b.scheduler_stack_size);
-#endif
+  __sanitizer_start_switch_fiber(&f.fake_stack, b.scheduler_stack, b.scheduler_stack_size);
   swapcontext(&f.context, &b.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(f.fake_stack, &b.scheduler_stack, &b.scheduler_stack_size);
+  __sanitizer_finish_switch_fiber(f.fake_stack, &block()->scheduler_stack, &block()->scheduler_stack_size);
+#else
+  if (_setjmp(f.resume) == 0) _longjmp(b.scheduler_resume, 1);
 #endif
-  (void)dying;
 }
 inline void wait(State s) {
   block()->current->state = s;
-  switch_to_scheduler(false);
+  switch_to_scheduler();
 }
 inline void entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &block()->scheduler_stack, &block()->scheduler_stack_size);
 #endif
-  block()->body();
-  block()->current->state = State::done;
-  switch_to_scheduler(true);
+  for (;;) {
+    block()->body();
+    wait(State::done);
+  }
+}
+
+inline void resume(Block& b, Fiber& f) {
+  b.current = &f;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, f.stack.get(), kStack);
+  swapcontext(&b.scheduler, &f.context);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  if (_setjmp(b.scheduler_resume) != 0) return;
+  if (f.started) _longjmp(f.resume, 1);
+  f.started = true;
+  setcontext(&f.context);
+#endif
+}
+
+inline Fiber* new_fiber() {
+  auto f = std::make_unique<Fiber>();
+  f->stack.reset(new char[kStack]);
+  getcontext(&f->context);
+  f->context.uc_stack.ss_sp = f->stack.get();
+  f->context.uc_stack.ss_size = kStack;
+  f->context.uc_link = nullptr;
+  makecontext(&f->context, entry, 0);
+  pool().push_back(std::move(f));
+  return pool().back().get();
 }
 
 // Releases every group (warp or block) whose living fibers all wait at the same kind of barrier. Returns
@@ -91,15 +134,15 @@ inline bool release(Block& b) {
   auto all = [&](size_t lo, size_t hi, State s) {
     bool found = false;
     for (size_t i = lo; i < hi; ++i) {
-      if (b.fibers[i].state == State::done) continue;
-      if (b.fibers[i].state != s) return false;
+      if (b.fibers[i]->state == State::done) continue;
+      if (b.fibers[i]->state != s) return false;
       found = true;
     }
     return found;
   };
   auto wake = [&](size_t lo, size_t hi) {
     for (size_t i = lo; i < hi; ++i)
-      if (b.fibers[i].state != State::done) b.fibers[i].state = State::ready;
+      if (b.fibers[i]->state != State::done) b.fibers[i]->state = State::ready;
     any = true;
   };
   const size_t n = b.fibers.size();
@@ -113,36 +156,22 @@ inline void run_block(Block& b, std::mt19937& rng) {
   block() = &b;
   const int n = static_cast<int>(b.fibers.size());
   std::vector<int> order(n);
-  for (int i = 0; i < n; ++i) order[i] = i;
   for (int i = 0; i < n; ++i) {
-    Fiber& f = b.fibers[i];
+    Fiber& f = *b.fibers[i];
+    order[i] = i;
     f.state = State::ready;
     f.parity = 0;
     f.linear = i;
     f.tid = dim3(i % b.block_dim.x, i / b.block_dim.x % b.block_dim.y, i / (b.block_dim.x * b.block_dim.y));
-    f.stack.resize(kStack);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, entry, 0);
   }
   for (int alive = n; alive > 0;) {
     std::shuffle(order.begin(), order.end(), rng);
     bool ran = false;
     for (int i : order) {
-      Fiber& f = b.fibers[i];
+      Fiber& f = *b.fibers[i];
       if (f.state != State::ready) continue;
       ran = true;
-      b.current = &f;
-#if defined(__SANITIZE_ADDRESS__)
-      void* fake = nullptr;
-      __sanitizer_start_switch_fiber(&fake, f.stack.data(), kStack);
-#endif
-      swapcontext(&b.scheduler, &f.context);
-#if defined(__SANITIZE_ADDRESS__)
-      __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
+      resume(b, f);
       if (f.state == State::done) --alive;
     }
     if (alive > 0 && !release(b) && !ran) {
@@ -154,14 +183,23 @@ inline void run_block(Block& b, std::mt19937& rng) {
   }
 }
 
-// kernel<<<grid, block, shared_bytes>>>(args...) on the CPU.
+// kernel<<<grid, block, shared_bytes>>>(args...) on the CPU; one launch at a time, whichever thread calls.
 template <typename... P, typename... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block_dim, size_t shared_bytes, unsigned seed, A... args) {
+  static std::mutex one;
+  const std::lock_guard<std::mutex> guard(one);
   Block b;
   b.block_dim = block_dim;
   b.grid_dim = grid;
   const size_t threads = size_t(block_dim.x) * block_dim.y * block_dim.z;
-  b.fibers.resize(threads);
+  if (threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 ||
+      grid.z == 0) {
+    std::fprintf(stderr, "block emulator: a card refuses the launch of (%u,%u,%u) blocks of %zu threads\n",
+                 grid.x, grid.y, grid.z, threads);
+    std::abort();
+  }
+  while (pool().size() < threads) new_fiber();
+  for (size_t i = 0; i < threads; ++i) b.fibers.push_back(pool()[i].get());
   b.warps.resize((threads + kWarp - 1) / kWarp);
   b.body = [&] { kernel(static_cast<P>(args)...); };
   std::mt19937 rng(seed);
@@ -190,6 +228,10 @@ T exchange(T value, int source_lane) {
   T out;
   std::memcpy(&out, &w.slot[p][source_lane & (kWarp - 1)], sizeof(T));
   return out;
+}
+inline unsigned next_seed(cudaStream_t) {
+  static unsigned seed = 0;
+  return seed++;
 }
 inline int lane() { return block()->current->linear % kWarp; }
 }  // namespace emu
@@ -226,10 +268,15 @@ inline unsigned __ballot_sync(unsigned, int pred) {
     r |= unsigned(emu::exchange(pred != 0, i)) << i;  // 32 exchanges: simple, and slow enough not to matter
   return r;
 }
+inline int __any_sync(unsigned mask, int pred) { return __ballot_sync(mask, pred) != 0; }
+inline int __all_sync(unsigned mask, int pred) { return __ballot_sync(mask, !pred) == 0; }
 template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+// What core/cuda_compat.h gives to nvcc as <<<>>>. The seed changes from launch to launch.
+#define FRD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  emu::launch(kernel, grid, block, shared_bytes, emu::next_seed(stream), __VA_ARGS__)
 // Dynamic shared memory, the same line for both compilers: FRD_DYNAMIC_SHARED(float, tile);
 #define FRD_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>(emu::block()->dynamic_shared.data())
