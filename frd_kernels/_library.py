@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import pathlib
+from collections.abc import Iterable
 
 import torch
 
@@ -36,3 +38,18 @@ if CPU_PROBLEM:
         f"frd_kernels: {CPU_PROBLEM}; reinstall with `pip install .`, or run tools/build_inplace.sh to work "
         "in the source tree. `python -m frd_kernels.info` shows more."
     )
+
+
+def declare(namespace: str, ops: Iterable[str]) -> torch.library.Library:
+    """Operators in another namespace, with the schemas that csrc/register.cpp gives those of `frd`."""
+    library = torch.library.Library(namespace, "DEF")
+    for op in ops:
+        schema = str(getattr(torch.ops.frd, op).default._schema)
+        library.define(schema.removeprefix("frd::"))
+    return library
+
+
+def cuda_architectures() -> list[str]:
+    """What libfrd_cuda.so was compiled for, as CMake writes it: "90a-real", "80", ..."""
+    module = importlib.import_module("frd_kernels._C")
+    return str(module.build_info()["cuda_archs"]).split(",")

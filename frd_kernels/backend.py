@@ -1,8 +1,7 @@
 """Which implementation an operation runs on, and why.
 
-By default the tensor's device decides: the C++ kernels on the CPU, the CUDA kernels on a GPU where they have
-been proven there. `use_backend` overrides; an explicit request that cannot be met raises, it never falls
-back.
+By default the tensor's device decides: the C++ kernels on the CPU, on a GPU the kernels that have been proven
+there. `use_backend` overrides; an explicit request that cannot be met raises, it never falls back.
 """
 
 from __future__ import annotations
@@ -10,15 +9,51 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
-from . import _library
+from . import _library, _triton
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-# Ops whose CUDA kernel exists. Nothing here has run on a GPU yet, so none is an automatic choice there.
-_CUDA_OPS = frozenset({"pdc_weight"})
+_PDC = frozenset({"pdc_weight", "pdc2d", "pdc_block"})
+_ALL = _PDC | {"cluster", "icm"}
+
+
+class Provider(NamedTuple):
+    """The kernels of a backend: torch.ops.<namespace>, for tensors on devices of one type."""
+
+    namespace: str
+    device: str
+    ops: frozenset[str]
+    proven: frozenset[str]  # those that have run and been checked on such a device: the automatic choice
+    problem: str = ""  # why none of them can run
+
+    def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
+        """Why it cannot run `op` on this tensor; None if it can."""
+        if tensor.device.type != self.device:
+            return f"runs on {self.device} tensors only, got a tensor on {tensor.device.type}"
+        if self.problem:
+            return self.problem
+        if op not in self.ops:
+            return f"has no kernel for it (it has: {', '.join(sorted(self.ops))})"
+        if self.device == "cuda":
+            return _architecture_refusal(self.namespace, torch.cuda.get_device_capability(tensor.device))
+        return None
+
+
+def _cuda_problem() -> str:
+    if not _library.CUDA_PROBLEM and not torch.cuda.is_available():
+        return "libfrd_cuda.so is loaded, but torch sees no GPU"
+    return _library.CUDA_PROBLEM
+
+
+PROVIDERS = {
+    "cpu": Provider("frd", "cpu", _ALL, _ALL),
+    "triton": Provider(_triton.NAMESPACE, _triton.DEVICE, _PDC, frozenset(), _triton.problem()),
+    "cuda": Provider("frd", "cuda", _PDC, frozenset(), _cuda_problem()),
+}
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("frd_backend", default=None)
 
@@ -34,7 +69,7 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: the name is none of these.
         NotImplementedError: at the call of an operation that the backend cannot run.
     """
-    if name not in NAMES:
+    if name not in NAMES and name not in PROVIDERS:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
     token = _requested.set(name)
     try:
@@ -45,45 +80,64 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backends() -> dict[str, tuple[bool, str]]:
     """Name -> (available, reason), for every backend."""
-    if _library.CUDA_PROBLEM:
-        cuda = (False, _library.CUDA_PROBLEM)
-    elif not torch.cuda.is_available():
-        cuda = (False, "libfrd_cuda.so is loaded, but torch sees no GPU")
-    else:
-        cuda = (True, f"kernels for: {', '.join(sorted(_CUDA_OPS))}; none has been proven on a GPU yet")
-    return {
-        "reference": (True, "plain PyTorch, any device"),
-        "cpu": (True, "C++ kernels"),
-        "triton": (False, "no Triton kernel exists in this version"),
-        "cuda": cuda,
-    }
+    found = {"reference": (True, "plain PyTorch, any device")}
+    for name, provider in PROVIDERS.items():
+        found[name] = (not provider.problem, provider.problem or _describe(name, provider))
+    return found
 
 
-def select(op: str, tensor: torch.Tensor) -> str:
-    """The backend that runs `op` on the device of `tensor`: "reference", or "native" for torch.ops.frd.<op>.
+def _describe(name: str, provider: Provider) -> str:
+    if name == "cpu":
+        return "C++ kernels"
+    text = f"kernels for: {', '.join(sorted(provider.ops))}"
+    if provider.device != "cuda":
+        return f"{text}; in an interpreter on the CPU, to check them"
+    unproven = ", ".join(sorted(provider.ops - provider.proven))
+    return f"{text}; not yet proven on a GPU, so never chosen by itself: {unproven}" if unproven else text
+
+
+def select(op: str, tensor: torch.Tensor) -> Any | None:
+    """The namespace (torch.ops.frd, ...) whose operators run `op` on this tensor; None: the reference.
 
     Raises:
-        NotImplementedError: a backend was requested with `use_backend` that cannot run the op on this device.
+        NotImplementedError: a backend was requested with `use_backend` that cannot run the op on this tensor.
     """
     requested = _requested.get()
-    device = tensor.device.type
-    if requested is None:
-        # meta tensors have no data to compute: the registered fakes answer for them.
-        return "native" if device in ("cpu", "meta") else "reference"
     if requested == "reference":
-        return "reference"
-    if requested == "cpu" and device == "cpu":
-        return "native"
-    if requested == "cuda" and device == "cuda" and op in _CUDA_OPS and not _library.CUDA_PROBLEM:
-        return "native"
-    raise NotImplementedError(
-        f"{op}: backend {requested!r} was requested and {_refusal(op, requested, device)}"
-    )
+        return None
+    if requested is None:
+        if tensor.device.type in ("cpu", "meta"):
+            return torch.ops.frd  # meta tensors have no data to compute: the registered fakes answer for them
+        for provider in (PROVIDERS["cuda"], PROVIDERS["triton"]):
+            if op in provider.proven and provider.refusal(op, tensor) is None:
+                return getattr(torch.ops, provider.namespace)
+        return None
+    provider = PROVIDERS[requested]
+    refusal = provider.refusal(op, tensor)
+    if refusal is not None:
+        raise NotImplementedError(f"{op}: backend {requested!r} was requested and {refusal}")
+    return getattr(torch.ops, provider.namespace)
 
 
-def _refusal(op: str, requested: str, device: str) -> str:
-    if requested in ("cpu", "cuda") and device != requested:
-        return f"runs on {requested} tensors only, got a tensor on {device}"
-    if requested == "cuda" and op not in _CUDA_OPS:
-        return f"has no kernel for it (it has: {', '.join(sorted(_CUDA_OPS))})"
-    return backends()[requested][1]
+def _architecture_refusal(namespace: str, capability: tuple[int, int]) -> str | None:
+    """Why the kernels of a namespace do not run on a GPU of this compute capability."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    if namespace == _triton.NAMESPACE:
+        return None if capability >= (8, 0) else f"needs a GPU of compute capability 8.0 or later, got {name}"
+    archs = _library.cuda_architectures()
+    if any(_runs_on(arch, capability) for arch in archs):
+        return None
+    return f"libfrd_cuda.so was built for {', '.join(archs)}, which this GPU ({name}) does not run"
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for a CMake architecture ("80", "90a-real", "80-virtual") runs there.
+
+    Machine code runs on later minors of its major, PTX on everything later; the "a" in both on that one only.
+    """
+    number, _, form = arch.partition("-")
+    built = divmod(int(number.rstrip("af")), 10)
+    if number.endswith("a"):
+        return built == capability
+    same_major = built[0] == capability[0] and built <= capability
+    return same_major or (form != "real" and not number.endswith("f") and built <= capability)

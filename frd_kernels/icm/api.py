@@ -65,7 +65,7 @@ def cluster(
         raise ValueError(f"aggregate must be 'count' or 'similarity', got {aggregate!r}")
     _check_scalar(alpha, "alpha", (1,))
     _check_scalar(beta, "beta", (1,))
-    if backend.select("cluster", k) == "reference":
+    if backend.select("cluster", k) is None:
         return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta)
     index = AGGREGATES.index(aggregate)
     centres, labels, similarity, counts = ops.cluster(k, v, grid, hw, index, alpha, beta)
@@ -122,7 +122,7 @@ def icm(
         projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
     x = _autocast(x, x)
     _check_projections(projections, len(grids), x)
-    if backend.select("icm", x) == "reference":
+    if backend.select("icm", x) is None:
         return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
     given = [None] * len(grids) if projections is None else projections
     return ops.icm(x, given, VARIANTS.index(variant), alpha, beta, grids, hw)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -39,9 +41,10 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
     """
     check_weight(weight)
     parsed, theta = parse_kind(kind), parse_theta(theta)
-    if backend.select("pdc_weight", weight) == "reference":
+    native = backend.select("pdc_weight", weight)
+    if native is None:
         return reference.pdc_weight(weight, kind=kind, theta=theta)
-    return torch.ops.frd.pdc_weight(weight, int(parsed), theta, weight.dtype)
+    return native.pdc_weight(weight, int(parsed), theta, weight.dtype)
 
 
 def pdc2d(
@@ -93,17 +96,18 @@ def run(
     geometry: Geometry,
     plain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`pdc2d` for checked arguments; `plain` is `plain_weight(...)` if the caller has it at hand."""
+    """`pdc2d` for checked arguments; `plain` is `plain_weight(...)`'s, if the caller has it at hand."""
     if x.dim() == 3:
         return run(x.unsqueeze(0), weight, bias, geometry, plain).squeeze(0)
-    if backend.select("pdc2d", x) == "reference":
+    native = backend.select("pdc2d", x)
+    if native is None:
         if autocast_dtype(x.device.type) is not None:
             return _autocast_reference(x, weight, bias, geometry)
         return reference.run(x, weight, bias, geometry)
     if is_depthwise(weight, geometry.groups):
-        return ops.pdc2d_depthwise(x, weight, bias, geometry)
+        return ops.pdc2d_depthwise(native, x, weight, bias, geometry)
     if plain is None:
-        plain = plain_weight(weight, geometry)
+        plain = plain_weight(native, weight, geometry)
     return F.conv2d(
         x, plain, bias, geometry.stride, geometry.plain_padding, geometry.dilation, geometry.groups
     )
@@ -114,14 +118,15 @@ def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
     return weight.shape[1] == 1 and weight.shape[0] == groups
 
 
-def plain_weight(weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """The plain kernel in the dtype of the convolution: a cast under autocast stays zero-sum."""
+def plain_weight(ops: Any, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The plain kernel in the dtype of the convolution: a cast under autocast stays zero-sum. ops: the
+    namespace that `backend.select` gave."""
     dtype = weight.dtype
     if dtype != torch.float64:
         dtype = autocast_dtype(weight.device.type) or dtype
     if geometry.kind == Kind.VANILLA:
         return weight if weight.dtype == dtype else weight.to(dtype)  # an exported graph would keep the no-op
-    return torch.ops.frd.pdc_weight(weight, int(geometry.kind), geometry.theta, dtype)
+    return ops.pdc_weight(weight, int(geometry.kind), geometry.theta, dtype)
 
 
 def _autocast_reference(

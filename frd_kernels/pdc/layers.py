@@ -113,15 +113,16 @@ class PDC2d(nn.Conv2d):
         learns = torch.is_grad_enabled() and weight.requires_grad
         if self.training or learns or torch.compiler.is_compiling() or weight.is_inference():
             return None
-        if api.is_depthwise(weight, geometry.groups) or backend.select("pdc2d", weight) == "reference":
+        native = backend.select("pdc2d", weight)
+        if native is None or api.is_depthwise(weight, geometry.groups):
             return None
         source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        key = (*source, autocast_dtype(weight.device.type), geometry.kind, geometry.theta)
+        key = (*source, autocast_dtype(weight.device.type), geometry.kind, geometry.theta, native.name)
         if self._plain is None or self._plain[0] != key:
             # An inference tensor could not be saved for a later backward to the input.
             with torch.inference_mode(False), torch.no_grad():
                 # The alias keeps the memory of this weight, so that no later one gets its address.
-                self._plain = (key, api.plain_weight(weight, geometry), weight.detach())
+                self._plain = (key, api.plain_weight(native, weight, geometry), weight.detach())
         return self._plain[1]
 
     def train(self, mode: bool = True) -> PDC2d:

@@ -1,4 +1,4 @@
-"""`frd::pdc2d_depthwise` and its backward as operators: fakes, autograd to any order, autocast."""
+"""`pdc2d_depthwise` and its backward as operators: fakes, autograd to any order, autocast."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ from typing import Any
 
 import torch
 
-from .. import _library  # noqa: F401  registers the schemas
-from . import weight as _weight  # noqa: F401  registers the fakes and the autograd of frd::pdc_weight
+from .. import _triton
+from . import weight as _weight
 from .arguments import Geometry, autocast_dtype
-
-_ops = torch.ops.frd
 
 OptionalTensor = torch.Tensor | None
 
 
 def pdc2d_depthwise(
-    x: torch.Tensor, weight: torch.Tensor, bias: OptionalTensor, geometry: Geometry
+    ops: Any, x: torch.Tensor, weight: torch.Tensor, bias: OptionalTensor, geometry: Geometry
 ) -> torch.Tensor:
-    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C]; arguments are checked by the caller."""
+    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C], checked by the caller; ops: torch.ops.frd or its like."""
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.padding, geometry.dilation)
     device = x.device.type
     if autocast_dtype(device) not in (None, torch.bfloat16):
         # The op's autocast rule knows one dtype.
         x, weight, bias = autocast_operands(x, weight, bias)
         with torch.autocast(device, enabled=False):
-            return _ops.pdc2d_depthwise(x, weight, bias, *options)
-    return _ops.pdc2d_depthwise(x, weight, bias, *options)
+            return ops.pdc2d_depthwise(x, weight, bias, *options)
+    return ops.pdc2d_depthwise(x, weight, bias, *options)
 
 
 def autocast_operands(
@@ -51,8 +49,7 @@ def _empty(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("frd::pdc2d_depthwise")
-def _(
+def _fake(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: OptionalTensor,
@@ -69,8 +66,7 @@ def _(
     return _empty(x, (x.shape[0], x.shape[1], rows, columns))
 
 
-@torch.library.register_fake("frd::pdc2d_depthwise_backward")
-def _(
+def _fake_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -93,42 +89,56 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
-    x, weight = ctx.saved_tensors
-    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-    need_bias = need_bias and ctx.has_bias
-    dx, dw, db = _ops.pdc2d_depthwise_backward(
-        grad, x, weight, *ctx.options, need_x, need_weight or need_bias
-    )
-    gradients = (dx if need_x else None, dw if need_weight else None, db if need_bias else None)
-    return *gradients, None, None, None, None, None
-
-
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     grad, x, weight, *ctx.options, ctx.need_dx, ctx.need_dw = inputs
     ctx.save_for_backward(grad, x, weight)
 
 
-def _double_backward(
-    ctx: Any, grad_dx: torch.Tensor, grad_dw: torch.Tensor, grad_db: torch.Tensor
-) -> tuple[OptionalTensor, ...]:
-    """With y = L(x, w) bilinear, <a, dx> = <L(a, w), grad> and <b, dw> = <L(x, b), grad>: the ops
-    differentiate into themselves."""
-    grad, x, weight = ctx.saved_tensors
-    d_grad = d_x = d_weight = None
-    if ctx.need_dx:
-        d_grad = _ops.pdc2d_depthwise(grad_dx, weight, None, *ctx.options)
-        d_weight = _ops.pdc2d_depthwise_backward(grad, grad_dx, weight, *ctx.options, False, True)[1]
-    if ctx.need_dw:
-        from_weight = _ops.pdc2d_depthwise(x, grad_dw, grad_db, *ctx.options)
-        d_grad = from_weight if d_grad is None else d_grad + from_weight
-        d_x = _ops.pdc2d_depthwise_backward(grad, x, grad_dw, *ctx.options, True, False)[0]
-    return d_grad, d_x, d_weight, *(None for _ in range(7))
+class _Rules:
+    """Derivatives of the operators of one namespace, by the operators of that namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        self.ops = getattr(torch.ops, namespace)
+
+    def backward(self, ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+        need_bias = need_bias and ctx.has_bias
+        dx, dw, db = self.ops.pdc2d_depthwise_backward(
+            grad, x, weight, *ctx.options, need_x, need_weight or need_bias
+        )
+        gradients = (dx if need_x else None, dw if need_weight else None, db if need_bias else None)
+        return *gradients, None, None, None, None, None
+
+    def double_backward(
+        self, ctx: Any, grad_dx: torch.Tensor, grad_dw: torch.Tensor, grad_db: torch.Tensor
+    ) -> tuple[OptionalTensor, ...]:
+        """With y = L(x, w) bilinear, <a, dx> = <L(a, w), grad> and <b, dw> = <L(x, b), grad>: the ops
+        differentiate into themselves."""
+        grad, x, weight = ctx.saved_tensors
+        d_grad = d_x = d_weight = None
+        if ctx.need_dx:
+            d_grad = self.ops.pdc2d_depthwise(grad_dx, weight, None, *ctx.options)
+            d_weight = self.ops.pdc2d_depthwise_backward(grad, grad_dx, weight, *ctx.options, False, True)[1]
+        if ctx.need_dw:
+            from_weight = self.ops.pdc2d_depthwise(x, grad_dw, grad_db, *ctx.options)
+            d_grad = from_weight if d_grad is None else d_grad + from_weight
+            d_x = self.ops.pdc2d_depthwise_backward(grad, x, grad_dw, *ctx.options, True, False)[0]
+        return d_grad, d_x, d_weight, *(None for _ in range(7))
 
 
-torch.library.register_autograd("frd::pdc2d_depthwise", _backward, setup_context=_setup)
-torch.library.register_autograd(
-    "frd::pdc2d_depthwise_backward", _double_backward, setup_context=_setup_backward
-)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("frd::pdc2d_depthwise", _device, torch.bfloat16)
+def register(namespace: str) -> None:
+    """Fakes, autograd and autocast of the family's operators in `namespace`."""
+    _weight.register(namespace)
+    forward, backward = f"{namespace}::pdc2d_depthwise", f"{namespace}::pdc2d_depthwise_backward"
+    rules = _Rules(namespace)
+    torch.library.register_fake(forward, _fake)
+    torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_autograd(forward, rules.backward, setup_context=_setup)
+    torch.library.register_autograd(backward, rules.double_backward, setup_context=_setup_backward)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(forward, device, torch.bfloat16)
+
+
+register("frd")
+register(_triton.NAMESPACE)

@@ -57,10 +57,11 @@ def pdc_block(
     geometry = geometry._replace(padding=geometry.dilation)
     check_tensors(x, pdc_weight, pdc_bias, geometry)
     _check_point(x, pdc_weight, point_weight, point_bias, residual, geometry)
-    if backend.select("pdc_block", x) == "reference":
+    native = backend.select("pdc_block", x)
+    if native is None:
         return _reference(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
     if pdc_api.is_depthwise(pdc_weight, geometry.groups):
-        return ops.pdc_block(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
+        return ops.pdc_block(native, x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
     hidden = F.relu(pdc_api.run(x, pdc_weight, pdc_bias, geometry))
     out = F.conv2d(hidden, point_weight, point_bias)
     return out if residual is None else out + residual

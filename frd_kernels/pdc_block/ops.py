@@ -1,4 +1,4 @@
-"""`frd::pdc_block` and its backward as operators: fakes, autograd to any order, autocast."""
+"""`pdc_block` and its backward as operators: fakes, autograd to any order, autocast."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import _library  # noqa: F401  registers the schemas
+from .. import _triton
 from ..pdc import ops as _pdc_ops  # noqa: F401  registers the autograd of the ops the double backward uses
 from ..pdc.arguments import Geometry, autocast_dtype
-
-_ops = torch.ops.frd
 
 OptionalTensor = torch.Tensor | None
 
 
 def pdc_block(
+    ops: Any,
     x: torch.Tensor,
     pdc_weight: torch.Tensor,
     pdc_bias: OptionalTensor,
@@ -25,15 +24,16 @@ def pdc_block(
     residual: OptionalTensor,
     geometry: Geometry,
 ) -> torch.Tensor:
-    """x [B, C, H, W], pdc_weight [C, 1, 3, 3], point_weight [Co, C, 1, 1], checked by the caller."""
+    """x [B, C, H, W], pdc_weight [C, 1, 3, 3], point_weight [Co, C, 1, 1], checked by the caller; ops:
+    torch.ops.frd or its like."""
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
     tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
     device = x.device.type
     if autocast_dtype(device) not in (None, torch.bfloat16):
         # The op's autocast rule knows one dtype.
         with torch.autocast(device, enabled=False):
-            return _ops.pdc_block(*autocast_operands(*tensors), *options)
-    return _ops.pdc_block(*tensors, *options)
+            return ops.pdc_block(*autocast_operands(*tensors), *options)
+    return ops.pdc_block(*tensors, *options)
 
 
 def autocast_operands(*tensors: OptionalTensor) -> tuple[Any, ...]:
@@ -54,8 +54,7 @@ def _empty(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("frd::pdc_block")
-def _(
+def _fake(
     x: torch.Tensor,
     pdc_weight: torch.Tensor,
     pdc_bias: OptionalTensor,
@@ -73,8 +72,7 @@ def _(
     return _empty(x, (x.shape[0], point_weight.shape[0], rows, columns))
 
 
-@torch.library.register_fake("frd::pdc_block_backward")
-def _(
+def _fake_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     pdc_weight: torch.Tensor,
@@ -100,23 +98,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(x, pdc_weight, pdc_bias, point_weight)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
-    x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
-    dx, d_pdc, d_pdc_bias, d_point, d_point_bias = _ops.pdc_block_backward(
-        grad, x, pdc_weight, pdc_bias, point_weight, *ctx.options
-    )
-    has_pdc_bias, has_point_bias, has_residual = ctx.has
-    return (
-        dx,
-        d_pdc,
-        d_pdc_bias if has_pdc_bias else None,
-        d_point,
-        d_point_bias if has_point_bias else None,
-        grad if has_residual else None,
-        *(None for _ in range(4)),
-    )
-
-
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *tensors, kind, theta, stride, dilation = inputs
     ctx.options = (kind, theta, stride, dilation, dilation)  # padding = dilation
@@ -124,36 +105,69 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
     ctx.save_for_backward(*tensors)
 
 
-def _double_backward(
-    ctx: Any,
-    a_x: torch.Tensor,
-    a_pdc: torch.Tensor,
-    a_pdc_bias: torch.Tensor,
-    a_point: torch.Tensor,
-    a_point_bias: torch.Tensor,
-) -> tuple[OptionalTensor, ...]:
-    """The gradient of <a, backward(grad, x, w, b, v)>, which with h = L(x, w) + b, m = [h > 0], r = m h is
-    <L(a_x, w) + L(x, a_w) + a_b, m (v' grad)> + <a_v r + a_c, grad>; L is the difference convolution."""
-    grad, x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
-    pdc, pdc_backward = _ops.pdc2d_depthwise, _ops.pdc2d_depthwise_backward
-    hidden = pdc(x, pdc_weight, pdc_bias, *ctx.options)
-    closed = hidden <= 0  # a NaN passes, as in torch
+class _Rules:
+    """Derivatives of the operators of one namespace, by the operators of that namespace."""
 
-    def gate(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.masked_fill(closed, 0)
+    def __init__(self, namespace: str) -> None:
+        self.ops = getattr(torch.ops, namespace)
 
-    tangent = gate(pdc(a_x, pdc_weight, None, *ctx.options) + pdc(x, a_pdc, a_pdc_bias, *ctx.options))
-    d_grad = F.conv2d(tangent, point_weight) + F.conv2d(gate(hidden), a_point, a_point_bias)
-    d_point = torch.einsum("bohw,bchw->oc", grad, tangent)[:, :, None, None]
-    through = gate(F.conv2d(grad, point_weight.transpose(0, 1)))
-    through_a = gate(F.conv2d(grad, a_point.transpose(0, 1)))
-    d_x, d_pdc, d_bias = pdc_backward(through_a, x, pdc_weight, *ctx.options, True, True)
-    d_x = d_x + pdc_backward(through, x, a_pdc, *ctx.options, True, False)[0]
-    d_pdc = d_pdc + pdc_backward(through, a_x, pdc_weight, *ctx.options, False, True)[1]
-    return d_grad, d_x, d_pdc, d_bias if ctx.has_bias else None, d_point, *(None for _ in range(4))
+    def backward(self, ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
+        x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
+        dx, d_pdc, d_pdc_bias, d_point, d_point_bias = self.ops.pdc_block_backward(
+            grad, x, pdc_weight, pdc_bias, point_weight, *ctx.options
+        )
+        has_pdc_bias, has_point_bias, has_residual = ctx.has
+        return (
+            dx,
+            d_pdc,
+            d_pdc_bias if has_pdc_bias else None,
+            d_point,
+            d_point_bias if has_point_bias else None,
+            grad if has_residual else None,
+            *(None for _ in range(4)),
+        )
+
+    def double_backward(
+        self,
+        ctx: Any,
+        a_x: torch.Tensor,
+        a_pdc: torch.Tensor,
+        a_pdc_bias: torch.Tensor,
+        a_point: torch.Tensor,
+        a_point_bias: torch.Tensor,
+    ) -> tuple[OptionalTensor, ...]:
+        """The gradient of <a, backward(grad, x, w, b, v)>, which with h = L(x, w) + b, m = [h > 0], r = m h is
+        <L(a_x, w) + L(x, a_w) + a_b, m (v' grad)> + <a_v r + a_c, grad>; L is the difference convolution."""
+        grad, x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
+        pdc, pdc_backward = self.ops.pdc2d_depthwise, self.ops.pdc2d_depthwise_backward
+        hidden = pdc(x, pdc_weight, pdc_bias, *ctx.options)
+        closed = hidden <= 0  # a NaN passes, as in torch
+
+        def gate(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.masked_fill(closed, 0)
+
+        tangent = gate(pdc(a_x, pdc_weight, None, *ctx.options) + pdc(x, a_pdc, a_pdc_bias, *ctx.options))
+        d_grad = F.conv2d(tangent, point_weight) + F.conv2d(gate(hidden), a_point, a_point_bias)
+        d_point = torch.einsum("bohw,bchw->oc", grad, tangent)[:, :, None, None]
+        through = gate(F.conv2d(grad, point_weight.transpose(0, 1)))
+        through_a = gate(F.conv2d(grad, a_point.transpose(0, 1)))
+        d_x, d_pdc, d_bias = pdc_backward(through_a, x, pdc_weight, *ctx.options, True, True)
+        d_x = d_x + pdc_backward(through, x, a_pdc, *ctx.options, True, False)[0]
+        d_pdc = d_pdc + pdc_backward(through, a_x, pdc_weight, *ctx.options, False, True)[1]
+        return d_grad, d_x, d_pdc, d_bias if ctx.has_bias else None, d_point, *(None for _ in range(4))
 
 
-torch.library.register_autograd("frd::pdc_block", _backward, setup_context=_setup)
-torch.library.register_autograd("frd::pdc_block_backward", _double_backward, setup_context=_setup_backward)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("frd::pdc_block", _device, torch.bfloat16)
+def register(namespace: str) -> None:
+    """Fakes, autograd and autocast of the family's operators in `namespace`."""
+    forward, backward = f"{namespace}::pdc_block", f"{namespace}::pdc_block_backward"
+    rules = _Rules(namespace)
+    torch.library.register_fake(forward, _fake)
+    torch.library.register_fake(backward, _fake_backward)
+    torch.library.register_autograd(forward, rules.backward, setup_context=_setup)
+    torch.library.register_autograd(backward, rules.double_backward, setup_context=_setup_backward)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast(forward, device, torch.bfloat16)
+
+
+register("frd")
+register(_triton.NAMESPACE)
