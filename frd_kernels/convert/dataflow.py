@@ -1,0 +1,165 @@
+"""Which module feeds which: what `fold` has to know before it moves a batch norm into a convolution.
+
+The forward of every module is traced by itself with `torch.fx`, its children as black boxes, once for every
+combination of its optional and boolean arguments. What cannot be traced stays unknown.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .report import has_hooks, one_line
+
+_MOST_PATHS = 16
+_PROXY = object()
+
+
+def is_inlined(module: nn.Module) -> bool:
+    """A Sequential that does nothing of its own: its children are called in their order, and known as such."""
+    return type(module).forward is nn.Sequential.forward and not has_hooks(module)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return is_inlined(module) or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+
+
+class _Tracer(fx.Tracer):
+    """Children are leaves; notes which tensors the traced forward fetches itself, even if it then fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: set[int] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not is_inlined(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, torch.Tensor):
+            self.fetched.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class Dataflow:
+    """The calls among the modules of a model.
+
+    Attributes:
+        problems: id(owner) -> why its forward could not be traced.
+        fetched: ids of the tensors that some forward uses itself, other than by calling their module.
+    """
+
+    def __init__(self, model: nn.Module, is_relevant: Callable[[nn.Module], bool]) -> None:
+        """Traces each forward that has a relevant module below it; relevant modules themselves are leaves."""
+        self.problems: dict[int, str] = {}
+        self.fetched: set[int] = set()
+        self._calls: dict[int, list[fx.Node]] = {}
+        self._called: dict[fx.Node, nn.Module] = {}
+        self._owners = [
+            module
+            for module in model.modules()
+            if not is_relevant(module)
+            and (module is model or not _is_container(module))
+            and any(is_relevant(below) for below in module.modules())
+        ]
+        for owner in self._owners:
+            self._trace(owner)
+
+    def _trace(self, owner: nn.Module) -> None:
+        for arguments in _paths(owner):
+            tracer = _Tracer()
+            try:
+                if arguments is None:
+                    raise ValueError("too many optional arguments to follow each")
+                graph = tracer.trace(owner, concrete_args=arguments)
+            except Exception as error:  # any forward is allowed to be untraceable, in any way
+                self.problems[id(owner)] = one_line(error)
+                continue
+            finally:
+                self.fetched |= tracer.fetched
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    module = owner.get_submodule(node.target)
+                    self._called[node] = module
+                    self._calls.setdefault(id(module), []).append(node)
+
+    def untraced(self) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+        """Each owner that could not be traced, with the modules it may call."""
+        for owner in self._owners:
+            if id(owner) in self.problems:
+                yield owner, list(_held(owner))
+
+    def source(self, module: nn.Module) -> nn.Module | None:
+        """The one module whose result is the input of every call of `module`, and is used by nothing else."""
+        sources = {self._input(node) for node in self._calls.get(id(module), [])}
+        if len(sources) != 1:
+            return None
+        found = sources.pop()
+        return found if found is not None and self._feeds_only(found, module) else None
+
+    def sink(self, module: nn.Module) -> nn.Module | None:
+        """The one module that uses every result of `module`, and takes no other input."""
+        users = {self._called.get(user) for node in self._calls.get(id(module), []) for user in node.users}
+        if len(users) != 1:
+            return None
+        found = users.pop()
+        return found if found is not None and self.source(found) is module else None
+
+    def _input(self, node: fx.Node) -> nn.Module | None:
+        if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
+            return None
+        return self._called.get(node.args[0])
+
+    def _feeds_only(self, source: nn.Module, sink: nn.Module) -> bool:
+        return all(
+            len(node.users) == 1 and self._called.get(next(iter(node.users))) is sink
+            for node in self._calls[id(source)]
+        )
+
+
+def _paths(owner: nn.Module) -> Iterator[dict[str, Any] | None]:
+    """The `concrete_args` of every trace that is needed: None given or not, True and False; else a proxy."""
+    choices: dict[str, list[Any]] = {}
+    for name, parameter in inspect.signature(owner.forward).parameters.items():
+        if parameter.default is None:
+            choices[name] = [None, _PROXY]
+        elif isinstance(parameter.default, bool):
+            choices[name] = [False, True]
+    if 2 ** len(choices) > _MOST_PATHS:
+        yield None
+        return
+    for values in itertools.product(*choices.values()):
+        given = zip(choices, values, strict=True)
+        yield {name: value for name, value in given if value is not _PROXY}
+
+
+def _held(owner: nn.Module) -> Iterator[nn.Module]:
+    """The children of the owner, those inside of its containers included."""
+    for child in owner.children():
+        if _is_container(child):
+            yield from _held(child)
+        else:
+            yield child
+
+
+def may_read_weights(owner: nn.Module) -> bool:
+    """Whether the forward of the owner, or a method it calls, names an attribute `weight`."""
+    names: set[str] = set()
+    methods = {"forward"}
+    while methods:
+        code = getattr(inspect.unwrap(getattr(type(owner), methods.pop())), "__code__", None)
+        new = _names(code) - names if code is not None else set()
+        names |= new
+        methods |= {n for n in new if callable(getattr(type(owner), n, None)) and not hasattr(nn.Module, n)}
+    return "weight" in names
+
+
+def _names(code: CodeType) -> set[str]:
+    """Every global and attribute that a function names, in its comprehensions and lambdas too."""
+    nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*(_names(inner) for inner in nested))

@@ -1,0 +1,76 @@
+"""What `fold` and `replace_pdc` tell about every layer they met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+REPLACED, KEPT = "replaced", "kept"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One layer.
+
+    Attributes:
+        name: dotted name in the model; "" is the model itself.
+        layer: class of the layer as it was found.
+        kind, theta: of the difference convolution; None for other layers and for those not recognised.
+        result: "replaced" or "kept".
+        note: the reason of a "kept"; what else there is to know of a "replaced".
+    """
+
+    name: str
+    layer: str
+    kind: str | None
+    theta: float | None
+    result: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        what = self.layer if self.kind is None else f"{self.layer} ({self.kind}, theta {self.theta:g})"
+        note = f": {self.note}" if self.note else ""
+        return f"{self.name or '(model)'}: {what} {self.result}{note}"
+
+
+class Report(list[Entry]):
+    """A list of entries that prints one line for each."""
+
+    def __str__(self) -> str:
+        return "\n".join(str(entry) for entry in self)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs, or its backward will run, anything besides its `forward`."""
+    return any(
+        getattr(module, name, None)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+def swap(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
+    """Puts `replacements[id(m)]` wherever m is registered, and returns the model (itself one of them, maybe)."""
+    if id(model) in replacements:
+        return replacements[id(model)]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
+    return model
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an exception, for a note."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, (bool, torch.Tensor))
