@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import frd_kernels
 
-RUNNABLE = [name for name, (available, _reason) in frd_kernels.backends().items() if available]
+from . import backends
 
 
-@pytest.fixture(params=RUNNABLE)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test once for each backend that has the OP of its module and keeps what the test asks for."""
+    if "backend" in metafunc.fixturenames:
+        names = backends.running(metafunc.module.OP)
+        for marker, others in (("kernels", {"reference"}), ("native", {"reference", "triton"})):
+            if metafunc.definition.get_closest_marker(marker):
+                names = [name for name in names if name not in others]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test inside `use_backend(name)` for each available backend."""
+    """Runs the test inside `use_backend(name)`."""
+    backends.prepare(request.param)
     with frd_kernels.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    return backends.device_of(backend)
+
+
+@pytest.fixture
+def ops(backend: str, device: torch.device) -> Iterator[Any]:
+    """torch.ops.frd, or the namespace that the backend's operators have; new tensors are made where they
+    compute. For tests marked so that the reference, which has no operators, is left out."""
+    with device:
+        yield getattr(torch.ops, frd_kernels.backend.PROVIDERS[backend].namespace)
 
 
 @pytest.fixture

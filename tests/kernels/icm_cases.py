@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import frd_kernels as fk
-from frd_kernels import backend as backends
+
+from . import backends
 
 Grid = tuple[int, int]
 VARIANTS = ["paper", "released"]
-# The backends that promise more than the reference does: bits that repeat, layouts, memory.
-KERNELS = [name for name, (available, _) in fk.backends().items() if available and name != "reference"]
 # Two best similarities that differ by more than this are told apart in float32, in every round.
 CLEAR = 3e-6
 
@@ -52,17 +51,9 @@ PROJECTIONS: dict[str, list[tuple[bool, bool] | None]] = {
 
 @pytest.fixture(autouse=True)
 def on_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Makes new tensors where the test's backend computes; skips a backend without these kernels."""
-    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else "cpu"
-    if name not in ("triton", "cuda"):
-        yield
-        return
-    with torch.device("cuda"):
-        try:
-            for op in ("cluster", "icm"):
-                backends.select(op, torch.empty(0))
-        except NotImplementedError as error:
-            pytest.skip(str(error))
+    """Makes new tensors where the test's backend computes."""
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else "reference"
+    with torch.device(backends.device_of(name)):
         yield
 
 

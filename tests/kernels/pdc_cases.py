@@ -11,23 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import frd_kernels as fk
-from frd_kernels import backend as backends
 
 KINDS = ["vanilla", "central", "angular", "radial"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-# The backends that promise more than the reference does: results that repeat bit for bit, layouts.
-KERNELS = [name for name, (available, _) in fk.backends().items() if available and name != "reference"]
-
-
-def device_of(backend: str, op: str) -> torch.device:
-    """Where a backend computes; skips the test where it has no kernel of `op`."""
-    device = torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
-    try:
-        backends.select(op, torch.empty(0, device=device))
-    except NotImplementedError as error:
-        pytest.skip(str(error))
-    return device
 
 
 def eager(

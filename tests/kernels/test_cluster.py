@@ -19,6 +19,8 @@ from .icm_cases import (
     on_device,  # noqa: F401  an autouse fixture
 )
 
+OP = "cluster"
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 AGGREGATES: dict[str, dict[str, Any]] = {
     "count": {"aggregate": "count"},

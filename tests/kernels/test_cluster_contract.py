@@ -10,10 +10,11 @@ import torch
 import frd_kernels as fk
 
 from .icm_cases import (
-    KERNELS,
     laid_out,
     on_device,  # noqa: F401  an autouse fixture
 )
+
+OP = "cluster"
 
 AGGREGATES = ["count", "similarity"]
 NAN, INF = float("nan"), float("inf")
@@ -135,7 +136,7 @@ TINY, LARGE = [1e-42, 1e-30, 1e-20, 1e-12], [1e-6, 1e10, 1e18, 1e25, 1e30, INF]
 
 
 # Not "similarity" of tiny keys: there the reference ties, as the sigmoids of all cosines round to one number.
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     ("aggregate", "scale"), [("count", s) for s in TINY + LARGE] + [("similarity", s) for s in LARGE]
 )
@@ -153,7 +154,7 @@ def test_magnitudes_as_in_the_reference(backend: str, aggregate: str, scale: flo
     torch.testing.assert_close(found.centres, wanted.centres, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-6, 1e10, 1e15])
 @pytest.mark.parametrize("which", ["one", "all"])
 def test_gradients_at_magnitudes(backend: str, scale: float, which: str) -> None:
@@ -178,7 +179,7 @@ def everything(k: torch.Tensor, v: torch.Tensor, aggregate: str) -> list[torch.T
     return [t.detach() for t in found] + list(torch.autograd.grad(loss, inputs, materialize_grads=True))
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["tokens", "image"])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_an_item_does_not_depend_on_its_batch(backend: str, aggregate: str, layout: str) -> None:
@@ -191,7 +192,7 @@ def test_an_item_does_not_depend_on_its_batch(backend: str, aggregate: str, layo
         assert all(torch.equal(a[b : b + 1], c) for a, c in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_bits_repeat_for_any_number_of_threads(backend: str, aggregate: str) -> None:
     k, v = laid_out((3, 340, 10), torch.float32, "tokens"), laid_out((3, 340, 10), torch.float32, "image")

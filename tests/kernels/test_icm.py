@@ -9,7 +9,6 @@ import frd_kernels as fk
 
 from .icm_cases import (
     CLEAR,
-    KERNELS,
     VARIANTS,
     VIEWS,
     Case,
@@ -22,6 +21,8 @@ from .icm_cases import (
     run_icm,
     smallest_gap,
 )
+
+OP = "icm"
 
 DTYPES = [
     (torch.float32, "tokens"),
@@ -154,7 +155,7 @@ def test_a_nan_stays_in_its_item(backend: str, variant: str) -> None:
     assert torch.equal(out.isnan(), fk.reference.icm(x, None, **options).isnan())
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["tokens", "image"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_item_does_not_depend_on_its_batch(backend: str, variant: str, layout: str) -> None:
@@ -170,7 +171,7 @@ def test_an_item_does_not_depend_on_its_batch(backend: str, variant: str, layout
         assert all(torch.equal(a[b : b + 1], c) for a, c in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bits_repeat_for_any_number_of_threads(backend: str, variant: str) -> None:
     x, maps = laid_out((3, 340, 10), torch.float32, "image"), projections("biases", 3, 10)

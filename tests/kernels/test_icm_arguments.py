@@ -10,6 +10,8 @@ import torch
 
 import frd_kernels as fk
 
+OP = "icm"
+
 ops = torch.ops.frd
 INTS = torch.ones(2, 12, 4, dtype=torch.int64)
 CLUSTER: list[tuple[dict[str, Any], type[Exception], str]] = [

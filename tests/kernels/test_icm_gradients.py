@@ -19,6 +19,8 @@ from .icm_cases import (
     run_icm,
 )
 
+OP = "icm"
+
 AGGREGATES = ["count", "similarity"]
 # Between the best similarities: finite differences of 1e-6 cross no tie.
 WIDE = 1e-4

@@ -19,6 +19,8 @@ from .icm_cases import (
     smallest_gap,
 )
 
+OP = "icm"
+
 GRIDS = ((3, 3), (2, 2), (2, 1))
 
 

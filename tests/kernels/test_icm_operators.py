@@ -27,6 +27,8 @@ from .icm_cases import (
     run_icm,
 )
 
+OP = "icm"
+
 ops = torch.ops.frd
 LAYOUTS = ["tokens", "image", "sliced", "sliced image"]
 SMALL = Case((5, 7), [(3, 2), (2, 1)], 6, "mixed")

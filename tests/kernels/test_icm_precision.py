@@ -21,6 +21,8 @@ from .icm_cases import (
     on_device,  # noqa: F401  an autouse fixture
 )
 
+OP = "icm"
+
 # 16-bit similarities make no mistake about labels that are this clear, so the eager form is no easy rival.
 CLEAR = 0.02
 Form = Callable[..., list[torch.Tensor]]

@@ -13,19 +13,19 @@ from frd_kernels import reference
 
 from .pdc_cases import (
     DTYPES,
-    KERNELS,
     KINDS,
     LAYOUTS,
     assert_layout,
     assert_rounded_once,
     block_operands,
-    device_of,
     eager,
     eager_block,
     in_double,
     magnitude,
     worst,
 )
+
+OP = "pdc_block"
 
 # batch, in and out channels, height, width, options: one pixel, rows and columns that fill no vector, tiles of
 # several rows and of a part of one, more channels than a product takes at once (384) or shows at once (48).
@@ -42,11 +42,6 @@ CASES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
     (1, 4, 4, 2, 2, {"stride": 3}),
     (1, 400, 6, 3, 3, {}),
 ]
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend, "pdc_block")
 
 
 def block_magnitude(operands: dict[str, torch.Tensor]) -> float:
@@ -85,7 +80,7 @@ def test_oracle_by_hand() -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -170,7 +165,7 @@ def views(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", views(torch.device("cpu")))
 @pytest.mark.parametrize("where", ["x", "residual", "both"])
 def test_views(device: torch.device, name: str, where: str) -> None:
@@ -186,7 +181,7 @@ def test_views(device: torch.device, name: str, where: str) -> None:
     assert out.is_contiguous()
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("residual_layout", LAYOUTS)
 @pytest.mark.parametrize(("batch", "channels"), [(2, 5), (1, 5), (2, 1), (0, 5)])

@@ -14,17 +14,17 @@ import frd_kernels as fk
 from frd_kernels import reference
 
 from .pdc_cases import (
-    KERNELS,
     KINDS,
     LAYOUTS,
     assert_layout,
     block_operands,
-    device_of,
     eager_block,
     in_double,
     off_the_kink,
     worst,
 )
+
+OP = "pdc_block"
 
 # batch, in and out channels, height, width, options
 CASES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
@@ -37,11 +37,6 @@ CASES: list[tuple[int, int, int, int, int, dict[str, Any]]] = [
     (3, 5, 7, 40, 33, {"stride": (1, 2), "dilation": 3}),  # more tiles than partial sums
     (1, 400, 6, 3, 3, {}),
 ]
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend, "pdc_block")
 
 
 @pytest.fixture
@@ -164,7 +159,7 @@ def test_gradients_that_are_views(device: torch.device, layout: str, view: str) 
         torch.testing.assert_close(gradient.double(), exact[name], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_keep_the_layout(device: torch.device, layout: str) -> None:
     operands = learning(block_operands(2, 5, 4, 6, 7, device=device, layout=layout))
@@ -175,7 +170,7 @@ def test_gradients_keep_the_layout(device: torch.device, layout: str) -> None:
     assert found["point_weight"].is_contiguous()
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", ["angular", "radial"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -194,7 +189,7 @@ def test_repeats_bit_for_bit(
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "dilation": 2}], ids=str)
 def test_an_item_does_not_see_its_batch(device: torch.device, layout: str, options: dict[str, Any]) -> None:

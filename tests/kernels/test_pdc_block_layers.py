@@ -15,12 +15,9 @@ import frd_kernels as fk
 from frd_kernels import reference
 from frd_kernels.pdc_block.reference import dpm
 
-from .pdc_cases import KINDS, LAYOUTS, device_of, eager_block
+from .pdc_cases import KINDS, LAYOUTS, eager_block
 
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend, "pdc_block")
+OP = "pdc_block"
 
 
 def by_formula(block: fk.PDCBlock2d, x: torch.Tensor) -> torch.Tensor:

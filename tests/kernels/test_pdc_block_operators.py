@@ -18,18 +18,13 @@ from .pdc_cases import (
     assert_layout,
     block_operands,
     compiled_agrees,
-    device_of,
     message_of,
     raises,
 )
 
-ops = torch.ops.frd
+OP = "pdc_block"
+
 ORDER = ("x", "pdc_weight", "pdc_bias", "point_weight", "point_bias", "residual")  # of the operator
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend, "pdc_block")
 
 
 def operands_as(view: str, learns: bool, stride: tuple[int, int] = (1, 1)) -> dict[str, torch.Tensor]:
@@ -40,17 +35,19 @@ def operands_as(view: str, learns: bool, stride: tuple[int, int] = (1, 1)) -> di
     return {name: operand.requires_grad_(learns) for name, operand in operands.items()}
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "fixed"])
 @pytest.mark.parametrize("view", [*LAYOUTS, "slice"])
 @pytest.mark.parametrize(("kind", "absent"), [(Kind.ANGULAR, []), (Kind.RADIAL, ["pdc_bias", "residual"])])
-def test_opcheck(kind: Kind, absent: list[str], view: str, learns: bool) -> None:
+def test_opcheck(ops: Any, kind: Kind, absent: list[str], view: str, learns: bool) -> None:
     operands: dict[str, Any] = operands_as(view, learns, (2, 1)) | dict.fromkeys(absent)
     opcheck(ops.pdc_block.default, (*(operands[name] for name in ORDER), int(kind), 0.7, [2, 1], [1, 2]))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "fixed"])
 @pytest.mark.parametrize(("view", "bias"), [("nchw", True), ("channels_last", False), ("slice", True)])
-def test_opcheck_backward(view: str, bias: bool, learns: bool) -> None:
+def test_opcheck_backward(ops: Any, view: str, bias: bool, learns: bool) -> None:
     operands: dict[str, Any] = operands_as(view, learns) | ({} if bias else {"pdc_bias": None})
     grad = torch.randn(2, 4, 6, 7, requires_grad=learns)
     tensors = (grad, *(operands[name] for name in ("x", "pdc_weight", "pdc_bias", "point_weight")))
@@ -194,6 +191,7 @@ def test_layer_names_a_bad_input() -> None:
         fk.DPM(0)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -212,7 +210,7 @@ def test_layer_names_a_bad_input() -> None:
     ],
     ids=message_of,
 )  # fmt: skip
-def test_bad_arguments_of_the_operator(arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_of_the_operator(ops: Any, arguments: dict[str, Any], message: str) -> None:
     """The public function never gets this far; other callers of torch.ops.frd do."""
     tensors: dict[str, Any] = dict.fromkeys(ORDER) | {
         "x": X,
@@ -224,7 +222,8 @@ def test_bad_arguments_of_the_operator(arguments: dict[str, Any], message: str) 
         ops.pdc_block(**tensors | options | arguments)
 
 
-def test_bad_gradient_of_the_operator() -> None:
+@pytest.mark.native
+def test_bad_gradient_of_the_operator(ops: Any) -> None:
     with raises(ValueError, "pdc_block: grad must be [2, 6, 8, 9], got 4-D"):
         ops.pdc_block_backward(X, X, PDC, None, POINT, 2, 1.0, [1, 1], [1, 1])
 

@@ -15,19 +15,18 @@ from frd_kernels.kinds import Kind
 
 from .pdc_cases import (
     DTYPES,
-    KERNELS,
     KINDS,
     LAYOUTS,
     assert_layout,
     assert_rounded_once,
-    device_of,
     doubles,
     eager,
     magnitude,
     worst,
 )
 
-ops = torch.ops.frd
+OP = "pdc2d"
+
 Gradients = tuple[torch.Tensor, ...]
 
 # batch, channels, height, width, options
@@ -43,11 +42,6 @@ DEPTHWISE: list[tuple[int, int, int, int, dict[str, Any]]] = [
     (1, 3, 40, 200, {"padding": 1}),
     (1, 1, 30, 300, {"padding": 3, "stride": (2, 3), "dilation": 3}),
 ]
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend, "pdc2d")
 
 
 @pytest.fixture
@@ -172,8 +166,9 @@ def test_only_what_learns_gets_a_gradient(
             torch.testing.assert_close(operand.grad, value)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("need_dx", "need_dw"), [(True, False), (False, True), (False, False)])
-def test_unneeded_outputs_of_the_operator_are_empty(need_dx: bool, need_dw: bool) -> None:
+def test_unneeded_outputs_of_the_operator_are_empty(ops: Any, need_dx: bool, need_dw: bool) -> None:
     x, weight, grad = torch.randn(2, 3, 5, 6), torch.randn(3, 1, 3, 3), torch.randn(2, 3, 5, 6)
     options = (int(Kind.ANGULAR), 1.0, [1, 1], [1, 1], [1, 1])
     full = ops.pdc2d_depthwise_backward(grad, x, weight, *options, True, True)
@@ -204,19 +199,22 @@ def test_gradients_that_are_views(device: torch.device, kind: str, layout: str, 
     torch.testing.assert_close([t.double() for t in ours], list(expected), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_keep_the_layout(device: torch.device, layout: str) -> None:
     x = leaf(2, 5, 6, 7, layout=layout, device=device)
     weight = leaf(5, 1, 3, 3, device=device)
     dx, dw = gradients(
-        fk.pdc2d(x, weight, kind="radial", padding=1, groups=5), torch.ones(2, 5, 6, 7), x, weight
+        fk.pdc2d(x, weight, kind="radial", padding=1, groups=5),
+        torch.ones(2, 5, 6, 7, device=device),
+        x,
+        weight,
     )
     assert_layout(dx, layout)
     assert_layout(dw, "nchw")
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -236,7 +234,7 @@ def test_repeats_bit_for_bit(
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_item_does_not_see_its_batch(device: torch.device, kind: str, layout: str) -> None:

@@ -17,14 +17,11 @@ from torch import nn
 import frd_kernels as fk
 from frd_kernels import reference
 
-from .pdc_cases import KERNELS, KINDS, LAYOUTS, device_of
+from .pdc_cases import KINDS, LAYOUTS
+
+OP = "pdc2d"
 
 GROUPS = {"depthwise": 6, "grouped": 2, "dense": 1}
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend, "pdc2d")
 
 
 def by_formula(layer: fk.PDC2d, x: torch.Tensor) -> torch.Tensor:
@@ -243,7 +240,7 @@ def test_kept_kernel_follows_the_weight(change: str) -> None:
         torch.testing.assert_close(out.double(), by_formula(layer, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.kernels
 def test_kernel_is_kept_at_inference_only(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     plain_weight = fk.pdc.api.plain_weight

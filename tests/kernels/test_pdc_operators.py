@@ -12,14 +12,9 @@ import frd_kernels as fk
 from frd_kernels import reference
 from frd_kernels.kinds import Kind
 
-from .pdc_cases import KINDS, LAYOUTS, assert_layout, compiled_agrees, device_of, eager, worst
+from .pdc_cases import KINDS, LAYOUTS, assert_layout, compiled_agrees, eager, worst
 
-ops = torch.ops.frd
-
-
-@pytest.fixture
-def device(backend: str) -> torch.device:
-    return device_of(backend, "pdc2d")
+OP = "pdc2d"
 
 
 def image(view: str) -> torch.Tensor:
@@ -29,21 +24,23 @@ def image(view: str) -> torch.Tensor:
     return torch.randn(2, 5, 6, 7).contiguous(memory_format=LAYOUTS[view])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "fixed"])
 @pytest.mark.parametrize("view", [*LAYOUTS, "slice"])
 @pytest.mark.parametrize(("kind", "bias"), [(Kind.ANGULAR, True), (Kind.RADIAL, False)])
-def test_opcheck(kind: Kind, bias: bool, view: str, learns: bool) -> None:
+def test_opcheck(ops: Any, kind: Kind, bias: bool, view: str, learns: bool) -> None:
     x, weight = image(view).requires_grad_(learns), torch.randn(5, 1, 3, 3, requires_grad=learns)
     shift = torch.randn(5, requires_grad=learns) if bias else None
     opcheck(ops.pdc2d_depthwise.default, (x, weight, shift, int(kind), 0.7, [2, 1], [1, 2], [1, 2]))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("learns", [True, False], ids=["learns", "fixed"])
 @pytest.mark.parametrize(
     ("view", "need_dx", "need_dw"),
     [("nchw", True, True), ("channels_last", True, True), ("slice", True, False), ("nchw", False, True)],
 )
-def test_opcheck_backward(view: str, need_dx: bool, need_dw: bool, learns: bool) -> None:
+def test_opcheck_backward(ops: Any, view: str, need_dx: bool, need_dw: bool, learns: bool) -> None:
     x, weight = image(view).requires_grad_(learns), torch.randn(5, 1, 3, 3, requires_grad=learns)
     grad = torch.randn(2, 5, 3, 7, requires_grad=learns)
     options = (int(Kind.RADIAL), 0.7, [2, 1], [1, 1], [1, 1], need_dx, need_dw)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-import frd_kernels.pdc.weight  # noqa: F401  registers fake and autograd
 from frd_kernels.kinds import Kind
 
-ops = torch.ops.frd
+OP = "pdc_weight"
+
 KINDS = list(Kind)
 OUTER = [0, 2, 4, 10, 14, 20, 22, 24]
 INNER = [6, 7, 8, 11, 13, 16, 17, 18]
@@ -33,10 +35,11 @@ def expected(weight: torch.Tensor, kind: Kind, theta: float) -> torch.Tensor:
     return v.view(*w.shape[:2], 5, 5)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("theta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_matches_the_formulas(kind: Kind, theta: float, dtype: torch.dtype) -> None:
+def test_matches_the_formulas(ops: Any, kind: Kind, theta: float, dtype: torch.dtype) -> None:
     weight = torch.randn(7, 5, 3, 3, dtype=dtype)
     out = ops.pdc_weight(weight, kind, theta, dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-14
@@ -45,8 +48,9 @@ def test_matches_the_formulas(kind: Kind, theta: float, dtype: torch.dtype) -> N
     )
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind: Kind) -> None:
+def test_gradients(ops: Any, kind: Kind) -> None:
     weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
 
     def f(w: torch.Tensor) -> torch.Tensor:
@@ -56,18 +60,20 @@ def test_gradients(kind: Kind) -> None:
     assert gradgradcheck(f, (weight,))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_opcheck(kind: Kind, dtype: torch.dtype) -> None:
+def test_opcheck(ops: Any, kind: Kind, dtype: torch.dtype) -> None:
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     torch.library.opcheck(ops.pdc_weight.default, (weight, kind, 0.7, dtype))
     grad = torch.randn(ops.pdc_weight(weight, kind, 0.7, dtype).shape, dtype=dtype, requires_grad=True)
     torch.library.opcheck(ops.pdc_weight_backward.default, (grad, kind, 0.7, torch.float32))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("kind", [Kind.CENTRAL, Kind.ANGULAR, Kind.RADIAL])
 @pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
-def test_rounding_keeps_the_sum(kind: Kind, dtype: torch.dtype, ulp: float) -> None:
+def test_rounding_keeps_the_sum(ops: Any, kind: Kind, dtype: torch.dtype, ulp: float) -> None:
     weight = torch.randn(64, 64, 3, 3)
     exact = expected(weight.double(), kind, 1.0).flatten(2)
     balanced = ops.pdc_weight(weight, kind, 1.0, dtype).double().flatten(2)
@@ -78,8 +84,9 @@ def test_rounding_keeps_the_sum(kind: Kind, dtype: torch.dtype, ulp: float) -> N
     assert ((balanced - exact).abs() <= 3.01 * ulp * largest).all()
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
-def test_special_values_pass(special: float) -> None:
+def test_special_values_pass(ops: Any, special: float) -> None:
     weight = torch.ones(1, 1, 3, 3)
     weight[0, 0, 0, 1] = special
     out = ops.pdc_weight(weight, Kind.VANILLA, 1.0, torch.bfloat16).float()
@@ -87,13 +94,15 @@ def test_special_values_pass(special: float) -> None:
     assert not ops.pdc_weight(weight, Kind.ANGULAR, 1.0, torch.bfloat16).isfinite().all()
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (3, 0, 3, 3)])
-def test_empty(shape: tuple[int, ...]) -> None:
+def test_empty(ops: Any, shape: tuple[int, ...]) -> None:
     out = ops.pdc_weight(torch.empty(shape), Kind.RADIAL, 1.0, torch.float32)
     assert out.shape == (*shape[:2], 5, 5)
 
 
-def test_bad_arguments() -> None:
+@pytest.mark.native
+def test_bad_arguments(ops: Any) -> None:
     with pytest.raises(ValueError, match=r"weight must be \[O, I, 3, 3\]"):
         ops.pdc_weight(torch.ones(2, 2, 5, 5), Kind.ANGULAR, 1.0, torch.float32)
     with pytest.raises(ValueError, match="kind must be"):

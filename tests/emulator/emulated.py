@@ -1,0 +1,78 @@
+"""Builds libfrd_cuda.so's sources for the CPU, over the block emulator, and loads them as torch.ops.frd_emulated.
+
+So the suite that checks the other backends runs on the CUDA kernels too, on a machine without a GPU: kernels,
+launch configuration and argument checks alike.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import pathlib
+import shutil
+import subprocess
+
+import torch
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
+NAMESPACE = "frd_emulated"
+# Every operator that libfrd_cuda.so registers.
+OPS = ("pdc_weight", "pdc_weight_backward")
+
+
+def cuda_include() -> pathlib.Path | None:
+    """Where cuda_runtime.h lies: vector types, and the kernel keywords, empty for a host compiler."""
+    nvcc = shutil.which("nvcc")
+    roots = [pathlib.Path(nvcc).resolve().parents[1]] if nvcc else []
+    roots += sorted(pathlib.Path("/usr/local").glob("cuda*"))
+    for include in [root / "include" for root in roots]:
+        if (include / "cuda_runtime.h").exists():
+            return include
+    return None
+
+
+def problem() -> str:
+    """Why the emulated library cannot be built here; '' if it can."""
+    if cuda_include() is None or shutil.which("g++") is None:
+        return "needs g++ and the CUDA toolkit's headers"
+    return ""
+
+
+def _compile(source: pathlib.Path, flags: list[str], common: bytes, cache: pathlib.Path) -> pathlib.Path:
+    key = hashlib.sha256(common + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+    out = cache / f"{source.name}-{key}.o"
+    if not out.exists():
+        partial = out.with_suffix(".partial.o")
+        command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
+        built = subprocess.run(command, capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr[-4000:]
+        partial.rename(out)
+    return out
+
+
+@functools.cache
+def load() -> None:
+    """Builds (objects of unchanged sources are kept in build/emulated) and loads the library."""
+    include = cuda_include()
+    assert include is not None
+    cache = ROOT / "build" / "emulated"
+    cache.mkdir(parents=True, exist_ok=True)
+    torch_dir = pathlib.Path(torch.__file__).parent
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-attributes", "-DFRD_EMULATED"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    flags += [f"-I{CSRC}", f"-I{HERE}"]
+    for system in (torch_dir / "include", include):
+        flags += ["-isystem", str(system)]
+    headers = sorted(p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in (".h", ".cuh"))
+    common = b"".join(path.read_bytes() for path in headers)
+    sources = sorted([*CSRC.glob("*/*_cuda.cu"), *CSRC.glob("*/*_cuda.cpp"), HERE / "emulated_runtime.cc"])
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda source: _compile(source, flags, common, cache), sources))
+    library = cache / "libfrd_emulated.so"
+    command = ["g++", "-shared", *map(str, objects), "-o", str(library)]
+    command += ["-Wl,--no-as-needed", str(torch_dir / "lib" / "libtorch.so"), "-Wl,-Bsymbolic"]
+    subprocess.run(command, check=True)
+    torch.ops.load_library(str(library))

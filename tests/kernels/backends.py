@@ -1,0 +1,54 @@
+"""Which backends the suite runs on here: the library's own, and the CUDA kernels in the block emulator."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+
+import torch
+
+from frd_kernels import backend
+from frd_kernels.pdc import ops as pdc_ops
+
+_EMULATOR = pathlib.Path(__file__).parents[1] / "emulator" / "emulated.py"
+_spec = importlib.util.spec_from_file_location("frd_emulated_build", _EMULATOR)
+assert _spec is not None and _spec.loader is not None
+emulated = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(emulated)
+
+EMULATED = "cuda (emulated)"
+
+
+def _declare_emulated() -> None:
+    """The emulated kernels as one more backend: operators of their own namespace on CPU tensors."""
+    global _library  # keeps the declarations alive
+    _library = backend._library.declare(emulated.NAMESPACE, emulated.OPS)
+    pdc_ops._weight.register(emulated.NAMESPACE)
+    ops = frozenset({"pdc_weight"})
+    backend.PROVIDERS[EMULATED] = backend.Provider(emulated.NAMESPACE, "cpu", ops, frozenset())
+
+
+if not torch.cuda.is_available() and not emulated.problem():
+    _declare_emulated()
+
+
+def running(op: str) -> list[str]:
+    """Every backend that has `op` here, the reference first."""
+    names = ["reference"]
+    for name, provider in backend.PROVIDERS.items():
+        if op in provider.ops and not provider.problem:
+            names.append(name)
+    return names
+
+
+def prepare(name: str) -> None:
+    """Builds what a backend of the tests still needs."""
+    if name == EMULATED:
+        emulated.load()
+
+
+def device_of(name: str) -> torch.device:
+    """Where a backend computes."""
+    if name == "reference":
+        return torch.device("cpu")
+    return torch.device(backend.PROVIDERS[name].device)
