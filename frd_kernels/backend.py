@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 _PDC = frozenset({"pdc_weight", "pdc2d", "pdc_block"})
 _ALL = _PDC | {"cluster", "icm"}
+_INT32 = 2**31 - 1
 
 
 class Provider(NamedTuple):
@@ -29,6 +31,7 @@ class Provider(NamedTuple):
     ops: frozenset[str]
     proven: frozenset[str]  # those that have run and been checked on such a device: the automatic choice
     problem: str = ""  # why none of them can run
+    most_elements: int | None = None  # of an image: what its kernels can index
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
         """Why it cannot run `op` on this tensor; None if it can."""
@@ -38,6 +41,9 @@ class Provider(NamedTuple):
             return self.problem
         if op not in self.ops:
             return f"has no kernel for it (it has: {', '.join(sorted(self.ops))})"
+        image = math.prod(tensor.shape[1:]) if tensor.dim() == 4 else 0
+        if self.most_elements is not None and image > self.most_elements:
+            return f"indexes images of at most {self.most_elements} elements, got {image}"
         if self.device == "cuda":
             return _architecture_refusal(self.namespace, torch.cuda.get_device_capability(tensor.device))
         return None
@@ -51,8 +57,8 @@ def _cuda_problem() -> str:
 
 PROVIDERS = {
     "cpu": Provider("frd", "cpu", _ALL, _ALL),
-    "triton": Provider(_triton.NAMESPACE, _triton.DEVICE, _PDC, frozenset(), _triton.problem()),
-    "cuda": Provider("frd", "cuda", _PDC, frozenset(), _cuda_problem()),
+    "triton": Provider(_triton.NAMESPACE, _triton.DEVICE, _PDC, frozenset(), _triton.problem(), _INT32),
+    "cuda": Provider("frd", "cuda", _PDC, frozenset(), _cuda_problem(), _INT32),
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("frd_backend", default=None)

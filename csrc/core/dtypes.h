@@ -6,8 +6,10 @@
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #define FRD_HD __host__ __device__
+#define FRD_UNROLL _Pragma("unroll")
 #else
 #define FRD_HD
+#define FRD_UNROLL
 #endif
 
 namespace frd {

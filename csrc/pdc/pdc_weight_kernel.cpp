@@ -19,7 +19,7 @@ void forward_pairs(const PdcWeightArgs& a, int64_t begin, int64_t end) {
     for (int k = 0; k < kPdcWeights; ++k) w[k] = load(in[i * kPdcWeights + k]);
     transform<kind>(w, static_cast<compute_t<In>>(a.theta), v);
     for (int k = 0; k < taps; ++k) rounded[k] = static_cast<compute_t<Out>>(v[k]);
-    round_taps<kind, Out>(rounded, taps, a.theta, out + i * taps);
+    round_taps<kind, Out>(rounded, a.theta, out + i * taps);
   }
 }
 

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kPdcWeightThreads)
       transform<kind>(source, static_cast<A>(theta), result);
       compute_t<Out> rounded[n_out];
       for (int i = 0; i < n_out; ++i) rounded[i] = static_cast<compute_t<Out>>(result[i]);
-      round_taps<kind, Out>(rounded, n_out, theta, target);
+      round_taps<kind, Out>(rounded, theta, target);
     }
   }
   __syncthreads();

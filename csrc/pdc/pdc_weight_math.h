@@ -58,8 +58,8 @@ FRD_HD inline double spacing(T v) {
 // about an ulp, which multiplies the mean of the input (a DC leak). One tap at a time moves by whole ulps,
 // the one that leaves the smallest residue first, and none strays further than one and a half ulps of the
 // largest tap.
-template <typename T>
-FRD_HD inline void round_to_sum(const float* v, int n, double target, T* out) {
+template <int n, typename T>
+FRD_HD inline void round_to_sum(const float* v, double target, T* out) {
   constexpr int kMostMoves = 9;
   double residue = -target, limit = 0;
   for (int i = 0; i < n; ++i) {
@@ -72,7 +72,8 @@ FRD_HD inline void round_to_sum(const float* v, int n, double target, T* out) {
     double best = residue;
     int move = -1;
     T moved_to{};
-    for (int i = 0; i < n; ++i) {
+    FRD_UNROLL  // v stays in registers on a GPU
+        for (int i = 0; i < n; ++i) {
       const double now = load(out[i]), ulp = spacing(out[i]);
       double wanted = now - residue;
       if (wanted > v[i] + limit) wanted = v[i] + limit;
@@ -90,12 +91,13 @@ FRD_HD inline void round_to_sum(const float* v, int n, double target, T* out) {
 
 // v[n] -> out[n] in the storage type: balanced where a difference convolution is rounded to 16 bit.
 template <PdcKind kind, typename T>
-FRD_HD inline void round_taps(const compute_t<T>* v, int n, double theta, T* out) {
+FRD_HD inline void round_taps(const compute_t<T>* v, double theta, T* out) {
+  constexpr int n = kernel_side(kind) * kernel_side(kind);
   if constexpr (sizeof(T) == 2 && kind != PdcKind::vanilla) {
     double target = 0;  // of a pure difference exactly, whatever float32 made of it
     if (theta != 1)
       for (int i = 0; i < n; ++i) target += v[i];
-    round_to_sum(v, n, target, out);
+    round_to_sum<n>(v, target, out);
   } else {
     for (int i = 0; i < n; ++i) store(out[i], v[i]);
   }

@@ -1,33 +1,76 @@
-"""The CUDA library without a GPU: it loads, registers its kernels, and spills no register."""
+"""The CUDA kernels without a GPU: the library registers them, and no architecture spills a register."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import pathlib
 import re
+import shutil
 import subprocess
 
 import pytest
 import torch
 
-import frd_kernels
 from frd_kernels import _library
+from frd_kernels.backend import _runs_on
 
-LIBRARY = pathlib.Path(frd_kernels.__file__).parent / "libfrd_cuda.so"
-pytestmark = pytest.mark.skipif(bool(_library.CUDA_PROBLEM), reason=_library.CUDA_PROBLEM or "loaded")
+from . import backends
+
+CSRC = pathlib.Path(__file__).parents[2] / "csrc"
+SOURCES = sorted(CSRC.glob("*/*_cuda.cu"))
+ARCHITECTURES = (80, 90, 100, 120)  # Ampere, Hopper, data centre and desktop Blackwell
 
 
-@pytest.mark.parametrize("op", ["pdc_weight", "pdc_weight_backward"])
+@pytest.mark.skipif(bool(_library.CUDA_PROBLEM), reason=_library.CUDA_PROBLEM or "loaded")
+@pytest.mark.parametrize("op", backends.emulated.OPS)
 def test_registered_for_cuda(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"frd::{op}", "CUDA")
 
 
-def test_no_spills() -> None:
-    triton = pytest.importorskip("triton")
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this triton ships no cuobjdump")
-    usage = subprocess.run([tool, "-res-usage", LIBRARY], capture_output=True, text=True, check=True)
-    stacks = re.findall(r"Function ([^:]+):\s*\n?.*?STACK:(\d+)", usage.stdout + usage.stderr)
-    assert len(stacks) >= 32
-    spilled = {name: int(stack) for name, stack in stacks if int(stack) > 0}
-    assert not spilled
+def usage(source: pathlib.Path, architecture: int, out: pathlib.Path) -> dict[str, tuple[int, int, int]]:
+    """Kernel -> (bytes of stack, of spill stores, of spill loads), as ptxas reports them."""
+    command = ["nvcc", "-O3", "-std=c++17", f"-I{CSRC}", "-Xptxas=-v", "-cubin", f"-arch=sm_{architecture}"]
+    built = subprocess.run(
+        [*command, str(source), "-o", str(out / f"{source.stem}.{architecture}.cubin")],
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr[-4000:]
+    found = re.findall(
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)",
+        built.stderr,
+    )
+    return {name: (int(stack), int(stores), int(loads)) for name, stack, stores, loads in found}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.timeout(1200)
+def test_no_architecture_spills(tmp_path: pathlib.Path) -> None:
+    jobs = [(source, architecture) for source in SOURCES for architecture in ARCHITECTURES]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda job: usage(*job, tmp_path), jobs))
+    for (source, architecture), report in zip(jobs, reports, strict=True):
+        assert report, f"{source.name} holds no kernel"
+        spilled = {name: bytes_ for name, bytes_ in report.items() if any(bytes_)}
+        assert not spilled, f"sm_{architecture}: {spilled}"
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("80-real", (8, 0), True),
+        ("80-real", (8, 6), True),
+        ("86-real", (8, 0), False),
+        ("80-real", (9, 0), False),
+        ("80-virtual", (9, 0), True),
+        ("80", (12, 0), True),
+        ("90a-real", (9, 0), True),
+        ("90a-real", (10, 0), False),
+        ("90a", (9, 0), True),
+        ("100f-real", (10, 3), True),
+        ("100f", (12, 0), False),
+        ("120-real", (12, 1), True),
+    ],
+)
+def test_architectures_that_a_binary_runs_on(built: str, capability: tuple[int, int], runs: bool) -> None:
+    assert _runs_on(built, capability) == runs
