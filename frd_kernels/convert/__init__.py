@@ -15,6 +15,7 @@ from .checkpoints import (
     to_pidinet,
 )
 from .fold import PlainBlock2d, fold
+from .replace import replace_pdc
 from .report import Entry, Report
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "from_pidinet",
     "from_plain_weight",
     "pidinet_kinds",
+    "replace_pdc",
     "to_cdcn",
     "to_deconv",
     "to_pidinet",

@@ -7,7 +7,7 @@ Nothing is edited in place; tensors that need no change are passed on as they ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from ..pdc.arguments import parse_theta
 StateDict = dict[str, Any]
 
 _CYCLES = {
-    **{"baseline": "v", "cvvv4": "cvvv", "avvv4": "avvv", "rvvv4": "rvvv"},
-    **{"cccv4": "cccv", "aaav4": "aaav", "rrrv4": "rrrv", "carv4": "carv"},
-    **{"c16": "c", "a16": "a", "r16": "r"},
-    **{f"{first}-v15": first + 15 * "v" for first in "car"},
+    "baseline": "v",
+    **{f"{a}-v15": a + 15 * "v" for a in "car"},
+    **{f"{a}vvv4": f"{a}vvv" for a in "car"},
+    **{f"{a * 3}v4": f"{a * 3}v" for a in "car"},
+    **{f"{a}16": a for a in "car"},
+    "carv4": "carv",
 }
 _LETTERS = {"v": "vanilla", "c": "central", "a": "angular", "r": "radial"}
 _BLOCKS = [f"block{stage}_{i}" for stage in range(1, 5) for i in range(1, 4 if stage == 1 else 5)]
@@ -76,8 +78,7 @@ def from_plain_weight(plain: torch.Tensor, *, kind: str, theta: float = 1.0) -> 
     wanted = plain.detach().double().cpu().flatten(2)
     weight = wanted @ torch.linalg.pinv(transform, rcond=1e-12)
     error = (weight @ transform - wanted).abs().amax()
-    # Every tap was rounded by itself: a sum of nine is off by a few roundings of the largest.
-    if wanted.numel() and not error <= 16 * torch.finfo(plain.dtype).eps * wanted.abs().amax():
+    if wanted.numel() and not error <= _rounding(plain) * wanted.abs().amax():
         raise ValueError(f"plain is no {kind} kernel with theta {theta:g}: off by {error.item():.3g}")
     return weight.unflatten(2, (3, 3)).to(plain)
 
@@ -93,9 +94,10 @@ def from_pidinet(
 
     Args:
         state_dict: of PiDiNet: keys `init_block.weight`, `block1_1.conv1.weight`, ...
-        config: see `pidinet_kinds`. Needed for a converted checkpoint with theta below 1; otherwise the kind
-            of a converted kernel shows (5x5: radial; sums to 0: central, or with centre 0 angular).
-        theta: the checkpoint's; 1 but for nets built from PiDiNet's `ops_theta`.
+        config: see `pidinet_kinds`. Without it, the kind of a converted kernel is taken from what it shows at
+            theta 1 (5x5: radial; sums to 0: central, or with centre 0 angular; else vanilla).
+        theta: the checkpoint's; 1 but for nets built from PiDiNet's `ops_theta`. Below 1, a converted
+            checkpoint is known by its 5x5 kernels only, and needs `config`.
         blocks: renames `conv1`, `conv2` of the blocks to `pdc`, `point`, the names in `PDCBlock2d`.
 
     Returns:
@@ -103,18 +105,22 @@ def from_pidinet(
         `from_plain_weight`.
 
     Raises:
-        ValueError: no layer of PiDiNet is there, or a converted kernel is not of its kind.
+        ValueError: no layer of PiDiNet is there, a converted kernel is not of its kind, or only some layers are
+            converted.
     """
     theta = parse_theta(theta)
     result = _unwrap(state_dict)
     weights = {name: result[f"{name}.weight"] for name in _PIDINET_LAYERS if f"{name}.weight" in result}
     if not weights:
         raise ValueError("state_dict must hold PiDiNet's layers (init_block.weight, ...), got none of them")
-    kinds = (
-        {name: _kind_of_plain(w) for name, w in weights.items()} if config is None else pidinet_kinds(config)
-    )
+    if config is None and theta < 1.0 and any(_side(weight) == 5 for weight in weights.values()):
+        raise ValueError("config must name the kinds of a converted checkpoint with theta below 1, got None")
+    shown = {name: _shown_kind(weight) for name, weight in weights.items()}
+    kinds = shown if config is None else pidinet_kinds(config)
     if _is_converted(weights, kinds, theta):
         for name, weight in weights.items():
+            if kinds[name] == "vanilla":
+                continue
             try:
                 result[f"{name}.weight"] = from_plain_weight(weight, kind=kinds[name], theta=theta)
             except ValueError as error:
@@ -275,15 +281,15 @@ def _merged(source: StateDict, prefix: str, theta: float) -> StateDict:
         if weight is None or tuple(weight.shape[2:]) != ((3,) if flat else (3, 3)):
             shape = "[O, I, 3]" if flat else "[O, I, 3, 3]"
             raise ValueError(f"state_dict must hold {at}weight {shape}, got {_shape(weight)}")
-        weights.append(weight.detach().double())
+        weights.append(weight.detach())
         biases += [source[f"{at}bias"].detach()] if source.get(f"{at}bias") is not None else []
-    central, horizontal, vertical, angular, plain = weights
+    central, horizontal, vertical, angular, plain = (weight.double() for weight in weights)
     total = pdc_weight(central, kind="central") + pdc_weight(angular, kind="angular", theta=theta) + plain
     total[..., 0] += horizontal
     total[..., 2] -= horizontal
     total[..., 0, :] += vertical
     total[..., 2, :] -= vertical
-    result = {"weight": total.to(weight.dtype)}
+    result = {"weight": total.to(weights[-1].dtype)}
     if biases:
         result["bias"] = torch.stack(biases).double().sum(0).to(biases[0].dtype)
     return result
@@ -300,25 +306,39 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
     return {key.removeprefix("module.") if wrapped else key: value for key, value in checkpoint.items()}
 
 
-def _kind_of_plain(weight: torch.Tensor) -> str:
+def _side(weight: torch.Tensor) -> int:
+    return weight.shape[-1]
+
+
+def _rounding(plain: torch.Tensor) -> float:
+    """By how much of its largest tap a kernel may miss its kind: nine taps are rounded by half an eps each, and
+    the sum of nine is off by eight roundings of at most nine times the largest."""
+    own = torch.finfo(plain.dtype).eps
+    return 4.5 * own + 36 * min(own, torch.finfo(torch.float32).eps)
+
+
+def _shown_kind(weight: torch.Tensor) -> str:
     """The kind that a converted kernel shows at theta 1; "vanilla" for one that shows none."""
-    if tuple(weight.shape[2:]) == (5, 5):
+    if _side(weight) == 5:
         return "radial"
-    sums = weight.detach().double().sum((2, 3)).abs().amax()
-    largest = weight.detach().double().abs().amax()
-    if not 0 < largest or sums > 16 * torch.finfo(weight.dtype).eps * largest:
+    exact = weight.detach().double()
+    if not exact.any() or (exact.sum((2, 3)).abs().amax() > _rounding(weight) * exact.abs().amax()):
         return "vanilla"
-    return "angular" if not weight[..., 1, 1].any() else "central"
+    return "central" if exact[..., 1, 1].any() else "angular"
 
 
 def _is_converted(weights: dict[str, torch.Tensor], kinds: dict[str, str], theta: float) -> bool:
-    """Whether the weights are plain kernels: one is 5x5, or each difference layer's is a kernel of its kind."""
-    if any(tuple(weight.shape[2:]) == (5, 5) for weight in weights.values()):
+    """Whether the weights are plain kernels: one is 5x5, or the difference layers are kernels of their kinds."""
+    if any(_side(weight) == 5 for weight in weights.values()):
         return True
-    differences = {name: w for name, w in weights.items() if kinds[name] != "vanilla"}
-    if theta < 1.0 or "radial" in {kinds[name] for name in differences}:
+    names = [name for name, weight in weights.items() if kinds[name] != "vanilla" and weight.any()]
+    if theta < 1.0 or "radial" in {kinds[name] for name in names}:
         return False
-    return bool(differences) and all(_kind_of_plain(w) == kinds[name] for name, w in differences.items())
+    shown = [name for name in names if _shown_kind(weights[name]) == kinds[name]]
+    if shown and shown != names:
+        other = next(name for name in names if name not in shown)
+        raise ValueError(f"state_dict must be converted or not: {shown[0]}.weight is, {other}.weight is not")
+    return bool(shown)
 
 
 def _renamed(key: str, names: dict[str, str]) -> str:
