@@ -76,7 +76,9 @@ def from_plain_weight(plain: torch.Tensor, *, kind: str, theta: float = 1.0) -> 
         1
     )  # [9, side^2]: row k is weight k's kernel
     wanted = plain.detach().double().cpu().flatten(2)
-    weight = wanted @ torch.linalg.pinv(transform, rcond=1e-12)
+    inverse = torch.linalg.pinv(transform, rcond=1e-12)
+    weight = wanted @ inverse
+    weight = weight + (wanted - weight @ transform) @ inverse  # takes the inverse's own rounding out
     error = (weight @ transform - wanted).abs().amax()
     if wanted.numel() and not error <= _rounding(plain) * wanted.abs().amax():
         raise ValueError(f"plain is no {kind} kernel with theta {theta:g}: off by {error.item():.3g}")

@@ -103,7 +103,7 @@ def _has_own_weight(module: nn.Module) -> bool:
 
 def _looks_like_pdc(module: nn.Module) -> bool:
     """A single layer, by its parts, that names a difference convolution or says that it is one."""
-    if not set(module._modules) <= {"conv"} | _BRANCHES or isinstance(module, PDC2d):
+    if not set(module._modules) <= {"conv", "parametrizations", *_BRANCHES} or isinstance(module, PDC2d):
         return False
     if not any(True for _ in module.parameters()):
         return False
