@@ -98,13 +98,24 @@ def is_zero_term(kind: int, theta: float, k: int) -> bool:
 
 
 @triton.jit
+def widen_all(values, COUNT: tl.constexpr):
+    """A tuple of COUNT tiles of one dtype, in the compute type."""
+    wide = ()
+    for i in tl.static_range(COUNT):
+        if INTERPRETED and values[0].dtype == tl.bfloat16:  # the interpreter has no bfloat16 arithmetic
+            bits = values[i].to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+            wide += (bits.to(tl.float32, bitcast=True),)
+        elif values[0].dtype == tl.float64:
+            wide += (values[i],)
+        else:
+            wide += (values[i].to(tl.float32),)
+    return wide
+
+
+@triton.jit
 def widen(value):
     """To the compute type."""
-    if value.dtype == tl.float64:
-        return value
-    if INTERPRETED and value.dtype == tl.bfloat16:  # the interpreter has no bfloat16 arithmetic
-        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return value.to(tl.float32)
+    return widen_all((value,), 1)[0]
 
 
 @triton.jit
@@ -147,9 +158,8 @@ def load_window(
         row = top + below
         column = left + beside
         mask = inside & ((row >= 0) & (row < height)) & ((column >= 0) & (column < width))
-        pixels = tl.load(corner + (below * stride_y + beside * stride_x), mask=mask, other=0.0)
-        window += (widen(pixels),)
-    return window
+        window += (tl.load(corner + (below * stride_y + beside * stride_x), mask=mask, other=0.0),)
+    return widen_all(window, slot_count(KIND))
 
 
 @triton.jit
@@ -176,8 +186,8 @@ def load_spread_window(
         mask = inside & ((row >= 0) & (row < height * spread_y) & (row % spread_y == 0))
         mask = mask & ((column >= 0) & (column < width * spread_x) & (column % spread_x == 0))
         at = (row // spread_y) * stride_y + (column // spread_x) * stride_x
-        window += (widen(tl.load(image + at, mask=mask, other=0.0)),)
-    return window
+        window += (tl.load(image + at, mask=mask, other=0.0),)
+    return widen_all(window, slot_count(KIND))
 
 
 @triton.jit
@@ -186,42 +196,46 @@ def load_weights(weight, stride, mask):
     (1 for a parameter [C, 1, 3, 3], the pitch for one that is packed [9, C])."""
     weights = ()
     for k in tl.static_range(WEIGHTS):
-        weights += (widen(tl.load(weight + k * stride, mask=mask, other=0.0)),)
-    return weights
+        weights += (tl.load(weight + k * stride, mask=mask, other=0.0),)
+    return widen_all(weights, WEIGHTS)
 
 
 @triton.jit
-def difference(window, k: tl.constexpr, KIND: tl.constexpr, THETA: tl.constexpr):
-    """x_plus - theta x_minus of weight k."""
-    value = window[plus_slot(KIND, k)]
-    if minus_slot(KIND, k) >= 0:
-        if THETA == 1.0:
-            value = value - window[minus_slot(KIND, k)]
+def differences(window, KIND: tl.constexpr, THETA: tl.constexpr):
+    """x_plus - theta x_minus of each weight; nothing is computed of one that is x - x."""
+    found = ()
+    for k in tl.static_range(WEIGHTS):
+        if minus_slot(KIND, k) < 0 or is_zero_term(KIND, THETA, k):
+            found += (window[plus_slot(KIND, k)],)
+        elif THETA == 1.0:
+            found += (window[plus_slot(KIND, k)] - window[minus_slot(KIND, k)],)
         else:
-            value = value - THETA * window[minus_slot(KIND, k)]
-    return value
+            found += (window[plus_slot(KIND, k)] - THETA * window[minus_slot(KIND, k)],)
+    return found
 
 
 @triton.jit
 def combine(window, weights, start, KIND: tl.constexpr, THETA: tl.constexpr):
     """start + sum_k w_k (x_plus - theta x_minus), in the compute type; start: a tile, or what broadcasts to it
     (the bias), or 0.0."""
+    factors = differences(window, KIND, THETA)
     total = start
     for k in tl.static_range(WEIGHTS):
         if not is_zero_term(KIND, THETA, k):
-            total = total + weights[k] * difference(window, k, KIND, THETA)
+            total = total + weights[k] * factors[k]
     return total
 
 
 @triton.jit
 def correlate(sums, window, grad, KIND: tl.constexpr, THETA: tl.constexpr):
     """The 9 tiles of sums of dw, each plus grad * (x_plus - theta x_minus)."""
+    factors = differences(window, KIND, THETA)
     added = ()
     for k in tl.static_range(WEIGHTS):
         if is_zero_term(KIND, THETA, k):
             added += (sums[k],)
         else:
-            added += (sums[k] + grad * difference(window, k, KIND, THETA),)
+            added += (sums[k] + grad * factors[k],)
     return added
 
 

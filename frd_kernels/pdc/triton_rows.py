@@ -1,0 +1,250 @@
+"""Triton kernels of the depthwise 3x3 differences with stride 1 and dilation 1: a program walks down the rows of
+a column and keeps the last three, so that it reads a pixel once.
+
+Where channels come first, a thread holds a strip of STRIP neighbouring columns, one vector of memory, as that
+many tiles [channels, strips]; a window of the next column is then the next tiles. Else STRIP is 1 and a vector
+runs over the channels.
+"""
+
+# Triton functions take no annotations, and their tuples grow.
+# mypy: disable-error-code="no-untyped-def, assignment, misc"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_kernels import channel_starts, over_channels, over_positions, store_sums, tile_bias, tile_weights
+from .triton_stencil import combine, combine_transposed, correlate, narrow, plain_weights, widen_all
+
+
+@triton.constexpr_function
+def log2(n: int) -> int:
+    return n.bit_length() - 1
+
+
+@triton.jit
+def _split(vectors, STRIP: tl.constexpr):
+    """[m, n, STRIP] -> STRIP tiles [m, n]."""
+    parts = (vectors,)
+    for level in tl.static_range(log2(STRIP)):
+        even = ()
+        odd = ()
+        for i in tl.static_range(2**level):
+            pairs = parts[i].reshape(vectors.shape[0], vectors.shape[1], STRIP // 2 ** (level + 1), 2)
+            first, second = tl.split(pairs)
+            even += (first,)
+            odd += (second,)
+        parts = even + odd
+    tiles = ()
+    for i in tl.static_range(STRIP):
+        tiles += (parts[i].reshape(vectors.shape[0], vectors.shape[1]),)
+    return tiles
+
+
+@triton.jit
+def _join(tiles, STRIP: tl.constexpr):
+    """STRIP tiles [m, n] -> [m, n, STRIP]."""
+    parts = tiles
+    for level in tl.static_range(log2(STRIP)):
+        joined = ()
+        for i in tl.static_range(STRIP // 2 ** (level + 1)):
+            pairs = tl.join(parts[i], parts[i + STRIP // 2 ** (level + 1)])
+            joined += (pairs.reshape(tiles[0].shape[0], tiles[0].shape[1], 2 ** (level + 1)),)
+        parts = joined
+    return parts[0]
+
+
+@triton.jit
+def _row_masks(real, column, width, STRIP: tl.constexpr):
+    """What exists of the columns before, in and after the strips that begin at `column`."""
+    last = column + STRIP
+    before = real & ((column > 0) & (column <= width))
+    inside = real & ((column >= 0) & (column < width))
+    return before, inside, real & ((last >= 0) & (last < width))
+
+
+@triton.jit
+def _load_row(at, masks, exists, step, STRIP: tl.constexpr):
+    """The STRIP + 2 tiles around the strips at `at`, in the compute type; exists: whether the row does."""
+    tiles = (tl.load(at - step, mask=masks[0] & exists, other=0.0),)
+    inside = masks[1] & exists
+    if STRIP == 1:
+        tiles += (tl.load(at, mask=inside, other=0.0),)
+    else:
+        lanes = tl.arange(0, STRIP)[None, None, :]
+        tiles += _split(tl.load(at[:, :, None] + lanes, mask=inside[:, :, None], other=0.0), STRIP)
+    tiles += (tl.load(at + STRIP * step, mask=masks[2] & exists, other=0.0),)
+    return widen_all(tiles, STRIP + 2)
+
+
+@triton.jit
+def _store_row(at, tiles, mask, STRIP: tl.constexpr):
+    rounded = ()
+    for i in tl.static_range(STRIP):
+        rounded += (narrow(tiles[i], at.dtype.element_ty),)
+    if STRIP == 1:
+        tl.store(at, rounded[0], mask=mask)
+    else:
+        lanes = tl.arange(0, STRIP)[None, None, :]
+        tl.store(at[:, :, None] + lanes, _join(rounded, STRIP), mask=mask[:, :, None])
+
+
+@triton.jit
+def _window(above, centre, below, i: tl.constexpr):
+    return (
+        above[i],
+        above[i + 1],
+        above[i + 2],
+        centre[i],
+        centre[i + 1],
+        centre[i + 2],
+        below[i],
+        below[i + 1],
+        below[i + 2],
+    )
+
+
+@triton.jit
+def rows_forward(
+    x,
+    weight,
+    bias,
+    y,
+    channels,
+    height,
+    width,
+    rows,
+    columns,
+    lead_y,
+    lead_x,
+    run_rows,
+    BIAS: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
+    KIND: tl.constexpr,
+    THETA: tl.constexpr,
+    STRIP: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """y [rows x columns] of x [height x width]; a STRIP > 1 needs lead_x 1 and a width of whole strips.
+
+    Grid: (images * runs of run_rows rows * blocks of POSITIONS strips, blocks of channels).
+    """
+    blocks = tl.cdiv(columns, POSITIONS * STRIP)
+    runs = tl.cdiv(rows, run_rows)
+    block = tl.program_id(0) % blocks
+    run = tl.program_id(0) // blocks % runs
+    image = tl.program_id(0) // (blocks * runs)
+    index = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = over_channels(index, CHANNELS_FIRST)
+    start = (block * POSITIONS + over_positions(tl.arange(0, POSITIONS), CHANNELS_FIRST)) * STRIP
+    column = start + (1 - lead_x)
+    real = (channel < channels) & (start < columns)
+    step = 1 if CHANNELS_FIRST else channels
+    weights = tile_weights(weight, index, channels, CHANNELS_FIRST)
+    shift = tile_bias(bias, index, channels, CHANNELS_FIRST, BIAS)
+    masks = _row_masks(real, column, width, STRIP)
+    first = run * run_rows
+    last = tl.minimum(first + run_rows, rows) - 1
+    top = first - lead_y
+    pitch = width * step
+    at = channel_starts(x, image, channel, channels, height * width, CHANNELS_FIRST) + (
+        top * pitch + column * step
+    )
+    to = channel_starts(y, image, channel, channels, rows * columns, CHANNELS_FIRST) + (
+        first * (columns * step) + start * step
+    )
+    above = _load_row(at, masks, (top >= 0) & (top < height), step, STRIP)
+    at += pitch
+    centre = _load_row(at, masks, (top >= -1) & (top + 1 < height), step, STRIP)
+    at += pitch
+    below = _load_row(at, masks, (top >= -2) & (top + 2 < height), step, STRIP)
+    for row in range(first, last + 1):
+        at += pitch
+        ahead = row - lead_y + 3
+        # Under way while this row is computed.
+        following = _load_row(at, masks, (row < last) & ((ahead >= 0) & (ahead < height)), step, STRIP)
+        totals = ()
+        for i in tl.static_range(STRIP):
+            totals += (combine(_window(above, centre, below, i), weights, shift, KIND, THETA),)
+        _store_row(to, totals, real, STRIP)
+        to += columns * step
+        above = centre
+        centre = below
+        below = following
+
+
+@triton.jit
+def rows_backward(
+    grad,
+    x,
+    weight,
+    dx,
+    partial,
+    channels,
+    height,
+    width,
+    run_rows,
+    NEED_DX: tl.constexpr,
+    NEED_DW: tl.constexpr,
+    CHANNELS_FIRST: tl.constexpr,
+    KIND: tl.constexpr,
+    THETA: tl.constexpr,
+    STRIP: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """dx, and the sums of dw and db of a part, for padding 1: grad, x and dx are [height x width].
+
+    Grid: (parts = images * runs of run_rows rows * blocks of POSITIONS strips, blocks of channels).
+    """
+    blocks = tl.cdiv(width, POSITIONS * STRIP)
+    runs = tl.cdiv(height, run_rows)
+    block = tl.program_id(0) % blocks
+    run = tl.program_id(0) // blocks % runs
+    image = tl.program_id(0) // (blocks * runs)
+    index = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = over_channels(index, CHANNELS_FIRST)
+    column = (block * POSITIONS + over_positions(tl.arange(0, POSITIONS), CHANNELS_FIRST)) * STRIP
+    real = (channel < channels) & (column < width)
+    step = 1 if CHANNELS_FIRST else channels
+    weights = plain_weights(tile_weights(weight, index, channels, CHANNELS_FIRST), KIND, THETA)
+    masks = _row_masks(real, column, width, STRIP)
+    zero = tl.zeros(real.shape, weights[0].dtype)
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    bias_sums = zero
+    first = run * run_rows
+    pitch = width * step
+    offset = channel_starts(
+        first * pitch + column * step, image, channel, channels, height * width, CHANNELS_FIRST
+    )
+    at = x + offset
+    at_grad = grad + offset
+    to = dx + offset
+    above = _load_row(at - pitch, masks, first > 0, step, STRIP)
+    centre = _load_row(at, masks, first < height, step, STRIP)
+    grad_above = _load_row(at_grad - pitch, masks, first > 0, step, STRIP)
+    grad_centre = _load_row(at_grad, masks, first < height, step, STRIP)
+    for row in range(first, tl.minimum(first + run_rows, height)):
+        at += pitch
+        at_grad += pitch
+        below = _load_row(at, masks, row + 1 < height, step, STRIP)
+        grad_below = _load_row(at_grad, masks, row + 1 < height, step, STRIP)
+        totals = ()
+        for i in tl.static_range(STRIP):
+            if NEED_DW:
+                g = grad_centre[i + 1]
+                sums = correlate(sums, _window(above, centre, below, i), g, KIND, THETA)
+                bias_sums += g
+            if NEED_DX:
+                window = _window(grad_above, grad_centre, grad_below, i)
+                totals += (combine_transposed(window, weights, KIND, THETA),)
+        if NEED_DX:
+            _store_row(to, totals, real, STRIP)
+            to += pitch
+        above = centre
+        centre = below
+        grad_above = grad_centre
+        grad_centre = grad_below
+    if NEED_DW:
+        store_sums(partial, sums, bias_sums, index, channels, CHANNELS_FIRST)

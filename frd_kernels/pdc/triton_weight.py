@@ -1,0 +1,198 @@
+"""The weight transform on Triton: `frd_triton::pdc_weight` and its backward, with the semantics of
+`csrc/pdc/pdc_weight_math.h`, zero-sum rounding to 16 bit included."""
+
+# Triton functions take no annotations, and their tuples grow.
+# mypy: disable-error-code="no-untyped-def, assignment"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kinds import Kind
+from .taps import Offset, pairs
+from .triton_stencil import INTERPRETED, WEIGHTS, narrow, widen
+
+_MOST_MOVES = tl.constexpr(9)
+_PAIRS = (
+    8192 if INTERPRETED.value else 64
+)  # a program transforms that many; the interpreter pays for programs
+
+
+def _side(kind: int) -> int:
+    return 5 if kind == Kind.RADIAL else 3
+
+
+def _table(kind: Kind) -> list[tuple[int, int]]:
+    """Where weight k stands in the plain kernel with + and with -; -1: nowhere."""
+    side = _side(kind)
+
+    def index(offset: Offset | None) -> int:
+        return -1 if offset is None else (offset[0] + side // 2) * side + offset[1] + side // 2
+
+    return [(index(plus), index(minus)) for _, plus, minus in pairs(kind)]
+
+
+_TABLES = [_table(kind) for kind in Kind]
+
+
+@triton.constexpr_function
+def plus_tap(kind: int, k: int) -> int:
+    return _TABLES[kind][k][0]
+
+
+@triton.constexpr_function
+def minus_tap(kind: int, k: int) -> int:
+    return _TABLES[kind][k][1]
+
+
+@triton.jit
+def _spacing(value):
+    """Distance of a 16-bit float to the next one away from zero: the bits order like sign and magnitude."""
+    following = (value.to(tl.uint16, bitcast=True).to(tl.uint32) + 1).to(tl.uint16)
+    following = following.to(value.dtype, bitcast=True)
+    return tl.abs(widen(following).to(tl.float64) - widen(value).to(tl.float64))
+
+
+@triton.jit
+def _nearest(value):
+    return tl.where(value < 0, value - 0.5, value + 0.5).to(tl.int64).to(tl.float64)
+
+
+@triton.jit
+def _round_to_sum(exact, target, tap, real, DTYPE: tl.constexpr):
+    """Rounds exact [pairs, taps] (float32) to 16 bit so that the taps of a pair sum to `target` [pairs, 1].
+
+    One tap at a time moves by whole ulps, the one that leaves the smallest residue first, and none strays further
+    than one and a half ulps of the largest tap.
+    """
+    rounded = narrow(exact, DTYPE)
+    residue = tl.sum(tl.where(real, widen(rounded).to(tl.float64), 0.0), axis=1)[:, None] - target
+    limit = tl.max(tl.where(real, _spacing(rounded), 0.0), axis=1)[:, None]
+    real = real & (residue - residue == 0)  # infinite or NaN taps: nothing to balance
+    lowest = exact.to(tl.float64) - limit
+    highest = exact.to(tl.float64) + limit
+    for _ in range(_MOST_MOVES):
+        now = widen(rounded).to(tl.float64)
+        ulp = _spacing(rounded)
+        wanted = now - residue
+        wanted = tl.where(wanted > highest, highest, wanted)
+        wanted = tl.where(wanted < lowest, lowest, wanted)
+        moved = narrow((now + ulp * _nearest((wanted - now) / ulp)).to(tl.float32), DTYPE)
+        left = residue + (widen(moved).to(tl.float64) - now)
+        size = tl.where(real & (tl.abs(left) < tl.abs(residue)), tl.abs(left), float("inf"))
+        least = tl.min(size, axis=1)[:, None]
+        first = tl.min(tl.where((size == least) & (size < float("inf")), tap, tap.shape[1]), axis=1)[:, None]
+        rounded = tl.where(tap == first, moved, rounded)
+        residue = tl.where(
+            least < float("inf"), tl.sum(tl.where(tap == first, left, 0.0), axis=1)[:, None], residue
+        )
+    return rounded
+
+
+@triton.jit
+def transform(
+    weight,
+    plain,
+    count,
+    BALANCED: tl.constexpr,
+    KIND: tl.constexpr,
+    THETA: tl.constexpr,
+    SIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """weight [count, 9] -> plain [count, SIDE * SIDE], computed in the compute type of the weight."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]
+    tap = tl.arange(0, TAPS)[None, :]
+    dtype: tl.constexpr = plain.dtype.element_ty
+    compute: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    real = (pair < count) & (tap < SIDE * SIDE)
+    start = weight + pair.to(tl.int64) * WEIGHTS
+    weights = ()
+    for k in tl.static_range(WEIGHTS):
+        weights += (widen(tl.load(start + k, mask=pair < count, other=0.0)),)
+    total = tl.zeros((PAIRS, TAPS), compute)
+    for k in tl.static_range(WEIGHTS):
+        total += tl.where(tap == plus_tap(KIND, k), weights[k], 0.0)
+    for k in tl.static_range(WEIGHTS):
+        total -= tl.where(tap == minus_tap(KIND, k), THETA * weights[k], 0.0)
+    to = plain + pair.to(tl.int64) * (SIDE * SIDE) + tap
+    if BALANCED:
+        exact = total.to(tl.float32)
+        target = tl.zeros((PAIRS, 1), tl.float64)  # of a pure difference exactly, whatever float32 made of it
+        if THETA != 1.0:
+            target = tl.sum(exact.to(tl.float64), axis=1)[:, None]
+        tl.store(to, _round_to_sum(exact, target, tap, real, dtype), mask=real)
+    elif dtype == tl.float64:
+        tl.store(to, total.to(tl.float64), mask=real)
+    else:
+        tl.store(to, narrow(total.to(tl.float32), dtype), mask=real)
+
+
+@triton.jit
+def transform_transposed(
+    grad,
+    dweight,
+    count,
+    KIND: tl.constexpr,
+    THETA: tl.constexpr,
+    SIDE: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """grad [count, SIDE * SIDE] -> dweight [count, 9], computed in the compute type of dweight."""
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    dtype: tl.constexpr = dweight.dtype.element_ty
+    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    start = grad + pair.to(tl.int64) * (SIDE * SIDE)
+    for k in tl.static_range(WEIGHTS):
+        total = widen(tl.load(start + plus_tap(KIND, k), mask=pair < count, other=0.0)).to(compute)
+        if minus_tap(KIND, k) >= 0:
+            subtracted = widen(tl.load(start + minus_tap(KIND, k), mask=pair < count, other=0.0)).to(compute)
+            total = total - THETA * subtracted
+        tl.store(dweight + pair.to(tl.int64) * WEIGHTS + k, narrow(total, dtype), mask=pair < count)
+
+
+def _options(kind: int, theta: float, count: int) -> dict[str, Any]:
+    side = _side(kind)
+    return {
+        "KIND": int(kind),
+        "THETA": 1.0 if kind == Kind.VANILLA else theta,
+        "SIDE": side,
+        "PAIRS": min(_PAIRS, triton.next_power_of_2(count)),
+        "num_warps": 4,
+    }
+
+
+def pdc_weight(weight: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
+    """weight [O, I, 3, 3] -> [O, I, 3, 3], radial [O, I, 5, 5], in `dtype`; 16 bit is rounded zero-sum."""
+    weight = weight.contiguous()
+    side = _side(kind)
+    plain = weight.new_empty((*weight.shape[:2], side, side), dtype=dtype)
+    count = weight.shape[0] * weight.shape[1]
+    if count == 0:
+        return plain
+    options = _options(kind, theta, count)
+    transform[(triton.cdiv(count, options["PAIRS"]),)](
+        weight,
+        plain,
+        count,
+        BALANCED=plain.element_size() == 2 and kind != Kind.VANILLA,
+        TAPS=triton.next_power_of_2(side * side),
+        **options,
+    )
+    return plain
+
+
+def pdc_weight_backward(grad: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
+    """grad [O, I, 3, 3], radial [O, I, 5, 5] -> [O, I, 3, 3] in `dtype`: the transpose of the transform."""
+    grad = grad.contiguous()
+    dweight = grad.new_empty((*grad.shape[:2], 3, 3), dtype=dtype)
+    count = grad.shape[0] * grad.shape[1]
+    if count == 0:
+        return dweight
+    options = _options(kind, theta, count)
+    transform_transposed[(triton.cdiv(count, options["PAIRS"]),)](grad, dweight, count, **options)
+    return dweight
