@@ -6,6 +6,7 @@ combination of its optional and boolean arguments. What cannot be traced stays u
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -58,41 +59,46 @@ class Dataflow:
         """Traces each forward that has a relevant module below it; relevant modules themselves are leaves."""
         self.problems: dict[int, str] = {}
         self.fetched: set[int] = set()
+        self._fetched: set[int] = set()
+        self._untraced: dict[nn.Module, list[nn.Module]] = {}
         self._calls: dict[int, list[fx.Node]] = {}
         self._called: dict[fx.Node, nn.Module] = {}
-        self._owners = [
-            module
-            for module in model.modules()
-            if not is_relevant(module)
-            and (module is model or not _is_container(module))
-            and any(is_relevant(below) for below in module.modules())
-        ]
-        for owner in self._owners:
-            self._trace(owner)
+        # A traced forward may leave proxies and counts behind: in a twin, nobody sees them.
+        twin = copy.deepcopy(model)
+        self._original = dict(zip(map(id, twin.modules()), model.modules(), strict=True))
+        for owner in twin.modules():
+            leaf = is_relevant(owner) or (owner is not twin and _is_container(owner))
+            if not leaf and any(is_relevant(below) for below in owner.modules()):
+                self._trace(owner)
+        for tensors in (nn.Module.parameters, nn.Module.buffers):
+            pairs = zip(tensors(twin), tensors(model), strict=True)
+            self.fetched |= {id(ours) for theirs, ours in pairs if id(theirs) in self._fetched}
+        unknown = {id(module) for held in self._untraced.values() for module in held}
+        self._calls = {called: nodes for called, nodes in self._calls.items() if called not in unknown}
 
     def _trace(self, owner: nn.Module) -> None:
-        for arguments in _paths(owner):
-            tracer = _Tracer()
-            try:
-                if arguments is None:
-                    raise ValueError("too many optional arguments to follow each")
-                graph = tracer.trace(owner, concrete_args=arguments)
-            except Exception as error:  # any forward is allowed to be untraceable, in any way
-                self.problems[id(owner)] = one_line(error)
-                continue
-            finally:
-                self.fetched |= tracer.fetched
-            for node in graph.nodes:
-                if node.op == "call_module":
-                    module = owner.get_submodule(node.target)
-                    self._called[node] = module
-                    self._calls.setdefault(id(module), []).append(node)
+        original = self._original[id(owner)]
+        try:
+            graphs = [self._graph(owner, arguments) for arguments in _paths(owner)]
+        except Exception as error:  # any forward is allowed to be untraceable, in any way
+            self.problems[id(original)] = one_line(error)
+            self._untraced[original] = list(_held(original))
+            return
+        for node in (node for graph in graphs for node in graph.nodes if node.op == "call_module"):
+            module = original.get_submodule(node.target)
+            self._called[node] = module
+            self._calls.setdefault(id(module), []).append(node)
+
+    def _graph(self, owner: nn.Module, arguments: dict[str, Any]) -> fx.Graph:
+        tracer = _Tracer()
+        try:
+            return tracer.trace(owner, concrete_args=arguments)
+        finally:
+            self._fetched |= tracer.fetched
 
     def untraced(self) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
         """Each owner that could not be traced, with the modules it may call."""
-        for owner in self._owners:
-            if id(owner) in self.problems:
-                yield owner, list(_held(owner))
+        yield from self._untraced.items()
 
     def source(self, module: nn.Module) -> nn.Module | None:
         """The one module whose result is the input of every call of `module`, and is used by nothing else."""
@@ -116,14 +122,15 @@ class Dataflow:
         return self._called.get(node.args[0])
 
     def _feeds_only(self, source: nn.Module, sink: nn.Module) -> bool:
-        return all(
-            len(node.users) == 1 and self._called.get(next(iter(node.users))) is sink
-            for node in self._calls[id(source)]
-        )
+        nodes = self._calls.get(id(source), [])
+        users = [self._called.get(user) for node in nodes for user in node.users]
+        return 0 < len(nodes) == len(users) and all(user is sink for user in users)
 
 
-def _paths(owner: nn.Module) -> Iterator[dict[str, Any] | None]:
+def _paths(owner: nn.Module) -> Iterator[dict[str, Any]]:
     """The `concrete_args` of every trace that is needed: None given or not, True and False; else a proxy."""
+    if "forward" in vars(owner):
+        raise ValueError("its forward was replaced on the object")
     choices: dict[str, list[Any]] = {}
     for name, parameter in inspect.signature(owner.forward).parameters.items():
         if parameter.default is None:
@@ -131,8 +138,7 @@ def _paths(owner: nn.Module) -> Iterator[dict[str, Any] | None]:
         elif isinstance(parameter.default, bool):
             choices[name] = [False, True]
     if 2 ** len(choices) > _MOST_PATHS:
-        yield None
-        return
+        raise ValueError("its forward has too many optional arguments to follow each")
     for values in itertools.product(*choices.values()):
         given = zip(choices, values, strict=True)
         yield {name: value for name, value in given if value is not _PROXY}

@@ -43,16 +43,9 @@ class Report(list[Entry]):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs, or its backward will run, anything besides its `forward`."""
-    return any(
-        getattr(module, name, None)
-        for name in (
-            "_forward_hooks",
-            "_forward_pre_hooks",
-            "_backward_hooks",
-            "_backward_pre_hooks",
-        )
-    )
+    """Whether a call of the module runs, or its backward will run, anything besides its class's `forward`."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names) or "forward" in vars(module)
 
 
 def swap(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,6 +244,85 @@ def test_a_weight_that_a_forward_uses_itself_stays(model: type[nn.Module]) -> No
     assert_same(net, plain)
 
 
+class HalfTraceable(nn.Module):
+    """One of its paths depends on the values; it calls its layer without the batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pdc, self.norm = fk.PDC2d(6, 6, padding=1), nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor, early: bool = False) -> torch.Tensor:
+        y = self.pdc(x)
+        if early:
+            return y if y.sum() > 0 else -y
+        return self.norm(y)
+
+
+def test_a_path_that_cannot_be_traced_counts() -> None:
+    plain, report = folded(HalfTraceable())
+    assert type(plain.pdc) is nn.Conv2d and norms(plain) == 1 and "TraceError" in report[0].note
+
+
+class ReachesIn(nn.Module):
+    """Calls the parts of a module that cannot be traced, in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = HalfTraceable()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner.norm(self.inner.pdc(x))
+
+
+def test_what_an_untraceable_module_holds_is_unknown_to_others_too() -> None:
+    plain, _ = folded(ReachesIn())
+    assert norms(plain) == 1
+
+
+class Remembers(nn.Module):
+    """Leaves traces of every call behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(fk.PDC2d(6, 6, padding=1), nn.BatchNorm2d(6))
+        self.register_buffer("calls", torch.zeros(()))
+        self.seen: list[Any] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.add_(1)
+        self.seen.append(x)
+        self.last = x
+        return self.body(x)
+
+
+def test_tracing_leaves_nothing_behind() -> None:
+    net = Remembers().double()
+    plain = fold(net)
+    assert norms(plain) == 0
+    for model in (net, plain):
+        assert model.calls == 0 and model.seen == [] and not hasattr(model, "last")
+    assert_same(net, copy.deepcopy(plain))
+
+
+def test_a_forward_replaced_on_the_object_is_not_traced() -> None:
+    net = Net("in order")
+    net.forward = lambda x: net.norm(net.pdc(x)) + net.pdc(x)  # type: ignore[method-assign]
+    plain = fold(net)
+    assert type(plain.norm) is nn.BatchNorm2d
+    layer = fk.PDC2d(6, 6)
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    assert type(fold(nn.Sequential(layer))[0]) is fk.PDC2d
+
+
+def test_too_many_optional_arguments() -> None:
+    class Flags(Net):
+        def forward(self, x: torch.Tensor, a=None, b=None, c=None, d=False, e=False) -> torch.Tensor:  # type: ignore
+            return self.norm(self.pdc(x))
+
+    plain, report = folded(Flags("in order"))
+    assert norms(plain) == 2 and "too many optional arguments" in report[0].note
+
+
 def shared_layer() -> nn.Module:
     layer = fk.PDC2d(6, 6, padding=1)
     return nn.Sequential(layer, nn.BatchNorm2d(6), layer, nn.BatchNorm2d(6))
@@ -307,6 +387,12 @@ def test_16_bit_kernels_are_rounded_once_and_sum_to_zero(kind: str, dtype: torch
     assert weight.dtype == dtype and (weight.double().sum((2, 3)) == 0).all()
     largest = exact.abs().amax((2, 3), keepdim=True)
     assert ((weight.double() - exact).abs() <= 2 * torch.finfo(dtype).eps * largest).all()
+
+
+def test_a_folded_model_is_saved_whole(tmp_path: Path) -> None:
+    model = nn.Sequential(fk.PDC2d(6, 6), fk.DPM(6)).double()
+    torch.save(fold(model), tmp_path / "net.pt")
+    assert_same(model, torch.load(tmp_path / "net.pt", weights_only=False))
 
 
 def test_the_report_prints_a_line_each() -> None:
