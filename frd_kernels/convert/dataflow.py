@@ -100,6 +100,10 @@ class Dataflow:
         """Each owner that could not be traced, with the modules it may call."""
         yield from self._untraced.items()
 
+    def calls(self, module: nn.Module) -> int:
+        """How many calls of the module were seen."""
+        return len(self._calls.get(id(module), []))
+
     def source(self, module: nn.Module) -> nn.Module | None:
         """The one module whose result is the input of every call of `module`, and is used by nothing else."""
         sources = {self._input(node) for node in self._calls.get(id(module), [])}

@@ -170,6 +170,8 @@ class _Folding:
             return f"{self.names[id(host)]} is kept"
         if max(self.places[id(norm)], self.places[id(target)], self.places[id(host)]) > 1:
             return "it or the layer is registered in several places"
+        if isinstance(host, DPM) and self.flow.calls(host.central) != 1:
+            return f"{self.names[id(host.central)]} is called by others too"
         if norm.running_mean is None or norm.running_var is None:
             return "it has no running statistics"
         if has_hooks(norm) or has_hooks(target) or has_hooks(host):
@@ -190,8 +192,8 @@ class _Folding:
     def _block(self, block: PDCBlock2d) -> PlainBlock2d:
         point, after = block.point, self.after.get(id(block.point))
         if after is not None:
-            weight = point.weight.detach().double() * after.scale[:, None, None, None]
-            point = _with(point, weight.to(point.weight.dtype), _scaled_bias(point, after), block.point)
+            bias = after.shift if point.bias is None else _exact(point.bias) * after.scale + after.shift
+            point = _with(point, _exact(point.weight) * after.scale[:, None, None, None], bias, point)
         pdc = self.replacements[id(block.pdc)]
         assert isinstance(pdc, nn.Conv2d)
         return PlainBlock2d(pdc, point, block.shortcut, block.residual).eval()
@@ -200,22 +202,19 @@ class _Folding:
         before, after = self.before.get(id(layer)), self.after.get(id(layer))
         conv = layer.to_conv2d()
         if before is None and after is None:
-            return _with(conv, conv.weight.detach(), conv.bias, layer)
-        weight, bias = layer.weight.detach().double(), torch.zeros((), dtype=torch.float64)
-        bias = bias.to(weight.device) if layer.bias is None else layer.bias.detach().double()
-        bias = bias.expand(layer.out_channels)
+            return _with(conv, conv.weight, conv.bias, layer)
+        weight = _exact(layer.weight)
+        bias = weight.new_zeros(layer.out_channels) if layer.bias is None else _exact(layer.bias)
         if before is not None:
             # Each output channel meets the input channels of its group only.
             scale, shift = (v.view(layer.groups, 1, -1) for v in before)
-            by_group = weight.unflatten(0, (layer.groups, -1))
             taps = _transform(weight, layer, torch.float64).sum((2, 3)).unflatten(0, (layer.groups, -1))
             bias = bias + (taps * shift).sum(2).flatten()
-            weight = (by_group * scale[..., None, None]).flatten(0, 1)
+            weight = (weight.unflatten(0, (layer.groups, -1)) * scale[..., None, None]).flatten(0, 1)
         if after is not None:
             weight = weight * after.scale[:, None, None, None]
             bias = bias * after.scale + after.shift
-        dtype = layer.weight.dtype
-        return _with(conv, _transform(weight, layer, dtype), bias.to(dtype), layer)
+        return _with(conv, _transform(weight, layer, layer.weight.dtype), bias, layer)
 
 
 _BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
@@ -255,30 +254,29 @@ def _commutes(layer: nn.Module, affine: _Affine) -> bool:
 def _affine(norm: nn.Module) -> _Affine:
     """The batch norm at inference, from its running statistics."""
     assert isinstance(norm, BatchNorm) and norm.running_mean is not None and norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = (_exact(norm.running_var) + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * scale
-    return _Affine(scale, shift if norm.bias is None else shift + norm.bias.detach().double())
+        scale = scale * _exact(norm.weight)
+    shift = -_exact(norm.running_mean) * scale
+    return _Affine(scale, shift if norm.bias is None else shift + _exact(norm.bias))
+
+
+def _exact(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU: not every device has it, and every installation has the CPU's kernels."""
+    tensor = tensor.detach()
+    return tensor.double() if tensor.is_meta else tensor.cpu().double()
 
 
 def _transform(weight: torch.Tensor, layer: PDC2d, dtype: torch.dtype) -> torch.Tensor:
     """The plain kernel of a float64 weight, rounded once to `dtype` (zero-sum in 16 bit)."""
-    # Always on the CPU (or meta): the kernel that every installation has.
-    home = weight if weight.is_meta else weight.cpu()
-    plain = torch.ops.frd.pdc_weight(home, int(parse_kind(layer.kind)), layer.theta, dtype)
-    return plain.to(weight.device)
-
-
-def _scaled_bias(conv: nn.Conv2d, after: _Affine) -> torch.Tensor:
-    bias = after.shift if conv.bias is None else conv.bias.detach().double() * after.scale + after.shift
-    return bias.to(conv.weight.dtype)
+    return torch.ops.frd.pdc_weight(weight, int(parse_kind(layer.kind)), layer.theta, dtype)
 
 
 def _with(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None, source: nn.Conv2d) -> nn.Conv2d:
-    """The convolution with other tensors, which learn if those of `source` do; in eval mode."""
-    conv.weight = nn.Parameter(weight, requires_grad=source.weight.requires_grad)
+    """The convolution in eval mode with other values, where and as those of `source` are, learning if they do."""
+    like = source.weight
+    conv.weight = nn.Parameter(weight.detach().to(like), like.requires_grad)
     if bias is not None:
-        learns = source.weight if source.bias is None else source.bias
-        conv.bias = nn.Parameter(bias.detach(), requires_grad=learns.requires_grad)
+        learns = like.requires_grad if source.bias is None else source.bias.requires_grad
+        conv.bias = nn.Parameter(bias.detach().to(like), learns)
     return conv.eval()

@@ -279,6 +279,30 @@ def test_what_an_untraceable_module_holds_is_unknown_to_others_too() -> None:
     assert norms(plain) == 1
 
 
+class ReachesIntoADPM(nn.Module):
+    """A batch norm after the DPM, and a second use of the block that ends it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dpm, self.norm = fk.DPM(6), nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.dpm(x)) + self.dpm.central(x)
+
+
+def test_the_end_of_a_dpm_that_others_use() -> None:
+    plain, report = folded(ReachesIntoADPM())
+    assert norms(plain) == 1 and notes(report)["norm"] == "kept: dpm.central is called by others too"
+
+
+def test_meta() -> None:
+    """A net without data is folded in shape."""
+    with torch.device("meta"):
+        model = nn.Sequential(fk.PDC2d(6, 6, kind="rd"), nn.BatchNorm2d(6), fk.DPM(6))
+    plain = fold(model)
+    assert norms(plain) == 0 and plain(torch.empty(1, 6, 9, 9, device="meta")).shape == (1, 6, 7, 7)
+
+
 class Remembers(nn.Module):
     """Leaves traces of every call behind."""
 
