@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import frd_kernels as fk
+from frd_kernels.convert import Report, fold
 
 from .pdc_cases import eager
 
@@ -122,3 +126,27 @@ def randomised(model: nn.Module) -> nn.Module:
             if module.running_var is not None:
                 nn.init.uniform_(module.running_var, 0.5, 2.0)
     return model
+
+
+def folded(model: nn.Module) -> tuple[nn.Module, Report]:
+    """The fold of the model in float64, checked to be exact on a random image of six channels."""
+    model = randomised(model).double()
+    report = Report()
+    plain = fold(model, report)
+    assert not plain.training and not any(isinstance(m, fk.PDC2d | fk.PDCBlock2d) for m in plain.modules())
+    assert_same(model, plain)
+    return plain, report
+
+
+def assert_same(model: nn.Module, plain: nn.Module) -> None:
+    x = torch.randn(2, 6, 11, 10, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), copy.deepcopy(model).eval()(x), rtol=0, atol=1e-12)
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def notes(report: Report) -> dict[str, str]:
+    return {entry.name: f"{entry.result}: {entry.note}" for entry in report}
