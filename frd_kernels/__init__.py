@@ -5,7 +5,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 try:
-    from . import _library, reference  # noqa: F401  _library loads the operators
+    from . import _library, convert, reference  # noqa: F401  _library loads the operators
     from .backend import backends, use_backend
     from .icm import ICM, ClusterResult, cluster, icm
     from .pdc import PDC2d, pdc2d, pdc_weight
@@ -26,6 +26,7 @@ __all__ = [
     "PDCBlock2d",
     "backends",
     "cluster",
+    "convert",
     "icm",
     "pdc2d",
     "pdc_block",

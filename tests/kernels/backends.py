@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
-from frd_kernels import backend
+from frd_kernels import _triton, backend
 from frd_kernels.pdc import ops as pdc_ops
 
 _EMULATOR = pathlib.Path(__file__).parents[1] / "emulator" / "emulated.py"
@@ -17,6 +20,7 @@ emulated = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(emulated)
 
 EMULATED = "cuda (emulated)"
+Case = TypeVar("Case")
 
 
 def _declare_emulated() -> None:
@@ -45,6 +49,15 @@ def prepare(name: str) -> None:
     """Builds what a backend of the tests still needs."""
     if name == EMULATED:
         emulated.load()
+
+
+def share(name: str, cases: Sequence[Case], *key: object) -> Sequence[Case]:
+    """What a test that loops over cases takes of them: all, but for the slow interpreter four, others for
+    another key, so that all have their turn in the tests together."""
+    if name != "triton" or not _triton.INTERPRETED:
+        return cases
+    step = -(-len(cases) // 4)
+    return cases[zlib.crc32(repr(key).encode()) % step :: step]
 
 
 def device_of(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 import frd_kernels as fk
 from frd_kernels import reference
 
+from .backends import share
 from .pdc_cases import (
     DTYPES,
     KINDS,
@@ -59,18 +60,19 @@ THETAS = [0.0, 0.7, 1.0]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_depthwise(device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
-    for batch, channels, height, width, options in DEPTHWISE:
+def test_depthwise(backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
+    blends = [(0.0, True), (0.7, False), (0.7, True), (1.0, False)]
+    cases = [(*case, *blend) for case in DEPTHWISE for blend in blends]
+    for batch, channels, height, width, options, theta, biased in share(backend, cases, kind, dtype, layout):
         x = torch.randn(batch, channels, height, width, device=device).to(dtype)
         x = x.contiguous(memory_format=LAYOUTS[layout])
         weight = torch.randn(channels, 1, 3, 3, device=device).to(dtype)
-        bias = torch.randn(channels, device=device).to(dtype)
-        for theta, shift in ((0.0, bias), (0.7, None), (0.7, bias), (1.0, None)):
-            keywords = options | {"kind": kind, "theta": theta, "groups": channels}
-            out = fk.pdc2d(x, weight, shift, **keywords)
-            exact = reference.pdc2d(*doubles(x, weight, shift), **keywords)
-            assert out.dtype == dtype
-            assert_rounded_once(out, exact, magnitude(x, weight, shift))
+        bias = torch.randn(channels, device=device).to(dtype) if biased else None
+        keywords = options | {"kind": kind, "theta": theta, "groups": channels}
+        out = fk.pdc2d(x, weight, bias, **keywords)
+        exact = reference.pdc2d(*doubles(x, weight, bias), **keywords)
+        assert out.dtype == dtype
+        assert_rounded_once(out, exact, magnitude(x, weight, bias))
 
 
 @pytest.mark.parametrize("kind", KINDS)

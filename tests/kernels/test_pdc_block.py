@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import frd_kernels as fk
 from frd_kernels import reference
 
+from .backends import share
 from .pdc_cases import (
     DTYPES,
     KINDS,
@@ -84,19 +85,22 @@ def test_oracle_by_hand() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rounded_once(device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
+def test_rounded_once(backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
     """What is between the difference convolution and the output stays in float32, whatever the dtype."""
-    for index, (batch, channels, filters, height, width, options) in enumerate(CASES):
+    absences = [["pdc_bias"], ["point_bias", "residual"], []]
+    cases = [(*case, absences[i % 3], theta) for i, case in enumerate(CASES) for theta in (0.7, 1.0)]
+    for batch, channels, filters, height, width, options, absent, theta in share(
+        backend, cases, kind, dtype, layout
+    ):
         operands = block_operands(
             batch, channels, filters, height, width, dtype=dtype, layout=layout, device=device, **options
         )
-        for name in (["pdc_bias"], ["point_bias", "residual"], [])[index % 3]:
+        for name in absent:
             del operands[name]
-        for theta in (0.7, 1.0):
-            out = fk.pdc_block(**operands, kind=kind, theta=theta, **options)
-            exact = reference.pdc_block(**in_double(operands), kind=kind, theta=theta, **options)
-            assert out.dtype == dtype
-            assert_rounded_once(out, exact, block_magnitude(operands))
+        out = fk.pdc_block(**operands, kind=kind, theta=theta, **options)
+        exact = reference.pdc_block(**in_double(operands), kind=kind, theta=theta, **options)
+        assert out.dtype == dtype
+        assert_rounded_once(out, exact, block_magnitude(operands))
 
 
 @pytest.mark.parametrize("kind", KINDS)

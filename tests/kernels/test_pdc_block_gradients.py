@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import frd_kernels as fk
 from frd_kernels import reference
 
+from .backends import share
 from .pdc_cases import (
     KINDS,
     LAYOUTS,
@@ -91,9 +92,11 @@ def test_finite_differences_without(absent: set[str], groups: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_matches_the_oracle(device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
+def test_matches_the_oracle(
+    backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str
+) -> None:
     eps = torch.finfo(dtype).eps
-    for batch, channels, filters, height, width, options in CASES:
+    for batch, channels, filters, height, width, options in share(backend, CASES, kind, dtype, layout):
         shape = (batch, channels, filters, height, width)
         draw = partial(block_operands, *shape, dtype=dtype, layout=layout, device=device, **options)
         operands = learning(off_the_kink(draw, kind=kind, theta=0.7, **options))

@@ -13,6 +13,7 @@ import frd_kernels as fk
 from frd_kernels import reference
 from frd_kernels.kinds import Kind
 
+from .backends import share
 from .pdc_cases import (
     DTYPES,
     KINDS,
@@ -109,22 +110,22 @@ def test_second_derivative_of_one_operand(kind: str, learns: tuple[bool, bool]) 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_depthwise(device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
-    for batch, channels, height, width, options in DEPTHWISE:
+def test_depthwise(backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
+    cases = [(*case, theta) for case in DEPTHWISE for theta in (0.7, 1.0)]
+    for batch, channels, height, width, options, theta in share(backend, cases, kind, dtype, layout):
         x = leaf(batch, channels, height, width, layout=layout, dtype=dtype, device=device)
         weight = leaf(channels, 1, 3, 3, dtype=dtype, device=device)
         bias = leaf(channels, dtype=dtype, device=device)
-        for theta in (0.7, 1.0):
-            keywords = options | {"kind": kind, "theta": theta, "groups": channels}
-            out = fk.pdc2d(x, weight, bias, **keywords)
-            exact = doubles(x, weight, bias)
-            grad = torch.randn_like(out)
-            dx, dw, db = gradients(out, grad, x, weight, bias)
-            exact_dx, exact_dw, exact_db = gradients(reference.pdc2d(*exact, **keywords), grad, *exact)
-            total = grad.double().abs().sum((0, 2, 3)).max().item()
-            assert_rounded_once(dx, exact_dx, magnitude(grad, weight))
-            assert_rounded_once(dw, exact_dw, 2 * total * x.detach().double().abs().max().item())
-            assert_rounded_once(db, exact_db, total)
+        keywords = options | {"kind": kind, "theta": theta, "groups": channels}
+        out = fk.pdc2d(x, weight, bias, **keywords)
+        exact = doubles(x, weight, bias)
+        grad = torch.randn_like(out)
+        dx, dw, db = gradients(out, grad, x, weight, bias)
+        exact_dx, exact_dw, exact_db = gradients(reference.pdc2d(*exact, **keywords), grad, *exact)
+        total = grad.double().abs().sum((0, 2, 3)).max().item()
+        assert_rounded_once(dx, exact_dx, magnitude(grad, weight))
+        assert_rounded_once(dw, exact_dw, 2 * total * x.detach().double().abs().max().item())
+        assert_rounded_once(db, exact_db, total)
 
 
 @pytest.mark.parametrize("kind", KINDS)
