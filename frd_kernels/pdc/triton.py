@@ -28,6 +28,7 @@ _ENOUGH_PROGRAMS = (
 )  # two blocks of threads on each of 132 multiprocessors, twice
 _MOST_ROWS = 64 * _TILE_FACTOR
 _MOST_CHANNELS = 128
+_UNROLL = 4
 
 
 class Tile(NamedTuple):
@@ -43,20 +44,6 @@ class Tile(NamedTuple):
 
     def options(self) -> dict[str, int]:
         return {"POSITIONS": self.positions, "CHANNELS": self.channels, "num_warps": self.warps}
-
-
-def _tile(columns: int, channels: int, channels_first: bool, per_thread: int, strip: int = 1) -> Tile:
-    """A tile that is long along the contiguous axis; a thread has `per_thread` elements of it."""
-    budget = _THREADS * _TILE_FACTOR * per_thread // strip
-    strips, channels = triton.next_power_of_2(triton.cdiv(columns, strip)), triton.next_power_of_2(channels)
-    if channels_first:
-        strips = min(strips, budget)
-        channels = min(channels, budget // strips)
-    else:
-        channels = min(channels, _MOST_CHANNELS)
-        strips = min(strips, budget // channels)
-    threads = strips * channels * strip // per_thread
-    return Tile(strips, channels, strip, max(1, min(4, threads // 32)))
 
 
 class Launch:
@@ -94,9 +81,27 @@ class Launch:
         }
         self.walks = kind != Kind.RADIAL and list(stride) == [1, 1] and list(dilation) == [1, 1]
 
-    def strip(self) -> int:
-        """Columns that a thread of a walk holds: a vector, where each row begins with an aligned one."""
-        return self.vector if self.channels_first and self.lead[1] == 1 and self.width % 16 == 0 else 1
+    def tile(self, columns: int, per_thread: int, strip: int = 1) -> Tile:
+        """A tile that is long along the contiguous axis; a thread has `per_thread` elements of it."""
+        if self.channels_first and strip == 1:
+            per_thread = min(4, per_thread)  # they are loaded one by one: neighbours lie at odd addresses
+        budget = _THREADS * _TILE_FACTOR * per_thread // strip
+        strips = triton.next_power_of_2(triton.cdiv(columns, strip))
+        channels = triton.next_power_of_2(self.channels)
+        if self.channels_first:
+            strips = min(strips, budget)
+            channels = min(channels, budget // strips)
+        else:
+            channels = min(channels, _MOST_CHANNELS)
+            strips = min(strips, budget // channels)
+        threads = strips * channels * strip // per_thread
+        return Tile(strips, channels, strip, max(1, min(4, threads // 32)))
+
+    def strip_tile(self, columns: int, per_thread: int) -> Tile:
+        """The tile of a walk: of strips that are a vector, where each row begins with an aligned one."""
+        if self.channels_first and self.lead[1] == 1 and self.width % 16 == 0:
+            return self.tile(columns, self.vector, self.vector)
+        return self.tile(columns, per_thread)
 
     def dense(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.contiguous(memory_format=self.layout)
@@ -110,8 +115,15 @@ class Launch:
         of them would make `programs`."""
         programs *= self.batch * triton.cdiv(self.channels, tile.channels)
         share = triton.cdiv(steps, max(1, min(steps, _ENOUGH_PROGRAMS // max(1, programs))))
-        share = min(share, _MOST_ROWS)
         return triton.cdiv(steps, share), share
+
+    def walk(self, tile: Tile, rows: int, blocks: int) -> tuple[int, dict[str, int]]:
+        """(programs over the images, what a walk down `rows` rows is told)."""
+        share = min(self.runs(tile, rows, blocks)[1], _MOST_ROWS)
+        unroll = _UNROLL if share >= _UNROLL and rows % _UNROLL == 0 else 1
+        share = triton.cdiv(share, unroll) * unroll
+        options = {"run_rows": share, "STRIP": tile.strip, "UNROLL": unroll}
+        return self.batch * triton.cdiv(rows, share) * blocks, options | tile.options()
 
 
 def pdc2d_depthwise(
@@ -133,15 +145,12 @@ def pdc2d_depthwise(
     sizes = (*launch.size, launch.rows, launch.columns)
     constants = launch.constants | {"BIAS": bias is not None}
     if launch.walks:
-        strip = launch.strip()
-        tile = _tile(launch.columns, launch.channels, launch.channels_first, launch.vector, strip)
-        blocks = tile.blocks(launch.columns)
-        runs, share = launch.runs(tile, launch.rows, blocks)
-        grid = (launch.batch * runs * blocks, triton.cdiv(launch.channels, tile.channels))
-        options = {"STRIP": strip} | tile.options()
-        rows_forward[grid](*operands, *sizes, *launch.lead, share, **constants, **options)
+        tile = launch.strip_tile(launch.columns, launch.vector)
+        programs, options = launch.walk(tile, launch.rows, tile.blocks(launch.columns))
+        grid = (programs, triton.cdiv(launch.channels, tile.channels))
+        rows_forward[grid](*operands, *sizes, *launch.lead, **constants, **options)
         return y
-    tile = _tile(launch.rows * launch.columns, launch.channels, launch.channels_first, launch.vector)
+    tile = launch.tile(launch.rows * launch.columns, launch.vector)
     blocks = tile.blocks(launch.rows * launch.columns)
     grid = (launch.batch * blocks, triton.cdiv(launch.channels, tile.channels))
     geometry = (*launch.stride, *launch.lead, *launch.dilation)
@@ -206,17 +215,14 @@ def _backward(
         return x.new_empty((parts if need_dw else 0, SUMS.value, launch.channels), dtype=compute)
 
     if launch.walks and launch.lead == [1, 1]:
-        strip = launch.strip()
-        tile = _tile(launch.width, launch.channels, launch.channels_first, max(strip, per_thread), strip)
-        blocks = tile.blocks(launch.width)
-        runs, share = launch.runs(tile, launch.height, blocks)
-        partial = partial_sums(launch.batch * runs * blocks)
-        grid = (launch.batch * runs * blocks, triton.cdiv(launch.channels, tile.channels))
-        options = {"STRIP": strip} | tile.options()
-        rows_backward[grid](grad, x, weight, dx, partial, *launch.size, share, **constants, **options)
+        tile = launch.strip_tile(launch.width, per_thread)
+        programs, options = launch.walk(tile, launch.height, tile.blocks(launch.width))
+        partial = partial_sums(programs)
+        grid = (programs, triton.cdiv(launch.channels, tile.channels))
+        rows_backward[grid](grad, x, weight, dx, partial, *launch.size, **constants, **options)
         return partial
     pixels = max(launch.rows * launch.columns, launch.height * launch.width)
-    tile = _tile(pixels, launch.channels, launch.channels_first, per_thread)
+    tile = launch.tile(pixels, per_thread)
     runs, _ = launch.runs(tile, tile.blocks(pixels), 1)
     partial = partial_sums(launch.batch * runs)
     grid = (launch.batch * runs, triton.cdiv(launch.channels, tile.channels))

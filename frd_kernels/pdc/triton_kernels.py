@@ -22,6 +22,7 @@ from .triton_stencil import (
     narrow,
     plain_weights,
     widen,
+    widen_all,
 )
 
 SUMS = tl.constexpr(10)  # of a channel: the 9 of dw, then db
@@ -44,14 +45,41 @@ def channel_starts(tensor, image, channel, channels, pixels, CHANNELS_FIRST: tl.
     return start + channel * (pixels if CHANNELS_FIRST else 1)
 
 
+@triton.constexpr_function
+def log2(n: int) -> int:
+    return n.bit_length() - 1
+
+
+@triton.jit
+def split_vectors(vectors, STRIP: tl.constexpr):
+    """[m, n, STRIP] -> STRIP tiles [m, n]."""
+    parts = (vectors,)
+    for level in tl.static_range(log2(STRIP)):
+        even = ()
+        odd = ()
+        for i in tl.static_range(2**level):
+            pairs = parts[i].reshape(vectors.shape[0], vectors.shape[1], STRIP // 2 ** (level + 1), 2)
+            first, second = tl.split(pairs)
+            even += (first,)
+            odd += (second,)
+        parts = even + odd
+    tiles = ()
+    for i in tl.static_range(STRIP):
+        tiles += (parts[i].reshape(vectors.shape[0], vectors.shape[1]),)
+    return tiles
+
+
 @triton.jit
 def tile_weights(weight, index, channels, CHANNELS_FIRST: tl.constexpr):
     """The 9 weights of the channels `index` of a parameter [C, 1, 3, 3], shaped as the channels of a tile."""
-    weights = ()
-    loaded = load_weights(weight + index * WEIGHTS, 1, index < channels)
-    for k in tl.static_range(WEIGHTS):
-        weights += (loaded[k][:, None] if CHANNELS_FIRST else loaded[k][None, :],)
-    return weights
+    if CHANNELS_FIRST:
+        channel = index[:, None]
+        return load_weights(weight + channel * WEIGHTS, 1, channel < channels)
+    # A thread holds several channels of a pixel: loaded one by one they would lie 9 apart.
+    k = tl.arange(0, 16)[None, None, :]
+    channel = index[None, :, None]
+    packed = tl.load(weight + (channel * WEIGHTS + k), mask=(channel < channels) & (k < WEIGHTS), other=0.0)
+    return widen_all(split_vectors(packed, 16), WEIGHTS)
 
 
 @triton.jit
@@ -64,12 +92,12 @@ def tile_bias(bias, index, channels, CHANNELS_FIRST: tl.constexpr, BIAS: tl.cons
 @triton.jit
 def store_sums(partial, sums, bias_sums, index, channels, CHANNELS_FIRST: tl.constexpr):
     """Adds the positions of each tile of sums up: partial [parts, 10, C], part = program_id(0)."""
-    start = partial + tl.program_id(0).to(tl.int64) * (SUMS * channels) + index
+    start = partial + tl.program_id(0).to(tl.int64) * (channels * SUMS) + index
     for k in tl.static_range(WEIGHTS):
         total = tl.sum(sums[k], axis=1 if CHANNELS_FIRST else 0)
         tl.store(start + k * channels, total, mask=index < channels)
     total = tl.sum(bias_sums, axis=1 if CHANNELS_FIRST else 0)
-    tl.store(start + WEIGHTS * channels, total, mask=index < channels)
+    tl.store(start + channels * WEIGHTS, total, mask=index < channels)
 
 
 @triton.jit
@@ -222,11 +250,11 @@ def gather_backward(
 def reduce_sums(partial, dw, db, parts, channels, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     """dw [C, 9] and db [C] from partial [parts, 10, C], added in a fixed order. Grid: (blocks of 10 C columns,)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    real = column < SUMS * channels
+    real = column < channels * SUMS
     total = tl.zeros((PARTS, COLUMNS), partial.dtype.element_ty)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
-        at = partial + part.to(tl.int64) * (SUMS * channels) + column[None, :]
+        at = partial + part.to(tl.int64) * (channels * SUMS) + column[None, :]
         total += tl.load(at, mask=(part < parts) & real[None, :], other=0.0)
     value = narrow(tl.sum(total, axis=0), dw.dtype.element_ty)
     k = column // channels

@@ -3,7 +3,8 @@ a column and keeps the last three, so that it reads a pixel once.
 
 Where channels come first, a thread holds a strip of STRIP neighbouring columns, one vector of memory, as that
 many tiles [channels, strips]; a window of the next column is then the next tiles. Else STRIP is 1 and a vector
-runs over the channels.
+runs over the channels. UNROLL 4 is the number of rows that are held or under way: after that many, each has its
+registers again, and none had to be moved.
 """
 
 # Triton functions take no annotations, and their tuples grow.
@@ -13,32 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import channel_starts, over_channels, over_positions, store_sums, tile_bias, tile_weights
+from .triton_kernels import (
+    channel_starts,
+    log2,
+    over_channels,
+    over_positions,
+    split_vectors,
+    store_sums,
+    tile_bias,
+    tile_weights,
+)
 from .triton_stencil import combine, combine_transposed, correlate, narrow, plain_weights, widen_all
-
-
-@triton.constexpr_function
-def log2(n: int) -> int:
-    return n.bit_length() - 1
-
-
-@triton.jit
-def _split(vectors, STRIP: tl.constexpr):
-    """[m, n, STRIP] -> STRIP tiles [m, n]."""
-    parts = (vectors,)
-    for level in tl.static_range(log2(STRIP)):
-        even = ()
-        odd = ()
-        for i in tl.static_range(2**level):
-            pairs = parts[i].reshape(vectors.shape[0], vectors.shape[1], STRIP // 2 ** (level + 1), 2)
-            first, second = tl.split(pairs)
-            even += (first,)
-            odd += (second,)
-        parts = even + odd
-    tiles = ()
-    for i in tl.static_range(STRIP):
-        tiles += (parts[i].reshape(vectors.shape[0], vectors.shape[1]),)
-    return tiles
 
 
 @triton.jit
@@ -72,7 +58,7 @@ def _load_row(at, masks, exists, step, STRIP: tl.constexpr):
         tiles += (tl.load(at, mask=inside, other=0.0),)
     else:
         lanes = tl.arange(0, STRIP)[None, None, :]
-        tiles += _split(tl.load(at[:, :, None] + lanes, mask=inside[:, :, None], other=0.0), STRIP)
+        tiles += split_vectors(tl.load(at[:, :, None] + lanes, mask=inside[:, :, None], other=0.0), STRIP)
     tiles += (tl.load(at + STRIP * step, mask=masks[2] & exists, other=0.0),)
     return widen_all(tiles, STRIP + 2)
 
@@ -123,10 +109,12 @@ def rows_forward(
     KIND: tl.constexpr,
     THETA: tl.constexpr,
     STRIP: tl.constexpr,
+    UNROLL: tl.constexpr,
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y [rows x columns] of x [height x width]; a STRIP > 1 needs lead_x 1 and a width of whole strips.
+    """y [rows x columns] of x [height x width]; a STRIP > 1 needs lead_x 1 and a width of whole strips; UNROLL
+    divides rows and run_rows.
 
     Grid: (images * runs of run_rows rows * blocks of POSITIONS strips, blocks of channels).
     """
@@ -159,19 +147,21 @@ def rows_forward(
     centre = _load_row(at, masks, (top >= -1) & (top + 1 < height), step, STRIP)
     at += pitch
     below = _load_row(at, masks, (top >= -2) & (top + 2 < height), step, STRIP)
-    for row in range(first, last + 1):
-        at += pitch
-        ahead = row - lead_y + 3
-        # Under way while this row is computed.
-        following = _load_row(at, masks, (row < last) & ((ahead >= 0) & (ahead < height)), step, STRIP)
-        totals = ()
-        for i in tl.static_range(STRIP):
-            totals += (combine(_window(above, centre, below, i), weights, shift, KIND, THETA),)
-        _store_row(to, totals, real, STRIP)
-        to += columns * step
-        above = centre
-        centre = below
-        below = following
+    for group in range(first, last + 1, UNROLL):
+        for inner in tl.static_range(UNROLL):
+            row = group + inner
+            ahead = row - lead_y + 3
+            at += pitch
+            # Under way while this row is computed.
+            following = _load_row(at, masks, (row < last) & ((ahead >= 0) & (ahead < height)), step, STRIP)
+            totals = ()
+            for i in tl.static_range(STRIP):
+                totals += (combine(_window(above, centre, below, i), weights, shift, KIND, THETA),)
+            _store_row(to, totals, real, STRIP)
+            to += columns * step
+            above = centre
+            centre = below
+            below = following
 
 
 @triton.jit
@@ -191,10 +181,12 @@ def rows_backward(
     KIND: tl.constexpr,
     THETA: tl.constexpr,
     STRIP: tl.constexpr,
+    UNROLL: tl.constexpr,
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """dx, and the sums of dw and db of a part, for padding 1: grad, x and dx are [height x width].
+    """dx, and the sums of dw and db of a part, for padding 1: grad, x and dx are [height x width]. STRIP and
+    UNROLL as for `rows_forward`.
 
     Grid: (parts = images * runs of run_rows rows * blocks of POSITIONS strips, blocks of channels).
     """
@@ -221,30 +213,33 @@ def rows_backward(
     at = x + offset
     at_grad = grad + offset
     to = dx + offset
+    last = tl.minimum(first + run_rows, height) - 1
     above = _load_row(at - pitch, masks, first > 0, step, STRIP)
     centre = _load_row(at, masks, first < height, step, STRIP)
     grad_above = _load_row(at_grad - pitch, masks, first > 0, step, STRIP)
     grad_centre = _load_row(at_grad, masks, first < height, step, STRIP)
-    for row in range(first, tl.minimum(first + run_rows, height)):
-        at += pitch
-        at_grad += pitch
-        below = _load_row(at, masks, row + 1 < height, step, STRIP)
-        grad_below = _load_row(at_grad, masks, row + 1 < height, step, STRIP)
-        totals = ()
-        for i in tl.static_range(STRIP):
-            if NEED_DW:
-                g = grad_centre[i + 1]
-                sums = correlate(sums, _window(above, centre, below, i), g, KIND, THETA)
-                bias_sums += g
+    for group in range(first, last + 1, UNROLL):
+        for inner in tl.static_range(UNROLL):
+            row = group + inner
+            at += pitch
+            at_grad += pitch
+            below = _load_row(at, masks, row + 1 < height, step, STRIP)
+            grad_below = _load_row(at_grad, masks, row + 1 < height, step, STRIP)
+            totals = ()
+            for i in tl.static_range(STRIP):
+                if NEED_DW:
+                    g = grad_centre[i + 1]
+                    sums = correlate(sums, _window(above, centre, below, i), g, KIND, THETA)
+                    bias_sums += g
+                if NEED_DX:
+                    window = _window(grad_above, grad_centre, grad_below, i)
+                    totals += (combine_transposed(window, weights, KIND, THETA),)
             if NEED_DX:
-                window = _window(grad_above, grad_centre, grad_below, i)
-                totals += (combine_transposed(window, weights, KIND, THETA),)
-        if NEED_DX:
-            _store_row(to, totals, real, STRIP)
-            to += pitch
-        above = centre
-        centre = below
-        grad_above = grad_centre
-        grad_centre = grad_below
+                _store_row(to, totals, real, STRIP)
+                to += pitch
+            above = centre
+            centre = below
+            grad_above = grad_centre
+            grad_centre = grad_below
     if NEED_DW:
         store_sums(partial, sums, bias_sums, index, channels, CHANNELS_FIRST)

@@ -16,9 +16,7 @@ from .taps import Offset, pairs
 from .triton_stencil import INTERPRETED, WEIGHTS, narrow, widen
 
 _MOST_MOVES = tl.constexpr(9)
-_PAIRS = (
-    8192 if INTERPRETED.value else 64
-)  # a program transforms that many; the interpreter pays for programs
+_TILE = 2**18 if INTERPRETED.value else 512  # taps of a program; the interpreter pays for programs
 
 
 def _side(kind: int) -> int:
@@ -161,7 +159,7 @@ def _options(kind: int, theta: float, count: int) -> dict[str, Any]:
         "KIND": int(kind),
         "THETA": 1.0 if kind == Kind.VANILLA else theta,
         "SIDE": side,
-        "PAIRS": min(_PAIRS, triton.next_power_of_2(count)),
+        "PAIRS": min(_TILE // triton.next_power_of_2(side * side), triton.next_power_of_2(count)),
         "num_warps": 4,
     }
 
