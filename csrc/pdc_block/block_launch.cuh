@@ -29,8 +29,8 @@ BlockProduct prepare(const BlockProductArgs& args, const CudaLimits& limits) {
   BlockProduct a{};
   static_cast<BlockProductArgs&>(a) = args;
   a.reach = reach_of(a.prologue), a.lead = S::lead(a.reach);
-  a.slabs = blocks_of(a.channels, S::kSlab);
-  a.point_slots = point_slots<S>(a.slabs, a.reach, limits);
+  a.slabs = Divider(blocks_of(a.channels, S::kSlab));
+  a.point_slots = point_slots<S>(a.slabs.divisor, a.reach, limits);
   a.halo_rows = S::halo_rows(a.reach), a.halo_columns = Divider(S::halo_columns(a.reach));
   a.stage_words = S::stage_words(a.reach);
   const int tiles_x = blocks_of(a.out_width, S::Tile::kColumns),

@@ -40,8 +40,9 @@ struct Divider {
 
 // The arguments as the kernel wants them.
 struct BlockProduct : BlockProductArgs {
-  int slabs, point_slots;  // of the reduction; slots of shared memory for them
-  int reach, lead;         // of the halo: rows above, columns to the left of the tile
+  Divider slabs;    // of the reduction
+  int point_slots;  // of shared memory for their weights
+  int reach, lead;  // of the halo: rows above, columns to the left of the tile
   int halo_rows;
   Divider halo_columns, tiles_x, tiles_of_image;
   int tiles;

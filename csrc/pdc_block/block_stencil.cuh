@@ -70,20 +70,22 @@ FRD_DEVICE void store_hidden(uint32_t* hidden, const StripPlace<S>& at, int row,
   hidden[pixel * 32 + permuted<typename S::T>(pixel, at.unit >> 2) * 4 + (at.unit & 3)] = left;
   hidden[(pixel + 1) * 32 + permuted<typename S::T>(pixel + 1, at.unit >> 2) * 4 + (at.unit & 3)] = right;
 }
-// both: the left pixel in the low half
+// The same for one channel in 16 bit; both: the left pixel in the low half.
 template <class S>
-FRD_DEVICE void store_hidden_pair(uint32_t* hidden, const StripPlace<S>& at, int row, uint32_t both) {
+FRD_DEVICE void store_hidden_pair(uint32_t* hidden, const StripPlace<S>& at, int channel, int row,
+                                  uint32_t both) {
   uint16_t* halves = reinterpret_cast<uint16_t*>(hidden);
   const int pixel = (at.row + row) * S::Tile::kColumns + at.column;
-  halves[pixel * 64 + permuted<typename S::T>(pixel, at.unit >> 3) * 8 + (at.unit & 7)] =
+  halves[pixel * 64 + permuted<typename S::T>(pixel, channel >> 3) * 8 + (channel & 7)] =
       static_cast<uint16_t>(both);
-  halves[(pixel + 1) * 64 + permuted<typename S::T>(pixel + 1, at.unit >> 3) * 8 + (at.unit & 7)] =
+  halves[(pixel + 1) * 64 + permuted<typename S::T>(pixel + 1, channel >> 3) * 8 + (channel & 7)] =
       static_cast<uint16_t>(both >> 16);
 }
 
-// Row `row` of the window of a strip: columns -kReach to 1 + kReach, counted from its left pixel.
-template <class S, int kReach>
-FRD_DEVICE void window_row(const uint32_t* corner, int row, float (&to)[2 + 2 * kReach][S::kStripChannels]) {
+// How a strip reads its window: kChannels at once of a word of channels, from its half `half` on.
+template <class S, int kReach, int kChannels>
+FRD_DEVICE void window_row(const uint32_t* corner, int row, int half,
+                           float (&to)[2 + 2 * kReach][kChannels]) {
   using T = typename S::T;
   const uint32_t* from = corner + row * S::halo_columns(kReach) * S::kPitch;
   if constexpr (S::kPaired) {
@@ -94,28 +96,60 @@ FRD_DEVICE void window_row(const uint32_t* corner, int row, float (&to)[2 + 2 * 
     for (int i = 0; i < 2 + 2 * kReach; ++i) to[i][0] = pixels[2 - kReach + i];
   } else {
 #pragma unroll
-    for (int i = 0; i < 2 + 2 * kReach; ++i) unpack_word<T>(from[i * S::kPitch], to[i]);
+    for (int i = 0; i < 2 + 2 * kReach; ++i) {
+      if constexpr (kChannels == S::kUnit)
+        unpack_word<T>(from[i * S::kPitch], to[i]);
+      else
+        to[i][0] = load(reinterpret_cast<const T*>(from + i * S::kPitch)[half]);
+    }
   }
 }
 
-// Weights and bias of a lane's channels.
-template <class S>
-FRD_DEVICE void load_weights(const uint32_t* weights, int unit, float (&w)[kPdcWeights][S::kStripChannels],
-                             float (&bias)[S::kStripChannels]) {
+// Weights and bias of kChannels channels from `channel` of the slab on.
+template <class S, int kChannels>
+FRD_DEVICE void load_weights(const uint32_t* weights, int channel, float (&w)[kPdcWeights][kChannels],
+                             float (&bias)[kChannels]) {
   using T = typename S::T;
-  const T* from = reinterpret_cast<const T*>(weights);
-  if constexpr (S::kStripChannels == 2) {
+  if constexpr (kChannels == 2) {
     float flat[2 * kPdcWeights];
 #pragma unroll
     for (int i = 0; i < kPdcWeights; ++i)
-      unpack<T>(weights[unit * kPdcWeights + i], flat[2 * i], flat[2 * i + 1]);
+      unpack<T>(weights[channel / 2 * kPdcWeights + i], flat[2 * i], flat[2 * i + 1]);
 #pragma unroll
     for (int i = 0; i < 2 * kPdcWeights; ++i) w[i % kPdcWeights][i / kPdcWeights] = flat[i];
-    unpack<T>(weights[S::kStencilWords + unit], bias[0], bias[1]);
+    unpack<T>(weights[S::kStencilWords + channel / 2], bias[0], bias[1]);
   } else {
+    const T* from = reinterpret_cast<const T*>(weights);
 #pragma unroll
-    for (int k = 0; k < kPdcWeights; ++k) w[k][0] = load(from[unit * kPdcWeights + k]);
-    bias[0] = load(from[S::kSlab * kPdcWeights + unit]);
+    for (int k = 0; k < kPdcWeights; ++k) w[k][0] = load(from[channel * kPdcWeights + k]);
+    bias[0] = load(from[S::kSlab * kPdcWeights + channel]);
+  }
+}
+
+// give(row, sums of its two pixels) for every row of a strip.
+template <class S, PdcKind kind, int kChannels, class Give>
+FRD_DEVICE void strip_sums(const uint32_t* halo, const uint32_t* weights, const StripPlace<S>& at, int half,
+                           const Give& give) {
+  constexpr int reach = kernel_side(kind) / 2, columns = S::halo_columns(reach);
+  float weight[kPdcWeights][kChannels], bias[kChannels];
+  load_weights<S>(weights, at.unit * S::kStripChannels + half, weight, bias);
+  const uint32_t* corner =
+      halo + (at.row * columns + (S::kPaired ? at.column / 2 : at.column)) * S::kPitch + at.unit;
+  float window[S::kStripRows + 2 * reach][2 + 2 * reach][kChannels];
+#pragma unroll
+  for (int r = 0; r < 2 * reach; ++r) window_row<S, reach>(corner, r, half, window[r]);
+#pragma unroll
+  for (int r = 0; r < S::kStripRows; ++r) {
+    window_row<S, reach>(corner, r + 2 * reach, half, window[r + 2 * reach]);
+    float sum[2][kChannels];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int v = 0; v < kChannels; ++v) sum[i][v] = bias[v];
+      add_differences<kind, 0>(sum[i], weight,
+                               [&](Tap t, int v) { return window[r + reach + t.dy][i + reach + t.dx][v]; });
+    }
+    give(r, sum);
   }
 }
 
@@ -123,32 +157,22 @@ template <class S, PdcKind kind>
 FRD_DEVICE void stencil_strip(const uint32_t* halo, const uint32_t* weights, const StripPlace<S>& at,
                               uint32_t* hidden) {
   using T = typename S::T;
-  constexpr int reach = kernel_side(kind) / 2, channels = S::kStripChannels;
-  constexpr int columns = S::halo_columns(reach);
-  float weight[kPdcWeights][channels], bias[channels];
-  load_weights<S>(weights, at.unit, weight, bias);
-  const uint32_t* corner =
-      halo + (at.row * columns + (S::kPaired ? at.column / 2 : at.column)) * S::kPitch + at.unit;
-  float window[S::kStripRows + 2 * reach][2 + 2 * reach][channels];
-#pragma unroll
-  for (int r = 0; r < 2 * reach; ++r) window_row<S, reach>(corner, r, window[r]);
-#pragma unroll
-  for (int r = 0; r < S::kStripRows; ++r) {
-    window_row<S, reach>(corner, r + 2 * reach, window[r + 2 * reach]);
-    float sum[2][channels];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int v = 0; v < channels; ++v) sum[i][v] = bias[v];
-      add_differences<kind, 0>(sum[i], weight,
-                               [&](Tap t, int v) { return window[r + reach + t.dy][i + reach + t.dx][v]; });
-    }
-    if constexpr (S::kPaired)
-      store_hidden_pair<S>(hidden, at, r, pack_relu<T>(sum[0][0], sum[1][0]));
-    else if constexpr (channels == 2)
-      store_hidden<S>(hidden, at, r, pack_relu<T>(sum[0][0], sum[0][1]), pack_relu<T>(sum[1][0], sum[1][1]));
-    else
+  if constexpr (S::kUnit == 1) {
+    strip_sums<S, kind, 1>(halo, weights, at, 0, [&](int r, const float (&sum)[2][1]) {
       store_hidden<S>(hidden, at, r, float_bits(relu(sum[0][0])), float_bits(relu(sum[1][0])));
+    });
+  } else if constexpr (S::kPaired || kind == PdcKind::radial) {
+    // radial: its window of five rows of two channels would not fit the registers beside the product's sums
+#pragma unroll 1
+    for (int half = 0; half < S::kStripChannels; ++half)
+      strip_sums<S, kind, 1>(halo, weights, at, half, [&](int r, const float (&sum)[2][1]) {
+        store_hidden_pair<S>(hidden, at, at.unit * S::kStripChannels + half, r,
+                             pack_relu<T>(sum[0][0], sum[1][0]));
+      });
+  } else {
+    strip_sums<S, kind, 2>(halo, weights, at, 0, [&](int r, const float (&sum)[2][2]) {
+      store_hidden<S>(hidden, at, r, pack_relu<T>(sum[0][0], sum[0][1]), pack_relu<T>(sum[1][0], sum[1][1]));
+    });
   }
 }
 
@@ -159,7 +183,7 @@ FRD_DEVICE void copy_strip(const uint32_t* halo, const StripPlace<S>& at, uint32
   for (int r = 0; r < S::kStripRows; ++r) {
     const uint32_t* from = halo + (at.row + r) * columns * S::kPitch + at.unit;
     if constexpr (S::kPaired)
-      store_hidden_pair<S>(hidden, at, r, from[at.column / 2 * S::kPitch]);
+      store_hidden_pair<S>(hidden, at, at.unit, r, from[at.column / 2 * S::kPitch]);
     else
       store_hidden<S>(hidden, at, r, from[at.column * S::kPitch], from[(at.column + 1) * S::kPitch]);
   }
