@@ -1,0 +1,87 @@
+#include "pdc/pdc_pixels.cuh"
+#include "pdc/pdc_plan.h"
+
+namespace frd {
+namespace {
+
+// 8 x 4 outputs a warp: their 60 words, converted once, leave 3.3 subtractions an output of the 8 of the
+// angular kind. The wider window of the radial kind fits the registers with 2 columns.
+constexpr int kRows = 8;
+constexpr int columns_of(PdcKind kind) { return kind == PdcKind::radial ? 2 : 4; }
+
+// Fewer warps, and so more blocks, where the problem is small. Returns the tiles of an image.
+int64_t set_subtiles(PdcTiles& t, const PdcProblem& p, const Frame& fy, const Frame& fx, int most_y,
+                     int most_x) {
+  const int columns = columns_of(p.kind);
+  const int64_t lines = ceil_divide(fy.size, p.y.dilation), pixels = ceil_divide(fx.size, p.x.dilation);
+  t.y.subtiles = static_cast<int>(std::min<int64_t>(most_y, ceil_divide(lines, kRows)));
+  t.x.subtiles = static_cast<int>(std::min<int64_t>(most_x, ceil_divide(pixels, columns)));
+  for (;;) {
+    t.y.per_phase = Divisor(ceil_divide(lines, t.y.subtiles * kRows));
+    t.x.per_phase = Divisor(ceil_divide(pixels, t.x.subtiles * columns));
+    const int64_t rows = t.y.per_phase.value * phases_of(p.y, fy),
+                  per_row = t.x.per_phase.value * phases_of(p.x, fx);
+    const int64_t blocks = p.batch * rows * per_row * t.groups.value;
+    if (blocks >= kBlocksWanted / 4 || t.y.subtiles * t.x.subtiles == 1) {
+      t.per_row = Divisor(per_row), t.per_image = Divisor(rows * per_row);
+      return rows * per_row;
+    }
+    int& larger = t.y.subtiles > 1 ? t.y.subtiles : t.x.subtiles;
+    larger = (larger + 1) / 2;
+  }
+}
+
+Plan pixels_plan(const PdcProblem& p, bool backward) {
+  PdcTiles t{};
+  set_pointers(t, p);
+  const Frame fy = frame_of(p.y, p.kind, backward), fx = frame_of(p.x, p.kind, backward);
+  t.y = tile_axis(p.y, fy), t.x = tile_axis(p.x, fx);
+  const int element = p.dtype == DType::f32 ? 4 : 2;
+  t.groups = Divisor(ceil_divide(p.channels * element, kPixelWords * 4));
+  t.vectors = p.channels * element % 16 == 0 && all_aligned(p, 16);
+  // The backward holds two tiles in the 48 KB that a block may have without asking.
+  const int64_t units = p.batch * set_subtiles(t, p, fy, fx, backward ? 1 : 2, kPixelWarps / 2);
+  const int64_t groups = t.groups.value;
+  t.units = static_cast<int>(units);
+  const int64_t wanted = backward ? std::min<int64_t>(kMostParts, kBlocksWanted / groups)
+                                  : std::max<int64_t>(units / 4, 2 * kBlocksWanted / groups);
+  t.parts = balanced_parts(units, wanted);
+  return {t, units * groups};
+}
+
+int tile_bytes(const PdcTiles& t, PdcKind kind) {
+  const int halo = 2 * pdc_reach(kind);
+  return (t.y.subtiles * kRows + halo) * (t.x.subtiles * columns_of(kind) + halo) * kPixelWords * 4;
+}
+
+}  // namespace
+
+bool pdc_pixels_fit(const PdcProblem& p) {
+  if (!p.pixels || p.dtype == DType::f64 || !fits_tiles(p.y) || !fits_tiles(p.x)) return false;
+  const bool words = p.dtype == DType::f32 || p.channels % 2 == 0;
+  return words && all_aligned(p, 4) && pixels_plan(p, false).fits() && pixels_plan(p, true).fits();
+}
+
+int pdc_pixels_parts(const PdcProblem& p) { return pixels_plan(p, true).tiles.parts; }
+
+cudaError_t pdc_pixels_launch(const PdcProblem& p, bool backward, cudaStream_t stream) {
+  const PdcTiles t = pixels_plan(p, backward).tiles;
+  const unsigned blocks = static_cast<unsigned>(t.parts) * t.groups.value;
+  const unsigned threads = 32u * t.y.subtiles * t.x.subtiles;
+  const size_t bytes = static_cast<size_t>(tile_bytes(t, p.kind)) * (backward ? 2 : 1);
+  with_case(p, [&](auto kind, auto pure, auto element) {
+    constexpr PdcKind k = decltype(kind)::value;
+    constexpr bool is_pure = decltype(pure)::value;
+    using T = decltype(element);
+    if (backward) {
+      FRD_LAUNCH((pdc_pixels_backward<T, k, is_pure, kRows, columns_of(k)>), blocks, threads, bytes, stream,
+                 t);
+    } else {
+      FRD_LAUNCH((pdc_pixels_forward<T, k, is_pure, kRows, columns_of(k)>), blocks, threads, bytes, stream,
+                 t);
+    }
+  });
+  return cudaGetLastError();
+}
+
+}  // namespace frd
