@@ -74,19 +74,25 @@ def tile_weights(weight, index, channels, CHANNELS_FIRST: tl.constexpr):
     """The 9 weights of the channels `index` of a parameter [C, 1, 3, 3], shaped as the channels of a tile."""
     if CHANNELS_FIRST:
         channel = index[:, None]
-        return load_weights(weight + channel * WEIGHTS, 1, channel < channels)
-    # A thread holds several channels of a pixel: loaded one by one they would lie 9 apart.
-    k = tl.arange(0, 16)[None, None, :]
-    channel = index[None, :, None]
-    packed = tl.load(weight + (channel * WEIGHTS + k), mask=(channel < channels) & (k < WEIGHTS), other=0.0)
-    return widen_all(split_vectors(packed, 16), WEIGHTS)
+        weights = load_weights(weight + channel * WEIGHTS, 1, channel < channels)
+    else:
+        # A thread holds several channels of a pixel: loaded one by one they would lie 9 apart.
+        k = tl.arange(0, 16)[None, None, :]
+        channel = index[None, :, None]
+        packed = tl.load(
+            weight + (channel * WEIGHTS + k), mask=(channel < channels) & (k < WEIGHTS), other=0.0
+        )
+        weights = widen_all(split_vectors(packed, 16), WEIGHTS)
+    return weights
 
 
 @triton.jit
 def tile_bias(bias, index, channels, CHANNELS_FIRST: tl.constexpr, BIAS: tl.constexpr):
-    if not BIAS:
-        return 0.0
-    return over_channels(widen(tl.load(bias + index, mask=index < channels, other=0.0)), CHANNELS_FIRST)
+    if BIAS:
+        value = over_channels(widen(tl.load(bias + index, mask=index < channels, other=0.0)), CHANNELS_FIRST)
+    else:
+        value = 0.0
+    return value
 
 
 @triton.jit

@@ -123,10 +123,11 @@ def narrow(value, dtype: tl.constexpr):
     """From the compute type to the storage type, round to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
         bits = value.to(tl.uint32, bitcast=True)
-        rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).to(tl.uint32)) >> 16
-        rounded = tl.where(value == value, rounded, 0x7FC0)
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
+        bits = (bits + (0x7FFF + ((bits >> 16) & 1)).to(tl.uint32)) >> 16
+        result = tl.where(value == value, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
 
 
 @triton.jit
@@ -267,10 +268,11 @@ def combine_transposed(window, weights, KIND: tl.constexpr, THETA: tl.constexpr)
     parameter's; 3x3 kinds: `plain_weights` of them."""
     turned = turn(window, KIND)
     if KIND == 3:
-        return combine(turned, weights, 0.0, KIND, THETA)
-    total = tl.zeros_like(turned[0])
-    for k in tl.static_range(WEIGHTS):
-        # The centre tap of angular is w - theta w; central's is the sum of all the others.
-        if KIND != 2 or not is_zero_term(KIND, THETA, k):
-            total += weights[k] * turned[k]
+        total = combine(turned, weights, 0.0, KIND, THETA)
+    else:
+        total = tl.zeros_like(turned[0])
+        for k in tl.static_range(WEIGHTS):
+            # The centre tap of angular is w - theta w; central's is the sum of all the others.
+            if KIND != 2 or not is_zero_term(KIND, THETA, k):
+                total += weights[k] * turned[k]
     return total

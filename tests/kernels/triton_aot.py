@@ -71,7 +71,7 @@ def pdc_forward(
         images(8, channels, side, dtype, layout),
         torch.empty((channels, 1, 3, 3), dtype=dtype, device="meta"),
     )
-    bias = torch.empty(channels, dtype=dtype, device="meta")
+    bias = torch.empty(channels, dtype=dtype, device="meta") if kind == Kind.ANGULAR else None
     return lambda: pdc.pdc2d_depthwise(x, weight, bias, kind, 1.0, stride, ONE, ONE)
 
 
