@@ -1,51 +1,64 @@
-// A block's matrix product: rows [kM, 32 words] times columns [kN, 32 words] of shared memory, both permuted
-// as block_shape.cuh says, summed over the words. Every sum is one chain over the reduction, whatever the
+// A block's matrix product out of shared memory. Every sum is one chain over the reduction, whatever the
 // tile.
+//
+// Operands "along k" are [kM or kN, 32 words] of 32 words of the reduction, permuted as block_shape.cuh says.
+// Operands "across k" are [kDepth, kM or kN], kDepth elements being 32 words; in 16 bit the groups of four
+// words of row k are permuted by k & 7.
 #pragma once
 #include "pdc_block/block_shape.cuh"
 
 namespace frd {
 
+enum class Operands { along_k, across_k };
+
 // 16 bit, by the tensor cores.
-template <class T, int kM, int kN, int kWarpM, int kWarpN>
+template <class T, int kM, int kN, int kWarpM, int kWarpN, bool kRowSums = false>
 class TileProduct {
+  static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+
  public:
   // Consecutive columns of the result that finish() hands out at once.
   static constexpr int kVector = kWarpN >= 32 ? 8 : 2;
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (auto& row : sum_)
+    for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
-      for (auto& tile : row)
-#pragma unroll
-        for (float& s : tile) s = 0;
+      for (int j = 0; j < kTilesN; ++j) zero(sum_[i][j]);
+      if constexpr (kRowSums) zero(row_sum_[i]);
+    }
   }
 
+  // kRelu: of the columns
+  template <Operands kOperands = Operands::along_k, bool kRelu = false>
   __device__ __forceinline__ void add(const uint32_t* rows, const uint32_t* columns) {
-    const int lane = threadIdx.x % 32;
-    // rows 0-7 and 8-15 of the first eight elements, then of the next eight
-    const int row_offset = (first_row() + lane % 16) * 32 + ((lane / 16) ^ (lane & 7)) * 4;
-    // of columns 0-7 the first eight elements and the next eight, then of columns 8-15
-    const int column = kWarpN == 8 ? lane % 8 : lane / 16 * 8 + lane % 8;
-    const int column_offset = (first_column() + column) * 32 + ((lane / 8 % 2) ^ (lane & 7)) * 4;
+    const Reader<kOperands> reader;
 #pragma unroll 2
-    for (int k = 0; k < 32; k += 8) {
-      uint32_t a[kWarpM / 16][4];
+    for (int k = 0; k < 4; ++k) {
+      uint32_t a[kTilesM][4];
 #pragma unroll
-      for (int i = 0; i < kWarpM / 16; ++i) ldmatrix<4>(a[i], rows + i * 16 * 32 + (row_offset ^ k));
-      if constexpr (kWarpN == 8) {
+      for (int i = 0; i < kTilesM; ++i) reader.rows(rows, i, k, a[i]);
+      if constexpr (kRowSums) {
+        constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
+#pragma unroll
+        for (int i = 0; i < kTilesM; ++i) mma_m16n8k16<T>(row_sum_[i], a[i], kOnes, kOnes);
+      }
+      if constexpr (kTilesN == 1) {
         uint32_t b[2];
-        ldmatrix<2>(b, columns + (column_offset ^ k));
+        reader.columns(columns, 0, k, b);
 #pragma unroll
-        for (int i = 0; i < kWarpM / 16; ++i) mma_m16n8k16<T>(sum_[i][0], a[i], b[0], b[1]);
+        for (int i = 0; i < kTilesM; ++i) mma_m16n8k16<T>(sum_[i][0], a[i], b[0], b[1]);
       } else {
 #pragma unroll
-        for (int j = 0; j < kWarpN / 8; j += 2) {
+        for (int j = 0; j < kTilesN; j += 2) {
           uint32_t b[4];
-          ldmatrix<4>(b, columns + j * 8 * 32 + (column_offset ^ k));
+          reader.columns(columns, j, k, b);
+          if constexpr (kRelu) {
 #pragma unroll
-          for (int i = 0; i < kWarpM / 16; ++i) {
+            for (uint32_t& pair : b) pair = relu_pair<T>(pair);
+          }
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i) {
             mma_m16n8k16<T>(sum_[i][j], a[i], b[0], b[1]);
             mma_m16n8k16<T>(sum_[i][j + 1], a[i], b[2], b[3]);
           }
@@ -59,7 +72,7 @@ class TileProduct {
   __device__ __forceinline__ void finish(const F& f) {
     const int lane = threadIdx.x % 32, t = lane % 4, row0 = first_row() + lane / 4, column0 = first_column();
 #pragma unroll
-    for (int i = 0; i < kWarpM / 16; ++i) {
+    for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = row0 + i * 16 + half * 8;
@@ -68,7 +81,7 @@ class TileProduct {
           f(row, column0 + 2 * t, v);
         } else {
 #pragma unroll
-          for (int j = 0; j < kWarpN / 8; j += 4) {
+          for (int j = 0; j < kTilesN; j += 4) {
             float v[8];
 #pragma unroll
             for (int n = 0; n < 4; ++n)
@@ -81,7 +94,63 @@ class TileProduct {
     }
   }
 
+  // f(row, sum of that row of the left operand), once for each row of the tile
+  template <class F>
+  __device__ __forceinline__ void finish_row_sums(const F& f) {
+    if (first_column() != 0 || threadIdx.x % 4 != 0) return;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+      const int row = first_row() + i * 16 + threadIdx.x % 32 / 4;
+      f(row, row_sum_[i][0]);
+      f(row + 8, row_sum_[i][2]);
+    }
+  }
+
  private:
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
+  static __device__ __forceinline__ int first_column() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
+  static __device__ __forceinline__ void zero(float (&tile)[4]) {
+#pragma unroll
+    for (float& s : tile) s = 0;
+  }
+
+  // Fragments of 16 rows (tile i) and of 8 or 16 columns (tile j on) at elements 16 k of the reduction. The
+  // lanes of a group of eight give the rows of one 8x8 matrix; of a pair of bits (lane / 8 % 2, lane / 16)
+  // one picks the half of the rows or columns and the other that of the reduction.
+  template <Operands kOperands, class = void>
+  struct Reader {
+    int row_offset, column_offset;
+    __device__ __forceinline__ Reader() {
+      const int lane = threadIdx.x % 32, in_matrix = lane & 7, low = lane / 8 % 2, high = lane / 16;
+      row_offset = (first_row() + low * 8 + in_matrix) * 32 + (high ^ in_matrix) * 4;
+      column_offset =
+          (first_column() + (kTilesN == 1 ? 0 : high * 8) + in_matrix) * 32 + (low ^ in_matrix) * 4;
+    }
+    __device__ __forceinline__ void rows(const uint32_t* from, int i, int k, uint32_t (&r)[4]) const {
+      ldmatrix<4>(r, from + i * 16 * 32 + (row_offset ^ (8 * k)));
+    }
+    template <int kCount>
+    __device__ __forceinline__ void columns(const uint32_t* from, int j, int k, uint32_t (&r)[kCount]) const {
+      ldmatrix<kCount>(r, from + j * 8 * 32 + (column_offset ^ (8 * k)));
+    }
+  };
+  template <class Unused>
+  struct Reader<Operands::across_k, Unused> {
+    int row_offset, column_offset;
+    __device__ __forceinline__ Reader() {
+      const int lane = threadIdx.x % 32, in_matrix = lane & 7, low = lane / 8 % 2, high = lane / 16;
+      row_offset = (high * 8 + in_matrix) * (kM / 2) + ((first_row() / 8 + low) ^ in_matrix) * 4;
+      column_offset = (low * 8 + in_matrix) * (kN / 2) + ((first_column() / 8 + high) ^ in_matrix) * 4;
+    }
+    __device__ __forceinline__ void rows(const uint32_t* from, int i, int k, uint32_t (&r)[4]) const {
+      ldmatrix<4, true>(r, from + k * 16 * (kM / 2) + (row_offset ^ (8 * i)));
+    }
+    template <int kCount>
+    __device__ __forceinline__ void columns(const uint32_t* from, int j, int k, uint32_t (&r)[kCount]) const {
+      ldmatrix<kCount, true>(r, from + k * 16 * (kN / 2) + (column_offset ^ (4 * j)));
+    }
+  };
+
   // Four lanes hold a pair of columns of each of four tiles; afterwards each holds all eight columns of one
   // tile.
   static __device__ __forceinline__ void transpose(float (&v)[8], int t) {
@@ -103,17 +172,15 @@ class TileProduct {
     }
   }
 
-  static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 / (kN / kWarpN) * kWarpM; }
-  static __device__ __forceinline__ int first_column() { return threadIdx.x / 32 % (kN / kWarpN) * kWarpN; }
-
-  float sum_[kWarpM / 16][kWarpN / 8][4];
+  float sum_[kTilesM][kTilesN][4];
+  float row_sum_[kRowSums ? kTilesM : 1][4];
 };
 
 // 32 bit, by multiply-adds: exact products, and an infinity passes as it does in float32. Tensor cores would
 // need each operand split into three products of tf32, at about the same speed without TMA and with
 // infinities turned to NaN.
-template <int kM, int kN, int kWarpM, int kWarpN>
-class TileProduct<float, kM, kN, kWarpM, kWarpN> {
+template <int kM, int kN, int kWarpM, int kWarpN, bool kRowSums>
+class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
   static constexpr int kRowsOfThread = kWarpM / 4, kColumnsOfThread = kWarpN / 8;
 
  public:
@@ -121,28 +188,42 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN> {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (auto& row : sum_)
+    for (int i = 0; i < kRowsOfThread; ++i) {
 #pragma unroll
-      for (float& s : row) s = 0;
+      for (float& s : sum_[i]) s = 0;
+      if constexpr (kRowSums) row_sum_[i] = 0;
+    }
   }
 
+  template <Operands kOperands = Operands::along_k, bool kRelu = false>
   __device__ __forceinline__ void add(const uint32_t* rows, const uint32_t* columns) {
     const int row0 = first_row();
 #pragma unroll 1
     for (int group = 0; group < 8; ++group) {
-      float4 r[kRowsOfThread];
-#pragma unroll
-      for (int i = 0; i < kRowsOfThread; ++i) r[i] = four(rows, row0 + 4 * i, group);
-#pragma unroll
-      for (int j = 0; j < kColumnsOfThread; ++j) {
-        const float4 c = four(columns, column_of(j), group);
+      if constexpr (kOperands == Operands::along_k) {
+        float4 r[kRowsOfThread];
 #pragma unroll
         for (int i = 0; i < kRowsOfThread; ++i) {
-          sum_[i][j] += r[i].x * c.x;
-          sum_[i][j] += r[i].y * c.y;
-          sum_[i][j] += r[i].z * c.z;
-          sum_[i][j] += r[i].w * c.w;
+          r[i] = four(rows + (row0 + 4 * i) * 32 + permuted<float>(row0 + 4 * i, group) * 4);
+          if constexpr (kRowSums)
+            row_sum_[i] += r[i].x, row_sum_[i] += r[i].y, row_sum_[i] += r[i].z, row_sum_[i] += r[i].w;
         }
+#pragma unroll
+        for (int j = 0; j < kColumnsOfThread; ++j) {
+          float4 c = four(columns + column_of(j) * 32 + permuted<float>(column_of(j), group) * 4);
+          if constexpr (kRelu) c = {relu(c.x), relu(c.y), relu(c.z), relu(c.w)};
+#pragma unroll
+          for (int i = 0; i < kRowsOfThread; ++i) {
+            sum_[i][j] += r[i].x * c.x;
+            sum_[i][j] += r[i].y * c.y;
+            sum_[i][j] += r[i].z * c.z;
+            sum_[i][j] += r[i].w * c.w;
+          }
+        }
+      } else {
+#pragma unroll
+        for (int k = 4 * group; k < 4 * group + 4; ++k)
+          add_outer<kRelu>(rows + k * kM + row0, columns + k * kN);
       }
     }
   }
@@ -162,6 +243,13 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN> {
     }
   }
 
+  template <class F>
+  __device__ __forceinline__ void finish_row_sums(const F& f) {
+    if (column_of(0) != 0) return;
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) f(first_row() + 4 * i, row_sum_[i]);
+  }
+
  private:
   static __device__ __forceinline__ int first_row() {
     return threadIdx.x / 32 / (kN / kWarpN) * kWarpM + threadIdx.x % 32 / 8;
@@ -170,11 +258,34 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN> {
     const int first = threadIdx.x / 32 % (kN / kWarpN) * kWarpN + threadIdx.x % 8 * kVector;
     return first + j / kVector * 8 * kVector + j % kVector;
   }
-  static __device__ __forceinline__ float4 four(const uint32_t* words, int row, int group) {
-    return *reinterpret_cast<const float4*>(words + row * 32 + permuted<float>(row, group) * 4);
+  static __device__ __forceinline__ float4 four(const uint32_t* words) {
+    return *reinterpret_cast<const float4*>(words);
+  }
+
+  template <bool kRelu>
+  __device__ __forceinline__ void add_outer(const uint32_t* rows, const uint32_t* columns) {
+    static_assert(kVector == 4, "columns are read four at a time");
+    float r[kRowsOfThread];
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      memcpy(&r[i], rows + 4 * i, 4);
+      if constexpr (kRowSums) row_sum_[i] += r[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kColumnsOfThread; j += 4) {
+      const float4 four_columns = four(columns + column_of(j));
+      const float c[4] = {four_columns.x, four_columns.y, four_columns.z, four_columns.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float column = kRelu ? relu(c[e]) : c[e];
+#pragma unroll
+        for (int i = 0; i < kRowsOfThread; ++i) sum_[i][j + e] += r[i] * column;
+      }
+    }
   }
 
   float sum_[kRowsOfThread][kColumnsOfThread];
+  float row_sum_[kRowSums ? kRowsOfThread : 1];
 };
 
 }  // namespace frd

@@ -104,6 +104,8 @@ FRD_HD constexpr int permuted(int row, int group) {
   return group ^ ((sizeof(T) == 2 ? row : row >> 2) & 7);
 }
 
+FRD_DEVICE float relu(float v) { return v <= 0 ? 0.f : v; }  // NaN stays NaN
+
 struct TilePlace {
   int64_t image;
   int y, x;  // of the first output pixel

@@ -48,7 +48,6 @@ template <class T>
 FRD_DEVICE void unpack_word(uint32_t word, float (&v)[1]) {
   memcpy(v, &word, 4);
 }
-FRD_DEVICE float relu(float v) { return v <= 0 ? 0.f : v; }  // NaN stays NaN
 
 FRD_DEVICE uint32_t float_bits(float v) {
   uint32_t bits;

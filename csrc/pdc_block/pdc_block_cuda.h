@@ -42,13 +42,38 @@ struct BlockProductArgs {
 struct CudaLimits {
   int processors, shared_per_block, shared_per_processor;
 };
-cudaError_t cuda_limits(CudaLimits* limits);
 
 // Sizes of a tile of the product, as the launcher names them.
 enum class BlockTile : int { small, medium, large };
 
+// d_point [Co, C] = sum over images and pixels of grad[co] relu(hidden[c]), d_bias [Co] = sum of grad[co].
+struct PointGradArgs {
+  DType dtype;
+  bool channels_last;
+  int64_t batch, pixels;  // of an image
+  int channels, out_channels;
+  int parts;           // from point_grad_parts()
+  const void* grad;    // [B, Co, Ho, Wo]
+  const void* hidden;  // [B, C, Ho, Wo]
+  float* partial;      // [parts, Co * C + Co], to write in
+  void *d_point, *d_bias;
+};
+
+// Parts of the sum over all pixels: enough to fill a card, few enough that they stay far below the images in
+// size. They follow the shapes alone, so that the result does.
+inline int point_grad_parts(int64_t batch, int64_t pixels) {
+  constexpr int64_t kPixelsOfPart = 256, kFew = 16, kMost = 64;
+  const int64_t runs = (batch * pixels + kPixelsOfPart / 4 - 1) / (kPixelsOfPart / 4);
+  if (runs <= kFew) return static_cast<int>(runs);
+  const int64_t parts = runs / 4 < kFew ? kFew : runs / 4;
+  return static_cast<int>(parts < kMost ? parts : kMost);
+}
+
 cudaError_t block_product_bf16(const BlockProductArgs& a, const CudaLimits& limits, cudaStream_t stream);
 cudaError_t block_product_f16(const BlockProductArgs& a, const CudaLimits& limits, cudaStream_t stream);
 cudaError_t block_product_f32(const BlockProductArgs& a, const CudaLimits& limits, cudaStream_t stream);
+cudaError_t point_grad_bf16(const PointGradArgs& a, cudaStream_t stream);
+cudaError_t point_grad_f16(const PointGradArgs& a, cudaStream_t stream);
+cudaError_t point_grad_f32(const PointGradArgs& a, cudaStream_t stream);
 
 }  // namespace frd
