@@ -87,7 +87,7 @@ constexpr int kGatherChunk = 16;  // pixels of a unit for each thread
 
 // dw and db. channels_last: a warp's lanes have 32 channels; NCHW: all threads of a block have the same one.
 template <class T, PdcKind kind>
-__global__ void __launch_bounds__(kGatherThreads) pdc_gather_sums(PdcGather p) {
+__global__ void __launch_bounds__(kGatherThreads, 2) pdc_gather_sums(PdcGather p) {
   using A = compute_t<T>;
   constexpr int side = kernel_side(kind);
   __shared__ A shared[kGatherThreads];

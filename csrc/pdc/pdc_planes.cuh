@@ -16,7 +16,7 @@ constexpr int kPerVector = 16 / static_cast<int>(sizeof(T));
 
 template <class T>
 __device__ __forceinline__ void load_columns(float (&v)[kPerVector<T>], const T* from, bool inside) {
-  const uint4 vector = inside ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+  const uint4 vector = load_words_if(inside, from);
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_columns(float (&v)[kPerVector<T>], const T*
 }
 template <class T>
 __device__ __forceinline__ void load_columns(float (&v)[1], const T* from, bool inside) {
-  v[0] = inside ? load(*from) : 0.f;
+  v[0] = load_element_if(inside, from);
 }
 
 template <class T>
@@ -54,19 +54,19 @@ template <int reach, int kColumns, class T, int rows>
 __device__ __forceinline__ void load_window(float (&window)[rows][kColumns + 2 * reach], const T* plane,
                                             int height, int width, int y, int x, int dy, int dx) {
   const auto column_inside = [&](int c) { return static_cast<unsigned>(c) < static_cast<unsigned>(width); };
+  const T* row = plane + (static_cast<int64_t>(y) * width + x);
 #pragma unroll
-  for (int r = 0; r < rows; ++r, y += dy) {
+  for (int r = 0; r < rows; ++r, y += dy, row += static_cast<int64_t>(dy) * width) {
     const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(height);
-    const T* row = plane + (static_cast<int64_t>(y) * width + x);
     float v[kColumns];
-    load_columns(v, row, inside && column_inside(x));
+    load_columns(v, row, inside & column_inside(x));
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) window[r][reach + j] = v[j];
 #pragma unroll
     for (int j = 1; j <= reach; ++j) {
       const int left = -j * dx, right = kColumns - 1 + j * dx;
-      window[r][reach - j] = inside && column_inside(x + left) ? load(row[left]) : 0.f;
-      window[r][reach + kColumns - 1 + j] = inside && column_inside(x + right) ? load(row[right]) : 0.f;
+      window[r][reach - j] = load_element_if(inside & column_inside(x + left), row + left);
+      window[r][reach + kColumns - 1 + j] = load_element_if(inside & column_inside(x + right), row + right);
     }
   }
 }

@@ -4,7 +4,11 @@
 namespace frd {
 namespace {
 
-constexpr int rows_of(PdcKind kind, bool vectors) { return kind == PdcKind::radial && vectors ? 4 : 8; }
+// More rows share more differences and loads (at 8 x 8 outputs 3 subtractions an output of the 8 of the
+// angular kind) until the window no longer fits the registers; single columns have more of them to spare.
+constexpr int rows_of(PdcKind kind, bool vectors) {
+  return (vectors ? 8 : 16) / (kind == PdcKind::radial ? 2 : 1);
+}
 
 // Whole vectors only, so that no vector hangs over the edge of x or of dy.
 bool vectors_fit(const PdcProblem& p) {

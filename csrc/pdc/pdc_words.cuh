@@ -81,6 +81,43 @@ __device__ __forceinline__ void wait_async() {
   cp_async_wait<0>();
 }
 
+// Loads of what the kernel does not write; 0 where not `inside`. A predicate rather than a branch, into which
+// the compiler would move the address arithmetic that neighbouring loads share.
+__device__ __forceinline__ uint4 load_words_if(bool inside, const void* from) {
+  uint4 v{0, 0, 0, 0};
+#if defined(__CUDACC__)
+  asm("{.reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<uint32_t>(inside)));
+#else
+  if (inside) memcpy(&v, from, sizeof(v));
+#endif
+  return v;
+}
+__device__ __forceinline__ float load_element_if(bool inside, const float* from) {
+  float v = 0.f;
+#if defined(__CUDACC__)
+  asm("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.f32 %0, [%1];}"
+      : "+f"(v)
+      : "l"(from), "r"(static_cast<uint32_t>(inside)));
+#else
+  if (inside) v = *from;
+#endif
+  return v;
+}
+template <class T>
+__device__ __forceinline__ float load_element_if(bool inside, const T* from) {
+  T v{0};
+#if defined(__CUDACC__)
+  asm("{.reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.nc.u16 %0, [%1];}"
+      : "+h"(v.bits)
+      : "l"(from), "r"(static_cast<uint32_t>(inside)));
+#else
+  if (inside) v = *from;
+#endif
+  return load(v);
+}
+
 // Streaming store of what no later block reads, without a branch around the arithmetic before it.
 __device__ __forceinline__ void store_word_if(bool inside, void* to, uint32_t word) {
 #if defined(__CUDACC__)
