@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..kinds import Kind
 from .taps import Offset, pairs
-from .triton_stencil import INTERPRETED, WEIGHTS, narrow, widen
+from .triton_stencil import INTERPRETED, WEIGHTS, load_weights, narrow, widen
 
 _MOST_MOVES = tl.constexpr(9)
 _TILE = 2**18 if INTERPRETED.value else 512  # taps of a program; the interpreter pays for programs
@@ -108,10 +108,7 @@ def transform(
     dtype: tl.constexpr = plain.dtype.element_ty
     compute: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
     real = (pair < count) & (tap < SIDE * SIDE)
-    start = weight + pair.to(tl.int64) * WEIGHTS
-    weights = ()
-    for k in tl.static_range(WEIGHTS):
-        weights += (widen(tl.load(start + k, mask=pair < count, other=0.0)),)
+    weights = load_weights(weight + pair.to(tl.int64) * WEIGHTS, 1, pair < count)
     total = tl.zeros((PAIRS, TAPS), compute)
     for k in tl.static_range(WEIGHTS):
         total += tl.where(tap == plus_tap(KIND, k), weights[k], 0.0)
@@ -139,27 +136,35 @@ def transform_transposed(
     THETA: tl.constexpr,
     SIDE: tl.constexpr,
     PAIRS: tl.constexpr,
+    TAPS: tl.constexpr,
 ):
     """grad [count, SIDE * SIDE] -> dweight [count, 9], computed in the compute type of dweight."""
-    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
+    pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]
+    index = tl.arange(0, TAPS)[None, :]
     dtype: tl.constexpr = dweight.dtype.element_ty
     compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-    start = grad + pair.to(tl.int64) * (SIDE * SIDE)
+    plus = index * 0
+    minus = index * 0 - 1
     for k in tl.static_range(WEIGHTS):
-        total = widen(tl.load(start + plus_tap(KIND, k), mask=pair < count, other=0.0)).to(compute)
-        if minus_tap(KIND, k) >= 0:
-            subtracted = widen(tl.load(start + minus_tap(KIND, k), mask=pair < count, other=0.0)).to(compute)
-            total = total - THETA * subtracted
-        tl.store(dweight + pair.to(tl.int64) * WEIGHTS + k, narrow(total, dtype), mask=pair < count)
+        plus = tl.where(index == k, plus_tap(KIND, k), plus)
+        minus = tl.where(index == k, minus_tap(KIND, k), minus)
+    real = (pair < count) & (index < WEIGHTS)
+    start = grad + pair.to(tl.int64) * (SIDE * SIDE)
+    total = widen(tl.load(start + plus, mask=real, other=0.0)).to(compute)
+    subtracted = widen(tl.load(start + minus, mask=real & (minus >= 0), other=0.0)).to(compute)
+    total = total - THETA * subtracted
+    tl.store(dweight + pair.to(tl.int64) * WEIGHTS + index, narrow(total, dtype), mask=real)
 
 
-def _options(kind: int, theta: float, count: int) -> dict[str, Any]:
-    side = _side(kind)
+def _options(kind: int, theta: float, count: int, taps: int) -> dict[str, Any]:
+    """What a kernel is told whose tiles are [pairs, taps]."""
+    taps = triton.next_power_of_2(taps)
     return {
         "KIND": int(kind),
         "THETA": 1.0 if kind == Kind.VANILLA else theta,
-        "SIDE": side,
-        "PAIRS": min(_TILE // triton.next_power_of_2(side * side), triton.next_power_of_2(count)),
+        "SIDE": _side(kind),
+        "PAIRS": min(_TILE // taps, triton.next_power_of_2(count)),
+        "TAPS": taps,
         "num_warps": 4,
     }
 
@@ -172,13 +177,12 @@ def pdc_weight(weight: torch.Tensor, kind: int, theta: float, dtype: torch.dtype
     count = weight.shape[0] * weight.shape[1]
     if count == 0:
         return plain
-    options = _options(kind, theta, count)
+    options = _options(kind, theta, count, side * side)
     transform[(triton.cdiv(count, options["PAIRS"]),)](
         weight,
         plain,
         count,
         BALANCED=plain.element_size() == 2 and kind != Kind.VANILLA,
-        TAPS=triton.next_power_of_2(side * side),
         **options,
     )
     return plain
@@ -191,6 +195,6 @@ def pdc_weight_backward(grad: torch.Tensor, kind: int, theta: float, dtype: torc
     count = grad.shape[0] * grad.shape[1]
     if count == 0:
         return dweight
-    options = _options(kind, theta, count)
+    options = _options(kind, theta, count, WEIGHTS.value)
     transform_transposed[(triton.cdiv(count, options["PAIRS"]),)](grad, dweight, count, **options)
     return dweight
