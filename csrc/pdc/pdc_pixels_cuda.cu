@@ -9,6 +9,15 @@ namespace {
 constexpr int kRows = 8;
 constexpr int columns_of(PdcKind kind) { return kind == PdcKind::radial ? 2 : 4; }
 
+// The width that wastes the fewest lanes on channels that do not exist, of those the widest.
+int log_lanes_for(int64_t words) {
+  int best = 5;
+  for (int log = 4; log >= 3; --log) {
+    if (ceil_divide(words, 1 << log) << log < ceil_divide(words, 1 << best) << best) best = log;
+  }
+  return best;
+}
+
 // Fewer warps, and so more blocks, where the problem is small. Returns the tiles of an image.
 int64_t set_subtiles(PdcTiles& t, const PdcProblem& p, const Frame& fy, const Frame& fx, int most_y,
                      int most_x) {
@@ -21,7 +30,7 @@ int64_t set_subtiles(PdcTiles& t, const PdcProblem& p, const Frame& fy, const Fr
     t.x.per_phase = Divisor(ceil_divide(pixels, t.x.subtiles * columns));
     const int64_t rows = t.y.per_phase.value * phases_of(p.y, fy),
                   per_row = t.x.per_phase.value * phases_of(p.x, fx);
-    const int64_t blocks = p.batch * rows * per_row * t.groups.value;
+    const int64_t blocks = (p.batch * rows * per_row * t.groups.value) >> (5 - t.log_lanes);
     if (blocks >= kBlocksWanted / 4 || t.y.subtiles * t.x.subtiles == 1) {
       t.per_row = Divisor(per_row), t.per_image = Divisor(rows * per_row);
       return rows * per_row;
@@ -37,15 +46,19 @@ Plan pixels_plan(const PdcProblem& p, bool backward) {
   const Frame fy = frame_of(p.y, p.kind, backward), fx = frame_of(p.x, p.kind, backward);
   t.y = tile_axis(p.y, fy), t.x = tile_axis(p.x, fx);
   const int element = p.dtype == DType::f32 ? 4 : 2;
-  t.groups = Divisor(ceil_divide(p.channels * element, kPixelWords * 4));
+  const int64_t words = p.channels * element / 4;
+  t.log_lanes = log_lanes_for(words);
+  t.groups = Divisor(ceil_divide(words, 1 << t.log_lanes));
   t.vectors = p.channels * element % 16 == 0 && all_aligned(p, 16);
   // The backward holds two tiles in the 48 KB that a block may have without asking.
   const int64_t units = p.batch * set_subtiles(t, p, fy, fx, backward ? 1 : 2, kPixelWarps / 2);
   const int64_t groups = t.groups.value;
-  t.units = static_cast<int>(units);
+  const int64_t bundles = ceil_divide(units, 32 >> t.log_lanes);
+  t.units = static_cast<int>(units), t.bundles = static_cast<int>(bundles);
+  // A block of the forward goes through up to four tiles with the weights it has loaded.
   const int64_t wanted = backward ? std::min<int64_t>(kMostParts, kBlocksWanted / groups)
-                                  : std::max<int64_t>(units / 4, 2 * kBlocksWanted / groups);
-  t.parts = balanced_parts(units, wanted);
+                                  : std::max<int64_t>(bundles / 4, 2 * kBlocksWanted / groups);
+  t.parts = balanced_parts(bundles, wanted);
   return {t, units * groups};
 }
 

@@ -38,8 +38,11 @@ struct PdcTiles {
   Divisor per_image, per_row;  // tiles
   Divisor groups;              // of channels, one for each block; NCHW: the channels
   int channels, units;         // units: tiles of all images, forward of NCHW: of all planes
-  int parts;     // blocks of a group, NCHW: warps of a channel; i takes the units i, i + parts, ...
-  bool vectors;  // 16-byte copies are aligned
+  // channels_last: a warp holds 32 >> log_lanes tiles side by side, so that few channels fill it; a bundle.
+  int log_lanes, bundles;
+  int parts;     // blocks of a group, NCHW: warps of a channel; part i has the bundles or units i, i + parts,
+                 // ...
+  bool vectors;  // accesses of 16 bytes are aligned
   float theta;
   const void *source, *weight, *bias, *grad;  // bias may be null
   void* out;                                  // y or dx; null: not wanted

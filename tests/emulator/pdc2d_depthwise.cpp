@@ -203,6 +203,7 @@ void check_dtype(DType dtype) {
   // The tiled kernels: whole and hanging subtiles, several groups of channels, several images.
   check_kinds<T>({2, 70, 9, 7}, dtype, true);
   check_kinds<T>({1, 16, 17, 18}, dtype, true);
+  check_kinds<T>({3, 36, 10, 5, 1, 0}, dtype, true);
   check_kinds<T>({2, 3, 13, 16}, dtype, false);
   check_kinds<T>({1, 2, 9, 11}, dtype, false);
   const PdcKind some[] = {PdcKind::central, PdcKind::angular, PdcKind::radial};
