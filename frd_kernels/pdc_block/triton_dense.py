@@ -1,0 +1,300 @@
+"""The dense PDC block as one Triton kernel, forward only: an implicit matrix product over the taps of the
+equivalent plain kernel, whose result meets the 1x1 weight before it leaves the registers."""
+
+# Triton functions take no annotations.
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..kinds import Kind
+from ..pdc.taps import Offset, pairs
+from ..pdc.triton import Launch
+from ..pdc.triton_stencil import narrow, widen
+from .triton import SMALL_IMAGE, dot_precision, matmul_add, on_device, relu, shared_memory
+
+OptionalTensor = torch.Tensor | None
+
+_WIDTHS = (64, 128, 256)
+
+
+def can_run_dense(x: torch.Tensor, pdc_weight: torch.Tensor, point_weight: torch.Tensor) -> str | None:
+    """None where `pdc_block_dense` computes conv1x1(relu(pdc2d(x))), else why it does not.
+
+    x [B, C, H, W]; pdc_weight [Ch, C, 3, 3] or its plain kernel; point_weight [Co, Ch, 1, 1].
+    """
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"x must be float32, float16 or bfloat16 for the dense Triton block, got {x.dtype}"
+    if pdc_weight.shape[1] != x.shape[1]:
+        return f"groups must be 1 for the dense Triton block, got {x.shape[1] // pdc_weight.shape[1]}"
+    widths = {
+        "in_channels": x.shape[1],
+        "hidden channels": pdc_weight.shape[0],
+        "out_channels": point_weight.shape[0],
+    }
+    for name, width in widths.items():
+        if width not in _WIDTHS:
+            return f"{name} must be 64, 128 or 256 for the dense Triton block, got {width}"
+    return None
+
+
+def dense_taps(kind: int, theta: float) -> list[Offset]:
+    """The taps of the equivalent plain kernel that are not zero whatever the weights, row by row."""
+    taps = set()
+    for _, plus, minus in pairs(Kind(kind)):
+        if theta == 1.0 and plus == minus:
+            continue
+        taps.add(plus)
+        if minus is not None and theta != 0.0:
+            taps.add(minus)
+    return sorted(taps)
+
+
+def _packed(steps: list[int]) -> int:
+    """Steps of -2 to 2, three bits each: a table that lives in a register."""
+    return sum((step + 2) << (3 * i) for i, step in enumerate(steps))
+
+
+@triton.jit
+def _hidden(
+    x,
+    plain,
+    pdc_bias,
+    row,
+    column,
+    inside,
+    steps,
+    height,
+    width,
+    stride_c,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    channel,
+    TAPS: tl.constexpr,
+    TAP_ROWS: tl.constexpr,
+    TAP_COLUMNS: tl.constexpr,
+    C: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """relu(conv2d(x, plain) + pdc_bias) of the tile's pixels and the hidden channels `channel`, in x's dtype."""
+    tap_rows = tl.full((), TAP_ROWS, tl.int64)
+    tap_columns = tl.full((), TAP_COLUMNS, tl.int64)
+    acc = tl.zeros((row.shape[0], channel.shape[0]), tl.float32)
+    for step in range(steps):
+        # Taps inside, channels outside: the slab of x stays in the cache.
+        tap = step % TAPS
+        source = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
+        at_row = row + (((tap_rows >> (3 * tap)) & 7) - 2).to(tl.int32) * dilation_y
+        at_column = column + (((tap_columns >> (3 * tap)) & 7) - 2).to(tl.int32) * dilation_x
+        seen = inside & (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
+        at = at_row * stride_y + at_column * stride_x
+        a = tl.load(x + at[:, None] + (source * stride_c)[None, :], mask=seen[:, None], other=0.0)
+        b = tl.load(plain + ((tap * C + source) * HIDDEN)[:, None] + channel[None, :])
+        acc = matmul_add(a, b, acc, PRECISION)
+    if HAS_BIAS:
+        acc += widen(tl.load(pdc_bias + channel))[None, :]
+    return narrow(relu(acc), x.dtype.element_ty)
+
+
+@triton.jit
+def _store(
+    out,
+    residual,
+    point_bias,
+    result,
+    pixel,
+    channel,
+    inside,
+    stride_c,
+    stride_p,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """result [pixel, channel] + point_bias + residual."""
+    if HAS_BIAS:
+        result += widen(tl.load(point_bias + channel))[None, :]
+    to = (pixel * stride_p)[:, None] + (channel * stride_c)[None, :]
+    if HAS_RESIDUAL:
+        result += widen(tl.load(residual + to, mask=inside[:, None], other=0.0))
+    tl.store(out + to, narrow(result, out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _dense_kernel(
+    x,  # [B, C, H, W]: sx_b, sx_c, sx_y, sx_x
+    plain,  # [TAPS, C, HIDDEN]
+    pdc_bias,  # [HIDDEN]
+    point,  # [OUT, HIDDEN]
+    point_bias,  # [OUT]
+    residual,  # [B, OUT, Ho, Wo] as out
+    out,  # [B, OUT, Ho, Wo]: so_c from channel to channel, so_p from pixel to pixel
+    height,
+    width,
+    out_width,
+    pixels,  # of an image of out
+    tiles,  # of an image
+    steps,  # TAPS * C / BLOCK_K
+    sx_b,
+    sx_c,
+    sx_y,
+    sx_x,
+    so_c,
+    so_p,
+    stride_y,
+    stride_x,
+    dilation_y,
+    dilation_x,
+    TAPS: tl.constexpr,
+    TAP_ROWS: tl.constexpr,
+    TAP_COLUMNS: tl.constexpr,
+    C: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    OUT: tl.constexpr,
+    HAS_PDC_BIAS: tl.constexpr,
+    HAS_POINT_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    image = (tile // tiles).to(tl.int64)
+    pixel = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = pixel < pixels
+    row = pixel // out_width * stride_y
+    column = pixel % out_width * stride_x
+    x += image * sx_b
+    out += image * OUT * pixels
+    residual += image * OUT * pixels
+    result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, HIDDEN, BLOCK_H):
+        slab = first + tl.arange(0, BLOCK_H)
+        # fmt: off
+        hidden = _hidden(
+            x, plain, pdc_bias, row, column, inside, steps, height, width, sx_c, sx_y, sx_x, dilation_y, dilation_x,
+            slab, TAPS, TAP_ROWS, TAP_COLUMNS, C, HIDDEN, HAS_PDC_BIAS, BLOCK_K, PRECISION,
+        )
+        # fmt: on
+        if BLOCK_H == HIDDEN:
+            for begin in range(0, OUT, BLOCK_N):
+                channel = begin + tl.arange(0, BLOCK_N)
+                weight = tl.load(point + slab[:, None] + (channel * HIDDEN)[None, :])
+                part = matmul_add(hidden, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+                # fmt: off
+                _store(out, residual, point_bias, part, pixel, channel, inside, so_c, so_p,
+                       HAS_POINT_BIAS, HAS_RESIDUAL)
+                # fmt: on
+        else:
+            channel = tl.arange(0, BLOCK_N)
+            weight = tl.load(point + slab[:, None] + (channel * HIDDEN)[None, :])
+            result = matmul_add(hidden, weight, result, PRECISION)
+    if BLOCK_H != HIDDEN:
+        channel = tl.arange(0, BLOCK_N)
+        # fmt: off
+        _store(out, residual, point_bias, result, pixel, channel, inside, so_c, so_p, HAS_POINT_BIAS, HAS_RESIDUAL)
+        # fmt: on
+
+
+def pdc_block_dense(
+    x: torch.Tensor,
+    plain: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    kind: int,
+    theta: float,
+    stride: list[int],
+    dilation: list[int],
+) -> torch.Tensor:
+    """conv1x1(relu(conv2d(x, plain) + pdc_bias)) + point_bias + residual, with padding = dilation.
+
+    The hidden values meet the 1x1 weight in the dtype of x, as in eager PyTorch; both products add in float32.
+
+    Args:
+        x: [B, C, H, W]. plain: [Ch, C, s, s], the equivalent plain kernel in the dtype of x, s = 5 for radial,
+            else 3. point_weight: [Co, Ch, 1, 1]. pdc_bias: [Ch]. point_bias: [Co]. residual: [B, Co, Ho, Wo].
+        kind, theta: say which taps of `plain` are zero.
+
+    Returns:
+        [B, Co, Ho, Wo], channels_last where x is dense in it and not contiguous, else contiguous.
+
+    Raises:
+        NotImplementedError: what `can_run_dense` says.
+    """
+    reason = can_run_dense(x, plain, point_weight)
+    if reason is not None:
+        raise NotImplementedError(f"pdc_block_dense: {reason}")
+    launch = Launch(x, kind, theta, stride, dilation, dilation)
+    channels, height, width = launch.size
+    hidden, filters = plain.shape[0], point_weight.shape[0]
+    pixels = launch.rows * launch.columns
+    size = (launch.batch, filters, launch.rows, launch.columns)
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=launch.layout)
+    if out.numel() == 0:
+        return out
+    taps = dense_taps(kind, theta)
+    reach = plain.shape[-1] // 2
+    block_m, block_k, block_h, block_n, warps, stages = _tiles(x, pixels, hidden, filters)
+    tiles = triton.cdiv(pixels, block_m)
+    with on_device(x):
+        _dense_kernel[(launch.batch * tiles,)](
+            launch.dense(x),
+            torch.stack([plain[:, :, dy + reach, dx + reach].t() for dy, dx in taps]),
+            out if pdc_bias is None else pdc_bias.contiguous(),
+            point_weight.contiguous(),
+            out if point_bias is None else point_bias.contiguous(),
+            out if residual is None else launch.dense(residual),
+            out,
+            height,
+            width,
+            launch.columns,
+            pixels,
+            tiles,
+            len(taps) * channels // block_k,
+            channels * height * width,
+            *((height * width, width, 1) if launch.channels_first else (1, width * channels, channels)),
+            *((pixels, 1) if launch.channels_first else (1, filters)),
+            *stride,
+            *dilation,
+            TAPS=len(taps),
+            TAP_ROWS=_packed([dy for dy, _ in taps]),
+            TAP_COLUMNS=_packed([dx for _, dx in taps]),
+            C=channels,
+            HIDDEN=hidden,
+            OUT=filters,
+            HAS_PDC_BIAS=pdc_bias is not None,
+            HAS_POINT_BIAS=point_bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            BLOCK_M=block_m,
+            BLOCK_K=block_k,
+            BLOCK_H=block_h,
+            BLOCK_N=block_n,
+            PRECISION=dot_precision(x.dtype),
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return out
+
+
+def _tiles(x: torch.Tensor, pixels: int, hidden: int, filters: int) -> tuple[int, int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_K, BLOCK_H, BLOCK_N, warps, stages). The batch decides nothing that changes a sum: neither the
+    blocks of its terms, nor the instruction (Hopper's wgmma needs 64 rows)."""
+    many = x.shape[0] * pixels > 16384
+    if x.dtype == torch.float32:
+        # The operands are split in two halves each: with all hidden channels at once the registers run out.
+        return (32, 32, 32, filters, 8, 2) if many else (16, 32, 32, filters, 4, 2)
+    if pixels <= SMALL_IMAGE:
+        return 32 if many else 16, 64, hidden, 64, 4, 3
+    if shared_memory(x) < 160 * 1024:
+        return 64, 32, hidden, 32, 8, 2
+    return (128, 64, hidden, 64, 8, 3) if many else (64, 64, hidden, 64, 8, 3)
