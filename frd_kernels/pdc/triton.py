@@ -23,9 +23,8 @@ _THREADS = 128
 _VECTOR_BYTES = 16
 # The interpreter pays for programs, not for elements.
 _TILE_FACTOR = 64 if INTERPRETED.value else 1
-_ENOUGH_PROGRAMS = (
-    1 if INTERPRETED.value else 512
-)  # two blocks of threads on each of 132 multiprocessors, twice
+# Twice what the 132 multiprocessors of an H100 run at a time, at two blocks of threads on each.
+_ENOUGH_PROGRAMS = 1 if INTERPRETED.value else 512
 _MOST_ROWS = 64 * _TILE_FACTOR
 _MOST_CHANNELS = 128
 _UNROLL = 4
@@ -117,9 +116,10 @@ class Launch:
         share = triton.cdiv(steps, max(1, min(steps, _ENOUGH_PROGRAMS // max(1, programs))))
         return triton.cdiv(steps, share), share
 
-    def walk(self, tile: Tile, rows: int, blocks: int) -> tuple[int, dict[str, int]]:
-        """(programs over the images, what a walk down `rows` rows is told)."""
-        share = min(self.runs(tile, rows, blocks)[1], _MOST_ROWS)
+    def walk(self, tile: Tile, rows: int, blocks: int, fewest: int) -> tuple[int, dict[str, int]]:
+        """(programs over the images, what a walk down `rows` rows is told); a run has at least `fewest` of them,
+        where there are so many."""
+        share = min(max(self.runs(tile, rows, blocks)[1], min(fewest, rows)), _MOST_ROWS)
         unroll = _UNROLL if share >= _UNROLL and rows % _UNROLL == 0 else 1
         share = triton.cdiv(share, unroll) * unroll
         options = {"run_rows": share, "STRIP": tile.strip, "UNROLL": unroll}
@@ -146,7 +146,7 @@ def pdc2d_depthwise(
     constants = launch.constants | {"BIAS": bias is not None}
     if launch.walks:
         tile = launch.strip_tile(launch.columns, launch.vector)
-        programs, options = launch.walk(tile, launch.rows, tile.blocks(launch.columns))
+        programs, options = launch.walk(tile, launch.rows, tile.blocks(launch.columns), 1)
         grid = (programs, triton.cdiv(launch.channels, tile.channels))
         rows_forward[grid](*operands, *sizes, *launch.lead, **constants, **options)
         return y
@@ -216,7 +216,8 @@ def _backward(
 
     if launch.walks and launch.lead == [1, 1]:
         tile = launch.strip_tile(launch.width, per_thread)
-        programs, options = launch.walk(tile, launch.height, tile.blocks(launch.width))
+        # A run leaves ten sums for each channel: a single row would be less than that.
+        programs, options = launch.walk(tile, launch.height, tile.blocks(launch.width), _UNROLL)
         partial = partial_sums(programs)
         grid = (programs, triton.cdiv(launch.channels, tile.channels))
         rows_backward[grid](grad, x, weight, dx, partial, *launch.size, **constants, **options)

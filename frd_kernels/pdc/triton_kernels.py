@@ -40,7 +40,7 @@ def over_channels(index, CHANNELS_FIRST: tl.constexpr):
 
 @triton.jit
 def channel_starts(tensor, image, channel, channels, pixels, CHANNELS_FIRST: tl.constexpr):
-    """Pointers to the first pixel of each channel of an image."""
+    """Pointers to the first pixel of each channel of an image; of an offset as `tensor`, offsets."""
     start = tensor + image.to(tl.int64) * (channels * pixels)
     return start + channel * (pixels if CHANNELS_FIRST else 1)
 
