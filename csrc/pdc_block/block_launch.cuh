@@ -28,6 +28,7 @@ BlockProduct prepare(const BlockProductArgs& args, const CudaLimits& limits) {
   constexpr int kSize = sizeof(T);
   BlockProduct a{};
   static_cast<BlockProductArgs&>(a) = args;
+  a.extra = a.gate ? a.gate : a.residual;
   a.reach = reach_of(a.prologue), a.lead = S::lead(a.reach);
   a.slabs = Divider(blocks_of(a.channels, S::kSlab));
   a.point_slots = point_slots<S>(a.slabs.divisor, a.reach, limits);
@@ -44,8 +45,7 @@ BlockProduct prepare(const BlockProductArgs& args, const CudaLimits& limits) {
   a.wide_point = whole_channels && aligned(a.point, 16);
   constexpr int kVector = TileProduct<T, S::kM, S::kN, S::Tile::kWarpM, S::Tile::kWarpN>::kVector;
   a.wide_out = (S::kPixels ? a.out_channels : a.out_width) % kVector == 0;
-  for (const void* p :
-       {static_cast<const void*>(a.out), a.residual, a.gate, S::kPixels ? a.point_bias : nullptr})
+  for (const void* p : {static_cast<const void*>(a.out), a.extra, S::kPixels ? a.point_bias : nullptr})
     a.wide_out = a.wide_out && aligned(p, kVector * kSize);
   return a;
 }

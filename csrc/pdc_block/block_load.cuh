@@ -17,26 +17,24 @@ FRD_DEVICE uint32_t gathered_word(const T* p, int at, bool there, int next, bool
 }
 
 // The halo of a tile in channels_last, channels [c0, c0 + kSlab): zeros outside the image.
-template <class S>
+template <class S, bool kWide>
 FRD_DEVICE void load_pixels(const BlockProduct& a, const TilePlace& place, int c0, uint32_t* halo) {
   using T = typename S::T;
+  constexpr int kGroups = kWide ? 8 : 32, kWords = 32 / kGroups;  // of a pixel, of a group
   const T* image = static_cast<const T*>(a.x) + place.image * a.height * a.width * a.channels;
   const int columns = a.halo_columns.divisor, count = a.halo_rows * columns;
-  const int groups = a.wide_x ? 8 : 32, width = a.wide_x ? 4 * S::kUnit : S::kUnit;
-  for (int i = threadIdx.x; i < count * groups; i += S::kThreads) {
-    const int pixel = a.wide_x ? i >> 3 : i >> 5, group = i & (groups - 1);
+  const int group = threadIdx.x % kGroups, c = c0 + group * kWords * S::kUnit;
+  for (int pixel = threadIdx.x / kGroups; pixel < count; pixel += S::kThreads / kGroups) {
     const int row = a.halo_columns.quotient(pixel), column = pixel - row * columns;
-    const int y = place.y - a.reach + row, x = place.x - a.lead + column, c = c0 + group * width;
+    const int y = place.y - a.reach + row, x = place.x - a.lead + column;
     const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(a.height) &&
-                        static_cast<unsigned>(x) < static_cast<unsigned>(a.width);
+                        static_cast<unsigned>(x) < static_cast<unsigned>(a.width) && c < a.channels;
     const int at = (y * a.width + x) * a.channels + c;
-    if (a.wide_x) {
-      const bool there = inside && c < a.channels;
-      cp_async_16(halo + pixel * S::kPitch + group * 4, there ? image + at : image, there ? 16 : 0);
-    } else {
-      halo[pixel * S::kPitch + group] =
-          gathered_word(image, at, inside && c < a.channels, at + 1, inside && c + 1 < a.channels);
-    }
+    uint32_t* to = halo + pixel * S::kPitch + group * kWords;
+    if constexpr (kWide)
+      cp_async_16(to, inside ? image + at : image, inside ? 16 : 0);
+    else
+      *to = gathered_word(image, at, inside, at + 1, inside && c + 1 < a.channels);
   }
 }
 
@@ -66,20 +64,24 @@ FRD_DEVICE void load_planes(const BlockProduct& a, const TilePlace& place, int c
   }
 }
 
-// `count` elements of the `left` that there are, zeros beyond; from and to aligned to 16 bytes if wide.
+// Weights [kSlab, 9] and biases [kSlab] of the channels from c0 on, zeros beyond the last.
 template <class S>
-FRD_DEVICE void load_row(const typename S::T* from, int left, int count, bool wide, uint32_t* to) {
+FRD_DEVICE void load_stencil(const BlockProduct& a, int c0, uint32_t* to) {
   using T = typename S::T;
-  const int groups = count / S::kUnit / (wide ? 4 : 1);
-  for (int i = threadIdx.x; i < groups; i += S::kThreads) {
-    if (wide) {
-      const int rest = (left - i * 4 * S::kUnit) * static_cast<int>(sizeof(T)), bytes = rest < 0    ? 0
-                                                                                        : rest > 16 ? 16
-                                                                                                    : rest;
-      cp_async_16(to + 4 * i, bytes ? from + i * 4 * S::kUnit : from, bytes);
+  const int channels = a.channels - c0, weights = channels * kPdcWeights,
+            biases = a.stencil_bias ? channels : 0;
+  const T* weight = static_cast<const T*>(a.stencil) + static_cast<int64_t>(c0) * kPdcWeights;
+  const T* bias = static_cast<const T*>(a.stencil_bias) + (a.stencil_bias ? c0 : 0);
+  const int width = a.wide_stencil ? 4 : 1;
+  for (int i = threadIdx.x * width; i < S::kStencilWords + 32; i += S::kThreads * width) {
+    const bool is_bias = i >= S::kStencilWords;
+    const int at = (is_bias ? i - S::kStencilWords : i) * S::kUnit, left = (is_bias ? biases : weights) - at;
+    const T* from = is_bias ? bias : weight;
+    if (a.wide_stencil) {
+      const int bytes = left * static_cast<int>(sizeof(T));
+      cp_async_16(to + i, left > 0 ? from + at : from, bytes < 0 ? 0 : bytes > 16 ? 16 : bytes);
     } else {
-      const int at = i * S::kUnit;
-      to[i] = gathered_word(from, at, at < left, at + 1, at + 1 < left);
+      to[i] = gathered_word(from, at, left > 0, at + 1, left > 1);
     }
   }
 }
@@ -87,21 +89,16 @@ FRD_DEVICE void load_row(const typename S::T* from, int left, int count, bool wi
 // Everything that the hidden values of one slab need, into one stage.
 template <class S>
 FRD_DEVICE void load_stage(const BlockProduct& a, const TilePlace& place, int slab, uint32_t* stage) {
-  using T = typename S::T;
-  const int c0 = slab * S::kSlab, left = a.channels - c0;
+  const int c0 = slab * S::kSlab;
   if (a.prologue != Prologue::gather) {
-    if constexpr (S::kPixels)
-      load_pixels<S>(a, place, c0, stage);
-    else
+    if constexpr (!S::kPixels)
       load_planes<S>(a, place, c0, stage);
+    else if (a.wide_x)
+      load_pixels<S, true>(a, place, c0, stage);
+    else
+      load_pixels<S, false>(a, place, c0, stage);
   }
-  if (a.prologue != Prologue::copy) {
-    uint32_t* weights = stage + a.stage_words - 32 - S::kStencilWords;
-    load_row<S>(static_cast<const T*>(a.stencil) + static_cast<int64_t>(c0) * kPdcWeights, left * kPdcWeights,
-                S::kSlab * kPdcWeights, a.wide_stencil, weights);
-    load_row<S>(static_cast<const T*>(a.stencil_bias) + (a.stencil_bias ? c0 : 0), a.stencil_bias ? left : 0,
-                S::kSlab, a.wide_stencil, weights + S::kStencilWords);
-  }
+  if (a.prologue != Prologue::copy) load_stencil<S>(a, c0, stage + a.stage_words - 32 - S::kStencilWords);
 }
 
 // point[first_out + row, c0 + ...] for kOuts rows, permuted.

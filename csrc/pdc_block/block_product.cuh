@@ -67,30 +67,34 @@ class TileProduct {
     }
   }
 
-  // f(row, column, float (&)[kVector]) for every vector of this thread
-  template <class F>
-  __device__ __forceinline__ void finish(const F& f) {
+  // to.give(row, column, float (&)[kVector], to.fetch(row, column)) for every vector of this thread
+  template <class To>
+  __device__ __forceinline__ void finish(const To& to) {
     const int lane = threadIdx.x % 32, t = lane % 4, row0 = first_row() + lane / 4, column0 = first_column();
+    constexpr int kVectors = kVector == 2 ? 1 : kTilesN / 4;  // of a row
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
+      decltype(to.fetch(0, 0)) pending[2][kVectors];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row0 + i * 16 + half * 8;
-        if constexpr (kVector == 2) {
-          float v[2] = {sum_[i][0][2 * half], sum_[i][0][2 * half + 1]};
-          f(row, column0 + 2 * t, v);
-        } else {
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int j = 0; j < kTilesN; j += 4) {
-            float v[8];
+        for (int j = 0; j < kVectors; ++j)
+          pending[half][j] = to.fetch(row0 + i * 16 + half * 8, column0 + (4 * j + t) * kVector);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j) {
+          float v[kVector];
+          if constexpr (kVector == 2) {
+            v[0] = sum_[i][0][2 * half], v[1] = sum_[i][0][2 * half + 1];
+          } else {
 #pragma unroll
             for (int n = 0; n < 4; ++n)
-              v[2 * n] = sum_[i][j + n][2 * half], v[2 * n + 1] = sum_[i][j + n][2 * half + 1];
+              v[2 * n] = sum_[i][4 * j + n][2 * half], v[2 * n + 1] = sum_[i][4 * j + n][2 * half + 1];
             transpose(v, t);
-            f(row, column0 + (j + t) * 8, v);
           }
+          to.give(row0 + i * 16 + half * 8, column0 + (4 * j + t) * kVector, v, pending[half][j]);
         }
-      }
     }
   }
 
@@ -201,25 +205,8 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
 #pragma unroll 1
     for (int group = 0; group < 8; ++group) {
       if constexpr (kOperands == Operands::along_k) {
-        float4 r[kRowsOfThread];
 #pragma unroll
-        for (int i = 0; i < kRowsOfThread; ++i) {
-          r[i] = four(rows + (row0 + 4 * i) * 32 + permuted<float>(row0 + 4 * i, group) * 4);
-          if constexpr (kRowSums)
-            row_sum_[i] += r[i].x, row_sum_[i] += r[i].y, row_sum_[i] += r[i].z, row_sum_[i] += r[i].w;
-        }
-#pragma unroll
-        for (int j = 0; j < kColumnsOfThread; ++j) {
-          float4 c = four(columns + column_of(j) * 32 + permuted<float>(column_of(j), group) * 4);
-          if constexpr (kRelu) c = {relu(c.x), relu(c.y), relu(c.z), relu(c.w)};
-#pragma unroll
-          for (int i = 0; i < kRowsOfThread; ++i) {
-            sum_[i][j] += r[i].x * c.x;
-            sum_[i][j] += r[i].y * c.y;
-            sum_[i][j] += r[i].z * c.z;
-            sum_[i][j] += r[i].w * c.w;
-          }
-        }
+        for (int pair = 0; pair < 4; pair += 2) add_pair<kRelu>(rows + pair, columns + pair, row0, group);
       } else {
 #pragma unroll
         for (int k = 4 * group; k < 4 * group + 4; ++k)
@@ -228,17 +215,21 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
     }
   }
 
-  template <class F>
-  __device__ __forceinline__ void finish(const F& f) {
+  template <class To>
+  __device__ __forceinline__ void finish(const To& to) {
     const int row0 = first_row();
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
+      decltype(to.fetch(0, 0)) pending[kColumnsOfThread / kVector];
+#pragma unroll
+      for (int j = 0; j < kColumnsOfThread; j += kVector)
+        pending[j / kVector] = to.fetch(row0 + 4 * i, column_of(j));
 #pragma unroll
       for (int j = 0; j < kColumnsOfThread; j += kVector) {
         float v[kVector];
 #pragma unroll
         for (int e = 0; e < kVector; ++e) v[e] = sum_[i][j + e];
-        f(row0 + 4 * i, column_of(j), v);
+        to.give(row0 + 4 * i, column_of(j), v, pending[j / kVector]);
       }
     }
   }
@@ -258,8 +249,33 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
     const int first = threadIdx.x / 32 % (kN / kWarpN) * kWarpN + threadIdx.x % 8 * kVector;
     return first + j / kVector * 8 * kVector + j % kVector;
   }
+  static __device__ __forceinline__ float2 two(const uint32_t* words) {
+    return *reinterpret_cast<const float2*>(words);
+  }
   static __device__ __forceinline__ float4 four(const uint32_t* words) {
     return *reinterpret_cast<const float4*>(words);
+  }
+
+  // Two elements of the reduction: four would not fit the registers beside 64 sums.
+  template <bool kRelu>
+  __device__ __forceinline__ void add_pair(const uint32_t* rows, const uint32_t* columns, int row0,
+                                           int group) {
+    float2 r[kRowsOfThread];
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      r[i] = two(rows + (row0 + 4 * i) * 32 + permuted<float>(row0 + 4 * i, group) * 4);
+      if constexpr (kRowSums) row_sum_[i] += r[i].x, row_sum_[i] += r[i].y;
+    }
+#pragma unroll
+    for (int j = 0; j < kColumnsOfThread; ++j) {
+      float2 c = two(columns + column_of(j) * 32 + permuted<float>(column_of(j), group) * 4);
+      if constexpr (kRelu) c = {relu(c.x), relu(c.y)};
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        sum_[i][j] += r[i].x * c.x;
+        sum_[i][j] += r[i].y * c.y;
+      }
+    }
   }
 
   template <bool kRelu>

@@ -22,19 +22,19 @@ struct SmallTile {
   static constexpr int kStages = 4, kBlocks = 4, kStripRows = 2;
 };
 
-// n / divisor by a multiplication, for 0 <= n < 2^31.
+// n / divisor by a multiplication, for 0 <= n < 2^31 and a divisor below 2^31.
 struct Divider {
   uint32_t multiplier = 0;
   int divisor = 1, shift = 0;
   Divider() = default;
   explicit Divider(int by) : divisor(by) {
-    int bits = 0;
-    while ((int64_t{1} << bits) < by) ++bits;
-    shift = 31 + bits;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + by - 1) / by);
+    while ((int64_t{1} << shift) < by) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + by - 1) / by);
   }
-  FRD_HD int quotient(int n) const {
-    return static_cast<int>((static_cast<uint64_t>(multiplier) * static_cast<uint32_t>(n)) >> shift);
+  FRD_HD int quotient(int n) const {  // the high word of a product of two words, shifted
+    return static_cast<int>(
+        static_cast<uint32_t>((static_cast<uint64_t>(multiplier) * (2u * static_cast<uint32_t>(n))) >> 32) >>
+        shift);
   }
 };
 
@@ -47,6 +47,7 @@ struct BlockProduct : BlockProductArgs {
   Divider halo_columns, tiles_x, tiles_of_image;
   int tiles;
   int stage_words;
+  const void* extra;                                // residual or gate
   bool wide_x, wide_stencil, wide_point, wide_out;  // sizes and addresses allow vectors
 };
 

@@ -16,8 +16,9 @@ enum class Prologue : int {
   gather   // ReLU of any other stencil
 };
 
-// out [B, Co, Ho, Wo] = sum_c hidden[b, c, y, x] point[co, c] (+ point_bias[co]) (+ residual); where a gate
-// is given, it is 0 where gate <= 0. All of the same dtype and, if an image, of the same layout.
+// out [B, Co, Ho, Wo] = sum_c hidden[b, c, y, x] point[co, c] (+ point_bias[co]) (+ residual); or, with a
+// gate in place of the residual, 0 where gate <= 0. All of the same dtype and, if an image, of the same
+// layout.
 struct BlockProductArgs {
   DType dtype;
   bool channels_last;

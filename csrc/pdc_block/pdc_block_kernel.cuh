@@ -29,7 +29,9 @@ __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) pdc_block_ke
     return place_of<S>(a, first_tile + a.slabs.quotient(step) * stride);
   };
 
-  TileProduct<T, S::kM, S::kN, Tile::kWarpM, Tile::kWarpN> product;
+  using Product = TileProduct<T, S::kM, S::kN, Tile::kWarpM, Tile::kWarpN>;
+  constexpr int kVector = Product::kVector;
+  Product product;
   product.clear();
 #pragma unroll 1
   for (int step = -kStages; step < steps; ++step) {
@@ -49,9 +51,10 @@ __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) pdc_block_ke
         const uint32_t* weight = point + (keep_point ? slab_of(step) : step % kStages) * S::kPointWords;
         product.add(kPixels ? hidden : weight, kPixels ? weight : hidden);
         if (slab_of(step) < slabs - 1) continue;
-        const TilePlace place = place_at(step);
-        product.finish(
-            [&](int row, int column, auto& v) { finish_vector<S>(a, place, first_out, row, column, v); });
+        if (a.wide_out)
+          product.finish(TileFinish<S, kVector, true>(a, place_at(step), first_out));
+        else
+          product.finish(TileFinish<S, kVector, false>(a, place_at(step), first_out));
         product.clear();
       } else if (const int next = step + 1; next >= 0 && next < steps) {
         make_hidden<S>(a, place_at(next), slab_of(next), stages + next % kStages * a.stage_words,

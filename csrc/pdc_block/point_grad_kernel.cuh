@@ -94,6 +94,30 @@ FRD_DEVICE void load_run(const PointGrad& a, int run, int first_out, int first_c
   }
 }
 
+// Takes the sums of a tile into a part [Co, C].
+struct PartialSums {
+  const PointGrad& a;
+  float* partial;
+  int first_out, first_channel;
+  struct Nothing {};
+  __device__ __forceinline__ Nothing fetch(int, int) const { return {}; }
+  template <int kVector>
+  __device__ __forceinline__ void give(int row, int column, const float (&v)[kVector], Nothing) const {
+    const int out = first_out + row, c = first_channel + column;
+    if (out >= a.out_channels) return;
+    float* to = partial + static_cast<int64_t>(out) * a.channels + c;
+    if (a.wide_partial && c < a.channels) {
+#pragma unroll
+      for (int i = 0; i < kVector; i += 4)
+        *reinterpret_cast<float4*>(to + i) = {v[i], v[i + 1], v[i + 2], v[i + 3]};
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        if (c + i < a.channels) to[i] = v[i];
+    }
+  }
+};
+
 // Part blockIdx.x of the sums of tile (blockIdx.y, blockIdx.z).
 template <class T, bool kPixels, class Tile>
 __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) point_grad_kernel(const PointGrad a) {
@@ -125,21 +149,7 @@ __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) point_grad_k
   }
   const int64_t weights = static_cast<int64_t>(a.out_channels) * a.channels;
   float* partial = a.partial + blockIdx.x * (weights + a.out_channels);
-  product.finish([&](int row, int column, auto& v) {
-    const int out = first_out + row, c = first_channel + column;
-    if (out >= a.out_channels) return;
-    float* to = partial + static_cast<int64_t>(out) * a.channels + c;
-    constexpr int kVector = sizeof(v) / sizeof(v[0]);
-    if (a.wide_partial && c < a.channels) {
-#pragma unroll
-      for (int i = 0; i < kVector; i += 4)
-        *reinterpret_cast<float4*>(to + i) = {v[i], v[i + 1], v[i + 2], v[i + 3]};
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        if (c + i < a.channels) to[i] = v[i];
-    }
-  });
+  product.finish(PartialSums{a, partial, first_out, first_channel});
   if (first_channel == 0)
     product.finish_row_sums([&](int row, float sum) {
       if (first_out + row < a.out_channels) partial[weights + first_out + row] = sum;
