@@ -12,6 +12,8 @@ namespace {
 PdcProblem problem_of(const PdcGeometry& g, const Tensor& x, const Tensor& weight, MemoryFormat format) {
   check_image_size("pdc2d", "x", x.size(1), g.y.source, g.x.source);
   check_image_size("pdc2d", "the output", x.size(1), g.y.out, g.x.out);
+  FRD_CHECK_VALUE(x.size(0) < (int64_t{1} << 31) - 1, "pdc2d: x must have fewer than 2^31 - 1 images, got ",
+                  x.size(0));
   PdcProblem p{};
   p.y = g.y, p.x = g.x;
   p.batch = x.size(0), p.channels = x.size(1);

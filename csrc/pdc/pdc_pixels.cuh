@@ -26,7 +26,7 @@ __device__ __forceinline__ void copy_pixels(uint32_t* shared, const uint32_t* im
     if (column >= columns) continue;
     const bool inside = static_cast<unsigned>(from_x) < static_cast<unsigned>(width) && at < words;
     int from_y = y + task % 2 * dy;
-    const uint32_t* from = image + (static_cast<int64_t>(from_y) * width * words + (from_x * words + at));
+    const uint32_t* from = image + ((static_cast<int64_t>(from_y) * width + from_x) * words + at);
     uint32_t* to = shared + (task % 2 * columns + column) * kPixelWords + lane % kPerPixel * kWords;
 #pragma unroll 2
     for (int r = 0; r < half; ++r) {
@@ -140,7 +140,7 @@ struct PixelBlock {
             p.x.first(tile.column, p.x.subtiles * kColumns)};
   }
   // The first word that this thread copies of each pixel.
-  __device__ __forceinline__ int copy_slot() const { return p.vectors ? lane % 8 * 4 : lane; }
+  __device__ __forceinline__ int copy_slot() const { return lane * (p.copy_bytes / 4) % kPixelWords; }
 
   // The windows of the tile whose centre pixels start at (y, x) of images [B, height, width, words].
   __device__ __forceinline__ void copy(uint32_t* shared, const void* images, int height, int width,
@@ -150,8 +150,10 @@ struct PixelBlock {
     if (!place.valid) height = 0;
     y += place.y - reach * dy;
     x += place.x - reach * dx;
-    if (p.vectors) {
+    if (p.copy_bytes == 16) {
       copy_pixels<16>(shared, image, dy, dx, height, width, words, at, y, x, rows, columns);
+    } else if (p.copy_bytes == 8) {
+      copy_pixels<8>(shared, image, dy, dx, height, width, words, at, y, x, rows, columns);
     } else {
       copy_pixels<4>(shared, image, dy, dx, height, width, words, at, y, x, rows, columns);
     }

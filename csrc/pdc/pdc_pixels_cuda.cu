@@ -31,7 +31,7 @@ int64_t set_subtiles(PdcTiles& t, const PdcProblem& p, const Frame& fy, const Fr
     const int64_t rows = t.y.per_phase.value * phases_of(p.y, fy),
                   per_row = t.x.per_phase.value * phases_of(p.x, fx);
     const int64_t blocks = (p.batch * rows * per_row * t.groups.value) >> (5 - t.log_lanes);
-    if (blocks >= kBlocksWanted / 4 || t.y.subtiles * t.x.subtiles == 1) {
+    if (blocks >= kProcessors || t.y.subtiles * t.x.subtiles == 1) {
       t.per_row = Divisor(per_row), t.per_image = Divisor(rows * per_row);
       return rows * per_row;
     }
@@ -49,7 +49,9 @@ Plan pixels_plan(const PdcProblem& p, bool backward) {
   const int64_t words = p.channels * element / 4;
   t.log_lanes = log_lanes_for(words);
   t.groups = Divisor(ceil_divide(words, 1 << t.log_lanes));
-  t.vectors = p.channels * element % 16 == 0 && all_aligned(p, 16);
+  t.copy_bytes = 16;
+  while (t.copy_bytes > 4 && (p.channels * element % t.copy_bytes != 0 || !all_aligned(p, t.copy_bytes)))
+    t.copy_bytes /= 2;
   // The backward holds two tiles in the 48 KB that a block may have without asking.
   const int64_t units = p.batch * set_subtiles(t, p, fy, fx, backward ? 1 : 2, kPixelWarps / 2);
   const int64_t groups = t.groups.value;

@@ -8,9 +8,9 @@
 
 namespace frd {
 
-constexpr int kMostParts = 512;      // of dw: each costs 40 bytes per channel to write and to read
-constexpr int kBlocksWanted = 1056;  // eight for each of the 132 processors of an H100; a fixed number, so
-                                     // that the sums do not depend on the card
+constexpr int kMostParts = 512;   // of dw: each costs 40 bytes per channel to write and to read
+constexpr int kProcessors = 132;  // of an H100; a fixed number, so that the sums do not depend on the card
+constexpr int kBlocksWanted = 8 * kProcessors;
 
 inline int64_t ceil_divide(int64_t n, int64_t d) { return (n + d - 1) / d; }
 

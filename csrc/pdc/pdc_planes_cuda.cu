@@ -21,10 +21,10 @@ Plan planes_plan(const PdcProblem& p, bool backward) {
   set_pointers(t, p);
   const Frame fy = frame_of(p.y, p.kind, backward), fx = frame_of(p.x, p.kind, backward);
   t.y = tile_axis(p.y, fy), t.x = tile_axis(p.x, fx);
-  t.vectors = vectors_fit(p);
+  const bool vectors = vectors_fit(p);
   t.groups = Divisor(p.channels);
-  const int columns = !t.vectors ? 1 : p.dtype == DType::f32 ? 4 : 8;
-  t.y.per_phase = Divisor(ceil_divide(ceil_divide(fy.size, p.y.dilation), rows_of(p.kind, t.vectors)));
+  const int columns = !vectors ? 1 : p.dtype == DType::f32 ? 4 : 8;
+  t.y.per_phase = Divisor(ceil_divide(ceil_divide(fy.size, p.y.dilation), rows_of(p.kind, vectors)));
   const int64_t rows = t.y.per_phase.value * phases_of(p.y, fy), per_row = ceil_divide(fx.size, columns);
   t.per_row = Divisor(per_row), t.per_image = Divisor(rows * per_row);
   const int64_t units = p.batch * rows * per_row;
@@ -60,7 +60,7 @@ cudaError_t pdc_planes_launch(const PdcProblem& p, bool backward, cudaStream_t s
   const PdcTiles t = planes_plan(p, backward).tiles;
   with_case(p, [&](auto kind, auto pure, auto element) {
     using T = decltype(element);
-    if (t.vectors) {
+    if (vectors_fit(p)) {
       launch<T, decltype(kind)::value, decltype(pure)::value, kPerVector<T>>(t, backward, stream);
     } else {
       launch<T, decltype(kind)::value, decltype(pure)::value, 1>(t, backward, stream);

@@ -38,11 +38,10 @@ struct PdcTiles {
   Divisor per_image, per_row;  // tiles
   Divisor groups;              // of channels, one for each block; NCHW: the channels
   int channels, units;         // units: tiles of all images, forward of NCHW: of all planes
-  // channels_last: a warp holds 32 >> log_lanes tiles side by side, so that few channels fill it; a bundle.
+  // channels_last: a warp holds 32 >> log_lanes tiles side by side, a bundle, so that few channels fill it.
   int log_lanes, bundles;
-  int parts;     // blocks of a group, NCHW: warps of a channel; part i has the bundles or units i, i + parts,
-                 // ...
-  bool vectors;  // accesses of 16 bytes are aligned
+  int copy_bytes;  // channels_last: 16, 8 or 4, as source and grad are aligned
+  int parts;       // blocks of a group, NCHW: warps of a channel; part i takes every parts-th bundle or unit
   float theta;
   const void *source, *weight, *bias, *grad;  // bias may be null
   void* out;                                  // y or dx; null: not wanted

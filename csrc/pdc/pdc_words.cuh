@@ -51,8 +51,8 @@ uint32_t pack(const float (&v)[2], T) {
 }
 #endif
 
-// Asynchronous copy of 4 or 16 bytes into shared memory; zeros, and nothing is read, where `inside` is false.
-// With a predicate instead of cp_async's count of bytes it takes no instruction to select that count.
+// Asynchronous copy of 4, 8 or 16 bytes into shared memory; zeros, and nothing is read, where `inside` is
+// false. With a predicate instead of cp_async's count of bytes it takes no instruction to select that count.
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
 #if defined(__CUDACC__)
@@ -62,17 +62,13 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool insi
                  "l"(from), "r"(static_cast<uint32_t>(inside))
                  : "memory");
   } else {
-    asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0; cp.async.ca.shared.global [%0], [%1], 4, p;}" ::"r"(
+    asm volatile("{.reg .pred p; setp.eq.u32 p, %3, 0; cp.async.ca.shared.global [%0], [%1], %2, p;}" ::"r"(
                      shared_address(to)),
-                 "l"(from), "r"(static_cast<uint32_t>(inside))
+                 "l"(from), "n"(bytes), "r"(static_cast<uint32_t>(inside))
                  : "memory");
   }
 #else
-  if constexpr (bytes == 16) {
-    cp_async_16(to, from, inside ? 16 : 0);
-  } else {
-    cp_async_4(to, from, inside ? 4 : 0);
-  }
+  emulated::issue(to, from, inside ? bytes : 0, bytes);
 #endif
 }
 
