@@ -1,6 +1,6 @@
 """Declares the Triton kernels as operators of the namespace `frd_triton`, without importing triton yet.
 
-They have the schemas of `frd`'s own and live in `<family>/triton.py` under the same names.
+They have the schemas of `frd`'s own and live in `<family>/triton*.py` under the same names; one is Triton's alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ NAMESPACE = "frd_triton"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
-_FAMILIES = {
-    "pdc": ("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
-    "pdc_block": ("pdc_block", "pdc_block_backward"),
+_MODULES = {
+    "pdc.triton": ("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
+    "pdc_block.triton": ("pdc_block",),
+    "pdc_block.triton_backward": ("pdc_block_backward",),
 }
 
 
@@ -35,15 +36,21 @@ def problem() -> str:
     return ""
 
 
-def _deferred(family: str, name: str) -> Callable[..., Any]:
+def _deferred(module: str, name: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        module = importlib.import_module(f".{family}.triton", __package__)
-        return getattr(module, name)(*arguments)
+        return getattr(importlib.import_module(f".{module}", __package__), name)(*arguments)
 
     return call
 
 
-LIBRARY = _library.declare(NAMESPACE, [name for names in _FAMILIES.values() for name in names])
-for _family, _names in _FAMILIES.items():
+# plain [Ch, C, s, s]: the plain kernel equal to the difference convolution. For inference only.
+_DENSE = (
+    "pdc_block_dense(Tensor x, Tensor plain, Tensor? pdc_bias, Tensor point_weight, Tensor? point_bias, "
+    "Tensor? residual, int kind, float theta, SymInt[] stride, SymInt[] dilation) -> Tensor"
+)
+
+LIBRARY = _library.declare(NAMESPACE, [name for names in _MODULES.values() for name in names])
+LIBRARY.define(_DENSE)
+for _module, _names in (*_MODULES.items(), ("pdc_block.triton_dense", ("pdc_block_dense",))):
     for _name in _names:
-        LIBRARY.impl(_name, _deferred(_family, _name), DEVICE.upper())
+        LIBRARY.impl(_name, _deferred(_module, _name), DEVICE.upper())

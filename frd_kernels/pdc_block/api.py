@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from .. import backend
+from .. import _triton, backend
 from ..pdc import api as pdc_api
 from ..pdc.arguments import Geometry, IntOrPair, autocast_dtype, check_tensors, parse_geometry
 from . import ops, reference
@@ -30,7 +32,8 @@ def pdc_block(
 
     A depthwise `pdc_weight` runs as one kernel: the stencil's result stays in the cache until the 1x1
     convolution has used it, and is computed again in the backward pass instead of being stored. A dense one
-    is composed of `pdc2d`, ReLU and `F.conv2d`.
+    is composed of `pdc2d`, ReLU and `F.conv2d`; Triton, if asked for, runs it as one kernel at inference
+    where all channels are 64, 128 or 256.
 
     Args:
         x: [B, C, H, W], contiguous or channels_last (so is then the result).
@@ -63,9 +66,30 @@ def pdc_block(
     depthwise = pdc_api.is_depthwise(pdc_weight, geometry.groups)
     if depthwise and backend.is_fused("pdc_block", x, native):
         return ops.pdc_block(native, x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
+    tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
+    if not depthwise and _runs_dense_kernel(native, *tensors):
+        plain = pdc_api.plain_weight(native, pdc_weight, geometry)
+        options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
+        return native.pdc_block_dense(x, plain, pdc_bias, point_weight, point_bias, residual, *options)
     hidden = F.relu(pdc_api.run(x, pdc_weight, pdc_bias, geometry))
     out = F.conv2d(hidden, point_weight, point_bias)
     return out if residual is None else out + residual
+
+
+def _runs_dense_kernel(
+    native: Any, x: torch.Tensor, pdc_weight: torch.Tensor, *others: OptionalTensor
+) -> bool:
+    """Whether Triton was asked for and its dense kernel, which has no backward, takes these tensors."""
+    if native.name != _triton.NAMESPACE or autocast_dtype(x.device.type) is not None:
+        return False
+    learns = any(t is not None and t.requires_grad for t in (x, pdc_weight, *others))
+    if learns and torch.is_grad_enabled():
+        return False
+    from .triton_dense import can_run_dense  # imports triton
+
+    point_weight = others[1]
+    assert point_weight is not None
+    return can_run_dense(x, pdc_weight, point_weight) is None
 
 
 def _groups(x: torch.Tensor, pdc_weight: torch.Tensor) -> int:

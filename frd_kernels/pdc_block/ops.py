@@ -169,5 +169,22 @@ def register(namespace: str) -> None:
         torch.library.register_autocast(forward, device, torch.bfloat16)
 
 
+def _fake_dense(
+    x: torch.Tensor,
+    plain: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    kind: int,
+    theta: float,
+    stride: list[int],
+    dilation: list[int],
+) -> torch.Tensor:
+    rows, columns = ((size - 1) // s + 1 for size, s in zip(x.shape[2:], stride, strict=True))
+    return _empty(x, (x.shape[0], point_weight.shape[0], rows, columns))
+
+
 register("frd")
 register(_triton.NAMESPACE)
+torch.library.register_fake(f"{_triton.NAMESPACE}::pdc_block_dense", _fake_dense)

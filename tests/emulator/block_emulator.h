@@ -25,6 +25,8 @@
 #ifndef __launch_bounds__
 #define __launch_bounds__(...)
 #endif
+#undef __forceinline__
+#define __forceinline__ inline  // else the host compiler inlines unrolled kernels many times over
 #undef __shared__
 #define __shared__ static  // one block runs at a time, so a static is the block's own
 

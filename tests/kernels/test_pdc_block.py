@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import frd_kernels as fk
 from frd_kernels import reference
 
-from .backends import share
+from .backends import device_of, running, share
 from .pdc_cases import (
     DTYPES,
     KINDS,
@@ -279,3 +279,25 @@ def test_dense_block_is_composed_of_public_parts(device: torch.device) -> None:
     torch.testing.assert_close(fk.pdc_block(**operands, kind="central"), expected)
     rival = eager(operands["x"], operands["pdc_weight"], operands["pdc_bias"], kind="central", padding=1)
     torch.testing.assert_close(hidden, rival, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("triton" not in running(OP), reason="needs Triton, in its interpreter or on a GPU")
+@pytest.mark.parametrize(("kind", "theta"), [("angular", 1.0), ("central", 0.7), ("radial", 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "options"), [("nchw", {"stride": 2}), ("channels_last", {"dilation": 2})], ids=str
+)
+def test_dense_triton_kernel(
+    kind: str, theta: float, dtype: torch.dtype, layout: str, options: dict[str, Any]
+) -> None:
+    device = device_of("triton")
+    operands = block_operands(
+        2, 64, 128, 7, 9, groups=1, dtype=dtype, layout=layout, device=device, **options
+    )
+    rival = eager_block(**operands, kind=kind, theta=theta, **{"stride": 1} | options)
+    exact = reference.pdc_block(**in_double(operands), kind=kind, theta=theta, **options)
+    with fk.use_backend("triton"):
+        out = fk.pdc_block(**operands, kind=kind, theta=theta, **options)
+    assert out.dtype == dtype
+    assert_layout(out, layout)
+    assert worst(out, exact) <= 2 * worst(rival, exact)
