@@ -63,3 +63,10 @@ def test_stencils_read_and_write_whole_vectors(kernels: list[dict[str, Any]], la
     ]
     assert {row["arch"] for row in walks} == set(SHARED_MEMORY)
     assert not [row for row in walks if row["ldg_128"] < 4 or row["stg_128"] < 4]
+
+
+@pytest.mark.timeout(900)
+def test_blocks_multiply_on_tensor_cores(kernels: list[dict[str, Any]]) -> None:
+    products = [row for row in kernels if row["launch"].startswith("block")]
+    assert {row["arch"] for row in products} == set(SHARED_MEMORY)
+    assert not [row for row in products if row["hmma"] + row["hgmma"] == 0]

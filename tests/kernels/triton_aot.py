@@ -27,6 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from frd_kernels.kinds import Kind
 from frd_kernels.pdc import triton as pdc
+from frd_kernels.pdc_block import triton as block
 
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 # How often each SASS instruction stands in a kernel.
@@ -97,6 +98,12 @@ def pdc_weight_backward(source: torch.dtype, result: torch.dtype, kind: Kind) ->
     return lambda: pdc.pdc_weight_backward(grad, kind, 0.7, result)
 
 
+def block_forward(dtype: torch.dtype, layout: str, kind: Kind) -> Launch:
+    x, weight = images(8, 256, 64, dtype, layout), torch.empty((256, 1, 3, 3), dtype=dtype, device="meta")
+    point, bias = (torch.empty(size, dtype=dtype, device="meta") for size in ((256, 256, 1, 1), (256,)))
+    return lambda: block.pdc_block(x, weight, bias, point, bias, x, kind, 1.0, ONE, ONE)
+
+
 def launches() -> dict[str, Launch]:
     """Name -> a call of a launcher on meta tensors. New families add their own here."""
     bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -124,6 +131,9 @@ def launches() -> dict[str, Launch]:
         "weight f32 to f16 radial": pdc_weight(f32, f16, Kind.RADIAL),
         "weight f32 to f32 central": pdc_weight(f32, f32, Kind.CENTRAL),
         "weight backward bf16 to f32 radial": pdc_weight_backward(bf16, f32, Kind.RADIAL),
+        "block bf16 channels_last angular": block_forward(bf16, "channels_last", Kind.ANGULAR),
+        "block f16 nchw central": block_forward(f16, "nchw", Kind.CENTRAL),
+        "block f32 channels_last angular": block_forward(f32, "channels_last", Kind.ANGULAR),
     }
 
 
