@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import frd_kernels
+from frd_kernels import backend
 
 PACKAGE = pathlib.Path(frd_kernels.__file__).parent
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,10 +53,37 @@ def test_unknown_backend_is_refused() -> None:
 def test_explicit_backend_never_falls_back() -> None:
     x, w = torch.randn(1, 4, 5, 5), torch.randn(4, 1, 3, 3)
     with (
-        frd_kernels.use_backend("triton"),
-        pytest.raises(NotImplementedError, match="'triton' was requested"),
+        frd_kernels.use_backend("cuda"),
+        pytest.raises(
+            NotImplementedError,
+            match="'cuda' was requested and runs on cuda tensors only, got a tensor on cpu",
+        ),
     ):
         frd_kernels.pdc2d(x, w, kind="angular", padding=1, groups=4)
+
+
+def test_kernels_without_proof_are_named_and_not_chosen() -> None:
+    """Nothing has run on a GPU yet: a GPU tensor would go through the reference."""
+    for name in ("triton", "cuda"):
+        provider = backend.PROVIDERS[name]
+        assert not provider.proven
+        reason = backend._describe(name, provider._replace(device="cuda"))
+        assert all(op in reason.split("never chosen by itself: ")[1] for op in provider.ops)
+
+
+def test_a_gpu_the_binary_was_not_built_for_is_refused() -> None:
+    refusal = backend._architecture_refusal("frd", (7, 5))
+    assert refusal is not None and refusal.startswith("libfrd_cuda.so was built for ")
+    assert refusal.endswith("which this GPU (sm_75) does not run")
+    assert backend._architecture_refusal("frd_triton", (7, 5)) is not None
+    assert backend._architecture_refusal("frd_triton", (9, 0)) is None
+
+
+def test_images_beyond_32_bit_indices_are_refused() -> None:
+    x = torch.empty(1).expand(1, 2, 2**15, 2**15)
+    refusal = backend.PROVIDERS["cuda"]._replace(device="cpu", problem="").refusal("pdc2d", x)
+    assert refusal == f"indexes images of at most {2**31 - 1} elements, got {2**31}"
+    assert backend.PROVIDERS["cpu"].refusal("pdc2d", x) is None
 
 
 def test_info_prints_json() -> None:
