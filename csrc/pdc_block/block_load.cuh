@@ -71,7 +71,7 @@ FRD_DEVICE void load_stencil(const BlockProduct& a, int c0, uint32_t* to) {
   const int channels = a.channels - c0, weights = channels * kPdcWeights,
             biases = a.stencil_bias ? channels : 0;
   const T* weight = static_cast<const T*>(a.stencil) + static_cast<int64_t>(c0) * kPdcWeights;
-  const T* bias = static_cast<const T*>(a.stencil_bias) + (a.stencil_bias ? c0 : 0);
+  const T* bias = a.stencil_bias ? static_cast<const T*>(a.stencil_bias) + c0 : weight;
   const int width = a.wide_stencil ? 4 : 1;
   for (int i = threadIdx.x * width; i < S::kStencilWords + 32; i += S::kThreads * width) {
     const bool is_bias = i >= S::kStencilWords;

@@ -16,7 +16,8 @@ template <class T, bool kPixels, class Tile>
 __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) pdc_block_kernel(const BlockProduct a) {
   using S = BlockShape<T, kPixels, Tile>;
   constexpr int kStages = Tile::kStages;
-  FRD_DYNAMIC_SHARED(uint32_t, shared);
+  FRD_DYNAMIC_SHARED(uint4, shared_groups);  // aligned for vectors
+  uint32_t* shared = reinterpret_cast<uint32_t*>(shared_groups);
   uint32_t* point = shared + 2 * S::kHiddenWords;
   uint32_t* stages = point + a.point_slots * S::kPointWords;
   const int stride = static_cast<int>(gridDim.x), first_out = static_cast<int>(blockIdx.y) * Tile::kOuts;

@@ -120,11 +120,13 @@ struct PartialSums {
 
 // Part blockIdx.x of the sums of tile (blockIdx.y, blockIdx.z).
 template <class T, bool kPixels, class Tile>
-__global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) point_grad_kernel(const PointGrad a) {
+__global__ void __launch_bounds__(Tile::kWarps * 32, sizeof(T) == 4 ? 1 : Tile::kBlocks)
+    point_grad_kernel(const PointGrad a) {
   using S = PointGradShape<T, kPixels, Tile>;
   constexpr int kStages = Tile::kStages;
   constexpr Operands kOperands = kPixels ? Operands::across_k : Operands::along_k;
-  FRD_DYNAMIC_SHARED(uint32_t, shared);
+  FRD_DYNAMIC_SHARED(uint4, shared_groups);  // aligned for vectors
+  uint32_t* shared = reinterpret_cast<uint32_t*>(shared_groups);
   const int first_out = static_cast<int>(blockIdx.y) * Tile::kM,
             first_channel = static_cast<int>(blockIdx.z) * Tile::kN;
   const int64_t runs = a.runs;
