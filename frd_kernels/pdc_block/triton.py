@@ -1,16 +1,12 @@
-"""The depthwise PDC block on Triton kernels: `frd_triton::pdc_block`, and what its kernels share.
+"""The depthwise PDC block on Triton kernels: `frd_triton::pdc_block` and its backward.
 
 Signatures and semantics are those of `csrc/register.cpp`; arguments are checked by the caller. The stencil is the
-prologue of the matrix product: a tile of it meets the 1x1 weight without passing through memory. Tiles are
-[positions, channels], or the other way round where CHANNELS_FIRST, and so is then the product.
+prologue of the matrix product: a tile of it meets the 1x1 weight without passing through memory.
 """
 
 # Triton functions take no annotations.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
-
-import contextlib
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,109 +14,28 @@ import triton.language as tl
 
 from ..pdc.triton import Launch
 from ..pdc.triton_kernels import channel_starts, over_channels, over_positions
-from ..pdc.triton_stencil import INTERPRETED, WEIGHTS, combine, load_weights, load_window, narrow, widen
+from ..pdc.triton_stencil import INTERPRETED, narrow, widen
+from .triton_backward import pdc_block_backward
+from .triton_hidden import (
+    ENOUGH_PROGRAMS,
+    SMALL_IMAGE,
+    Tile,
+    dot_precision,
+    fixed,
+    has_wgmma,
+    hidden_tile,
+    hidden_window,
+    matmul_add,
+    on_device,
+    relu,
+    shapes,
+    stencil_weight,
+    window_corner,
+)
+
+__all__ = ["pdc_block", "pdc_block_backward"]
 
 OptionalTensor = torch.Tensor | None
-
-SMALL_IMAGE = 1024  # output pixels
-_ENOUGH_PROGRAMS = 128
-
-
-@triton.jit
-def matmul_add(a, b, acc, PRECISION: tl.constexpr):
-    """acc [M, N] + a [M, K] b [K, N] in the dtype of acc."""
-    if INTERPRETED:  # numpy has no bfloat16
-        a = widen(a)
-        b = widen(b)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def fixed(value):
-    """`value`, computed by one thread: the compiler would pull an operand's layout through the whole stencil, and
-    have every warp that shares the operand compute it again."""
-    if INTERPRETED or value.dtype == tl.float64:
-        return value
-    if value.dtype == tl.float32:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.float32, False, 1)
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], value.dtype, False, 2)
-
-
-@triton.jit
-def relu(value):
-    """As torch's: NaN stays NaN."""
-    if value.dtype == tl.float64:  # has no such instruction
-        return tl.where(value <= 0, 0.0, value)
-    return tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def window_corner(position, rows, columns, geometry, CHANNELS_FIRST: tl.constexpr):
-    """Row and column of the first tap of output positions, and which of them exist. To be computed once: the
-    compiler moves no division out of a loop.
-
-    geometry: stride, lead (padding of the whole window), dilation, each vertical, horizontal.
-    """
-    step_y, step_x, lead_y, lead_x, _, _ = geometry
-    spot = over_positions(position, CHANNELS_FIRST)
-    return spot // columns * step_y - lead_y, spot % columns * step_x - lead_x, spot < rows * columns
-
-
-@triton.jit
-def hidden_window(
-    x,
-    image,
-    corner,
-    index,
-    channels,
-    height,
-    width,
-    geometry,
-    CHANNELS_FIRST: tl.constexpr,
-    KIND: tl.constexpr,
-):
-    """What the difference convolution reads at the positions of `corner` (`window_corner`) and channels `index`."""
-    top, left, inside = corner
-    _, _, _, _, dilation_y, dilation_x = geometry
-    channel = over_channels(index, CHANNELS_FIRST)
-    step = 1 if CHANNELS_FIRST else channels
-    return load_window(
-        channel_starts(x, image, channel, channels, height * width, CHANNELS_FIRST),
-        top,
-        left,
-        height,
-        width,
-        width * step,
-        step,
-        dilation_y,
-        dilation_x,
-        (channel < channels) & inside,
-        KIND,
-    )
-
-
-@triton.jit
-def hidden_tile(
-    window,
-    weight,
-    bias,
-    index,
-    channels,
-    weight_steps,
-    BIAS: tl.constexpr,
-    CHANNELS_FIRST: tl.constexpr,
-    KIND: tl.constexpr,
-    THETA: tl.constexpr,
-):
-    """The difference convolution of a window, plus bias, in the compute type; the bias alone outside the image and
-    0 beyond the last channel. weight_steps: from weight to weight, from channel to channel."""
-    channel = over_channels(index, CHANNELS_FIRST)
-    real = channel < channels
-    weights = load_weights(weight + channel * weight_steps[1], weight_steps[0], real)
-    start = 0.0
-    if BIAS:
-        start = widen(tl.load(bias + channel, mask=real, other=0.0))
-    return combine(window, weights, start, KIND, THETA)
 
 
 @triton.jit
@@ -272,32 +187,8 @@ def pdc_block(
             PRECISION=dot_precision(x.dtype),
             **launch.constants,
             **tile.options(),
-            **registers(x.dtype),
         )
     return out
-
-
-class Tile(NamedTuple):
-    """What a program computes, and the channels that it multiplies at a time."""
-
-    positions: int
-    filters: int
-    channels: int
-    warps: int
-
-    def programs(self, launch: Launch, filters: int) -> int:
-        pixels = launch.rows * launch.columns
-        return launch.batch * triton.cdiv(pixels, self.positions) * triton.cdiv(filters, self.filters)
-
-    def options(self) -> dict[str, int]:
-        # One stage: the taps of a pipelined loop would all go through shared memory, past the first cache.
-        return {
-            "POSITIONS": self.positions,
-            "FILTERS": self.filters,
-            "CHANNELS": self.channels,
-            "num_warps": self.warps,
-            "num_stages": 1,
-        }
 
 
 _SLAB = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16, torch.float64: 16}
@@ -313,68 +204,26 @@ def choose_tile(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
     most = max(16, triton.next_power_of_2(filters))
     if INTERPRETED.value:  # which pays for programs, not for elements
         return Tile(max(16, min(128, triton.next_power_of_2(pixels))), min(most, 128), slab, 4)
-    for positions, block, warps in _tile_sizes(dtype, launch.channels_first, pixels):
-        tile = Tile(positions, min(block, most), slab, warps)
-        if block <= most and tile.programs(launch, filters) >= _ENOUGH_PROGRAMS:
+    for positions, block, warps, registers in _tile_sizes(dtype, launch.channels_first, pixels):
+        tile = Tile(positions, min(block, most), slab, warps, registers)
+        if block <= most and tile.programs(launch, filters) >= ENOUGH_PROGRAMS:
             break
     return tile
 
 
-def _tile_sizes(dtype: torch.dtype, channels_first: bool, pixels: int) -> list[tuple[int, int, int]]:
-    """(positions, filters, warps) from the widest on; none of them spills registers."""
+def _tile_sizes(
+    dtype: torch.dtype, channels_first: bool, pixels: int
+) -> list[tuple[int, int, int, int | None]]:
+    """(positions, filters, warps, registers) from the widest on; none of them spills."""
     if dtype == torch.float64:
-        return [(16, 16, 8)]
+        return [(16, 16, 8, 255)]
     if dtype == torch.float32:
         if pixels <= SMALL_IMAGE:
-            return [(32, 64, 4), (16, 64, 4) if channels_first else (16, 32, 4)]
-        return [(64, 128, 8), (64, 64, 8)]
+            return [(32, 64, 4, None), (16, 64 if channels_first else 32, 4, None)]
+        return [(64, 128, 8, None), (64, 64, 8, None)]
     if channels_first:
-        return [(32, 256, 8), (32, 128, 8), (32, 64, 4), (16, 64, 4)]
+        return [(32, 256, 8, None), (32, 128, 8, None), (32, 64, 8, 255), (16, 64, 4, None)]
     if pixels <= SMALL_IMAGE:
-        return [(32, 256, 8), (32, 128, 8), (32, 64, 4), (16, 32, 4)]
-    return [(64, 256, 16), (64, 128, 8), (64, 64, 8)] if has_wgmma() else [(64, 128, 8), (64, 64, 8)]
-
-
-def has_wgmma() -> bool:
-    """Whether the GPU is a Hopper: there the sums of a wide tile take few enough registers."""
-    return triton.runtime.driver.active.get_current_target().arch // 10 == 9
-
-
-def shapes(launch: Launch) -> tuple[int, ...]:
-    """The arguments of a kernel from `channels` to `dilation_x`."""
-    return (*launch.size, launch.rows, launch.columns, *launch.stride, *launch.lead, *launch.dilation)
-
-
-def stencil_weight(launch: Launch, weight: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The parameter [C, 1, 3, 3] and its steps from weight to weight, from channel to channel. Where the lanes of
-    a kernel run along the channels these stand side by side, in the compute type."""
-    if launch.channels_first:
-        return weight.contiguous(), (1, WEIGHTS.value)
-    compute = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    packed = torch.empty((WEIGHTS.value, launch.channels), dtype=compute, device=weight.device)
-    return packed.copy_(weight.flatten(1).t()), (launch.channels, 1)
-
-
-def registers(dtype: torch.dtype) -> dict[str, int]:
-    """Left to itself the assembler spills a value or two of float64 kernels to fit one more block."""
-    return {"maxnreg": 255} if dtype == torch.float64 else {}
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """float32 products are as exact as float32 unless the user lets matrix products be TF32."""
-    if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-    return "ieee"
-
-
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; this makes it that of x."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
-def shared_memory(x: torch.Tensor) -> int:
-    """Bytes of shared memory that one block can have on the device of x."""
-    if x.device.type != "cuda":
-        return 227 * 1024
-    properties: Any = torch.cuda.get_device_properties(x.device)
-    return int(properties.shared_memory_per_block_optin)
+        return [(32, 256, 8, None), (32, 128, 8, None), (32, 64, 4, None), (16, 32, 4, None)]
+    wide: list[tuple[int, int, int, int | None]] = [(64, 128, 8, None), (64, 64, 8, None)]
+    return [(64, 256, 16, None), *wide] if has_wgmma() else wide

@@ -13,7 +13,7 @@ from ..kinds import Kind
 from ..pdc.taps import Offset, pairs
 from ..pdc.triton import Launch
 from ..pdc.triton_stencil import narrow, widen
-from .triton import SMALL_IMAGE, dot_precision, matmul_add, on_device, relu, shared_memory
+from .triton_hidden import SMALL_IMAGE, dot_precision, matmul_add, on_device, relu, shared_memory
 
 OptionalTensor = torch.Tensor | None
 
