@@ -11,7 +11,7 @@
 #include "core/cuda_compat.h"
 #include "core/dtypes.h"
 #if !defined(__CUDACC__)
-#include "core/mma_emulated.h"
+#include "mma_emulated.h"
 #endif
 
 namespace frd {
