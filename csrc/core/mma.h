@@ -1,10 +1,10 @@
 // Instructions of the tensor cores and of asynchronous copies (sm_80 and later), each with a stand-in for the
-// block emulator. The layouts are those of the PTX ISA: with g = lane / 4 and t = lane % 4,
-//   m16n8k16  a: rows g, g + 8, then the same 8 columns on, each columns 2t and 2t + 1;  b: rows 2t, 2t + 1
-//   and
-//             8 further down, column g
-//   m16n8k8   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);  b: (t, g), (t + 4, g)
-//   both      d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// block emulator. Fragments lie as in the PTX ISA; with g = lane / 4 and t = lane % 4:
+//   m16n8k16 a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with its right neighbour
+//   m16n8k16 b: (2t, g), (2t + 8, g), each with its lower neighbour
+//   m16n8k8 a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//   m16n8k8 b: (t, g), (t + 4, g)
+//   both d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 #pragma once
 #include <type_traits>
 
