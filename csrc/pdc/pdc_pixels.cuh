@@ -9,7 +9,8 @@
 namespace frd {
 
 constexpr int kPixelWords = 32;  // of a pixel in shared memory: one for each lane
-constexpr int kPixelWarps = 8;   // at most
+constexpr int kPixelWarps = 4;   // at most; twice as many in a forward whose tile then fits 48 KB
+constexpr int pixel_warps(PdcKind kind) { return kind == PdcKind::radial ? kPixelWarps : 2 * kPixelWarps; }
 
 // rows x columns pixels from (y, x) on, a dilation apart; zeros outside. A thread copies from word `at` of
 // each. rows is even. image: [height, width, words]
@@ -178,7 +179,8 @@ struct PixelBlock {
 };
 
 template <class T, PdcKind kind, bool pure, int kRows, int kColumns>
-__global__ void __launch_bounds__(kPixelWarps * 32, 2) pdc_pixels_forward(PdcTiles p) {
+__global__ void __launch_bounds__(32 * pixel_warps(kind), kind == PdcKind::radial ? 3 : 2)
+    pdc_pixels_forward(PdcTiles p) {
   using Block = PixelBlock<T, kind, pure, kRows, kColumns>;
   FRD_DYNAMIC_SHARED(uint32_t, shared);
   const Block b(p);
@@ -271,7 +273,7 @@ __device__ __forceinline__ void add_tiles(float* shared, const float (&sums)[V][
 }
 
 template <class T, PdcKind kind, bool pure, int kRows, int kColumns>
-__global__ void __launch_bounds__(kPixelWarps * 16, 4) pdc_pixels_backward(PdcTiles p) {
+__global__ void __launch_bounds__(32 * kPixelWarps, 4) pdc_pixels_backward(PdcTiles p) {
   using Block = PixelBlock<T, kind, pure, kRows, kColumns>;
   constexpr int V = Block::V;
   FRD_DYNAMIC_SHARED(uint32_t, shared);

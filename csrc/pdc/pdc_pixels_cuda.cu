@@ -5,9 +5,11 @@ namespace frd {
 namespace {
 
 // 8 x 4 outputs a warp: their 60 words, converted once, leave 3.3 subtractions an output of the 8 of the
-// angular kind. The wider window of the radial kind fits the registers with 2 columns.
+// angular kind; a larger window would leave registers for fewer than 16 warps. Of the radial kind, which
+// reaches twice as far, the two windows of the backward fit the 48 KB that a block may have without asking
+// only so.
 constexpr int kRows = 8;
-constexpr int columns_of(PdcKind kind) { return kind == PdcKind::radial ? 2 : 4; }
+constexpr int columns_of(PdcKind kind, bool backward) { return kind == PdcKind::radial && backward ? 2 : 4; }
 
 // The width that wastes the fewest lanes on channels that do not exist, of those the widest.
 int log_lanes_for(int64_t words) {
@@ -19,17 +21,17 @@ int log_lanes_for(int64_t words) {
 }
 
 // Fewer warps, and so more blocks, where the problem is small. Returns the tiles of an image.
-int64_t set_subtiles(PdcTiles& t, const PdcProblem& p, const Frame& fy, const Frame& fx, int most_y,
-                     int most_x) {
-  const int columns = columns_of(p.kind);
+int64_t set_subtiles(PdcTiles& t, const PdcProblem& p, const Frame& fy, const Frame& fx, bool backward) {
+  const int columns = columns_of(p.kind, backward);
   const int64_t lines = ceil_divide(fy.size, p.y.dilation), pixels = ceil_divide(fx.size, p.x.dilation);
-  t.y.subtiles = static_cast<int>(std::min<int64_t>(most_y, ceil_divide(lines, kRows)));
-  t.x.subtiles = static_cast<int>(std::min<int64_t>(most_x, ceil_divide(pixels, columns)));
+  const int warps = backward ? kPixelWarps : pixel_warps(p.kind);
+  t.y.subtiles = static_cast<int>(std::min<int64_t>(warps / kPixelWarps, ceil_divide(lines, kRows)));
+  t.x.subtiles = static_cast<int>(std::min<int64_t>(kPixelWarps, ceil_divide(pixels, columns)));
   for (;;) {
     t.y.per_phase = Divisor(ceil_divide(lines, t.y.subtiles * kRows));
     t.x.per_phase = Divisor(ceil_divide(pixels, t.x.subtiles * columns));
-    const int64_t rows = t.y.per_phase.value * phases_of(p.y, fy),
-                  per_row = t.x.per_phase.value * phases_of(p.x, fx);
+    const int64_t rows = t.y.per_phase.value * phases_of(p.y, fy);
+    const int64_t per_row = t.x.per_phase.value * phases_of(p.x, fx);
     const int64_t blocks = (p.batch * rows * per_row * t.groups.value) >> (5 - t.log_lanes);
     if (blocks >= kProcessors || t.y.subtiles * t.x.subtiles == 1) {
       t.per_row = Divisor(per_row), t.per_image = Divisor(rows * per_row);
@@ -52,8 +54,7 @@ Plan pixels_plan(const PdcProblem& p, bool backward) {
   t.copy_bytes = 16;
   while (t.copy_bytes > 4 && (p.channels * element % t.copy_bytes != 0 || !all_aligned(p, t.copy_bytes)))
     t.copy_bytes /= 2;
-  // The backward holds two tiles in the 48 KB that a block may have without asking.
-  const int64_t units = p.batch * set_subtiles(t, p, fy, fx, backward ? 1 : 2, kPixelWarps / 2);
+  const int64_t units = p.batch * set_subtiles(t, p, fy, fx, backward);
   const int64_t groups = t.groups.value;
   const int64_t bundles = ceil_divide(units, 32 >> t.log_lanes);
   t.units = static_cast<int>(units), t.bundles = static_cast<int>(bundles);
@@ -64,9 +65,10 @@ Plan pixels_plan(const PdcProblem& p, bool backward) {
   return {t, units * groups};
 }
 
-int tile_bytes(const PdcTiles& t, PdcKind kind) {
+size_t shared_bytes(const PdcTiles& t, PdcKind kind, bool backward) {
   const int halo = 2 * pdc_reach(kind);
-  return (t.y.subtiles * kRows + halo) * (t.x.subtiles * columns_of(kind) + halo) * kPixelWords * 4;
+  const int rows = t.y.subtiles * kRows + halo, columns = t.x.subtiles * columns_of(kind, backward) + halo;
+  return static_cast<size_t>(rows) * columns * kPixelWords * 4 * (backward ? 2 : 1);
 }
 
 }  // namespace
@@ -83,17 +85,17 @@ cudaError_t pdc_pixels_launch(const PdcProblem& p, bool backward, cudaStream_t s
   const PdcTiles t = pixels_plan(p, backward).tiles;
   const unsigned blocks = static_cast<unsigned>(t.parts) * t.groups.value;
   const unsigned threads = 32u * t.y.subtiles * t.x.subtiles;
-  const size_t bytes = static_cast<size_t>(tile_bytes(t, p.kind)) * (backward ? 2 : 1);
+  const size_t bytes = shared_bytes(t, p.kind, backward);
   with_case(p, [&](auto kind, auto pure, auto element) {
     constexpr PdcKind k = decltype(kind)::value;
     constexpr bool is_pure = decltype(pure)::value;
     using T = decltype(element);
     if (backward) {
-      FRD_LAUNCH((pdc_pixels_backward<T, k, is_pure, kRows, columns_of(k)>), blocks, threads, bytes, stream,
-                 t);
+      FRD_LAUNCH((pdc_pixels_backward<T, k, is_pure, kRows, columns_of(k, true)>), blocks, threads, bytes,
+                 stream, t);
     } else {
-      FRD_LAUNCH((pdc_pixels_forward<T, k, is_pure, kRows, columns_of(k)>), blocks, threads, bytes, stream,
-                 t);
+      FRD_LAUNCH((pdc_pixels_forward<T, k, is_pure, kRows, columns_of(k, false)>), blocks, threads, bytes,
+                 stream, t);
     }
   });
   return cudaGetLastError();

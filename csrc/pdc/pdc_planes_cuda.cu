@@ -4,10 +4,12 @@
 namespace frd {
 namespace {
 
-// More rows share more differences and loads (at 8 x 8 outputs 3 subtractions an output of the 8 of the
-// angular kind) until the window no longer fits the registers; single columns have more of them to spare.
-constexpr int rows_of(PdcKind kind, bool vectors) {
-  return (vectors ? 8 : 16) / (kind == PdcKind::radial ? 2 : 1);
+// More rows share more differences and loads (8 x 8 outputs of the angular kind take 2.8 subtractions each,
+// not 8) until the windows no longer fit the registers; single columns have more of them to spare.
+constexpr int rows_of(PdcKind kind, int columns, bool backward) {
+  const bool radial = kind == PdcKind::radial;
+  if (columns == 1) return radial ? 8 : 16;
+  return radial && backward && columns == 8 ? 4 : 8;
 }
 
 // Whole vectors only, so that no vector hangs over the edge of x or of dy.
@@ -21,10 +23,10 @@ Plan planes_plan(const PdcProblem& p, bool backward) {
   set_pointers(t, p);
   const Frame fy = frame_of(p.y, p.kind, backward), fx = frame_of(p.x, p.kind, backward);
   t.y = tile_axis(p.y, fy), t.x = tile_axis(p.x, fx);
-  const bool vectors = vectors_fit(p);
   t.groups = Divisor(p.channels);
-  const int columns = !vectors ? 1 : p.dtype == DType::f32 ? 4 : 8;
-  t.y.per_phase = Divisor(ceil_divide(ceil_divide(fy.size, p.y.dilation), rows_of(p.kind, vectors)));
+  const int columns = !vectors_fit(p) ? 1 : p.dtype == DType::f32 ? 4 : 8;
+  t.y.per_phase =
+      Divisor(ceil_divide(ceil_divide(fy.size, p.y.dilation), rows_of(p.kind, columns, backward)));
   const int64_t rows = t.y.per_phase.value * phases_of(p.y, fy), per_row = ceil_divide(fx.size, columns);
   t.per_row = Divisor(per_row), t.per_image = Divisor(rows * per_row);
   const int64_t units = p.batch * rows * per_row;
@@ -36,13 +38,12 @@ Plan planes_plan(const PdcProblem& p, bool backward) {
 
 template <class T, PdcKind kind, bool pure, int columns>
 void launch(const PdcTiles& t, bool backward, cudaStream_t stream) {
-  constexpr int rows = rows_of(kind, columns > 1);
   if (backward) {
     const int64_t warps = static_cast<int64_t>(t.parts) * t.groups.value;
-    FRD_LAUNCH((pdc_planes_backward<T, kind, pure, rows, columns>),
+    FRD_LAUNCH((pdc_planes_backward<T, kind, pure, rows_of(kind, columns, true), columns>),
                static_cast<unsigned>(ceil_divide(warps, kPlaneThreads / 32)), kPlaneThreads, 0, stream, t);
   } else {
-    FRD_LAUNCH((pdc_planes_forward<T, kind, pure, rows, columns>),
+    FRD_LAUNCH((pdc_planes_forward<T, kind, pure, rows_of(kind, columns, false), columns>),
                static_cast<unsigned>(ceil_divide(t.units, kPlaneThreads)), kPlaneThreads, 0, stream, t);
   }
 }

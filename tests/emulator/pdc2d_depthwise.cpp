@@ -7,6 +7,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/cuda_compat.h"
+// Inlined by force into every kernel, the unrolled arithmetic takes g++ twice as long to compile.
+#undef __forceinline__
+#define __forceinline__ inline
+
 #include "pdc/pdc_gather_cuda.cu"
 #include "pdc/pdc_pixels_cuda.cu"
 #include "pdc/pdc_planes_cuda.cu"
