@@ -187,8 +187,16 @@ void sums_strips(const PdcStencil& s, void* scratch_, int64_t strips, int64_t fi
     each_vector<Case::kKind>(s, l, scratch, strip.rows,
                              [&](const V* t, int64_t r, int64_t c) FRD_LAMBDA_INLINE {
                                const T* at = grad + r * s.x.out + c;
-                               const V g = c + lanes <= s.x.out ? load_vec(at) : load_part(at, s.x.out - c);
-                               correlate<Case::kKind, Case::kPure>(sums, t, g, theta);
+                               if (c + lanes <= s.x.out) {
+                                 correlate<Case::kKind, Case::kPure>(sums, t, load_vec(at), theta);
+                                 return;
+                               }
+                               // What stands beyond the row may be infinite, and 0 times that no 0.
+                               V inside[slots(Case::kKind)];
+                               for (int i = 0; i < slots(Case::kKind); ++i)
+                                 inside[i] = first_lanes<A>(t[i], s.x.out - c);
+                               const V g = load_part(at, s.x.out - c);
+                               correlate<Case::kKind, Case::kPure>(sums, inside, g, theta);
                              });
     A* to = static_cast<A*>(s.sums) + item * kPdcRows;
     for (int k = 0; k < kPdcRows; ++k) to[k] = sum_lanes(sums[k]);

@@ -31,6 +31,14 @@ FRD_INLINE void store_vec(T* p, vec_t<compute_t<T>> v) {
 }
 
 // The first n lanes; the others load as 0 and are not touched by a store. n < lanes.
+// v in its first n lanes, 0 in the others.
+template <class A>
+FRD_INLINE vec_t<A> first_lanes(vec_t<A> v, int64_t n) {
+  vec_t<A> lane;
+  for (int i = 0; i < Vec<A>::lanes; ++i) lane[i] = static_cast<A>(i);
+  return lane < splat(static_cast<A>(n)) ? v : vec_t<A>{};
+}
+
 template <class T>
 FRD_INLINE vec_t<compute_t<T>> load_part(const T* p, int64_t n) {
 #if defined(__AVX512F__)

@@ -269,6 +269,25 @@ def test_special_gradients_pass(device: torch.device, special: float, layout: st
     torch.testing.assert_close(dw.double(), exact_dw, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [5, 17])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_infinite_pixel_at_the_border_spoils_only_its_own_sums(
+    device: torch.device, kind: str, width: int, layout: str
+) -> None:
+    """In the last column of a row that fills no vector, whose lanes beyond the row must not count."""
+    x = torch.randn(1, 3, 8, width, device=device)
+    x[0, 1, 7, width - 1] = float("inf")
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    weight = leaf(3, 1, 3, 3, device=device)
+    grad = torch.randn(1, 3, 8, width, device=device)
+    (dw,) = gradients(fk.pdc2d(x, weight, kind=kind, padding=1, groups=3), grad, weight)
+    x_exact, weight_exact = doubles(x, weight)
+    exact = reference.pdc2d(x_exact, weight_exact, kind=kind, padding=1, groups=3)
+    (exact_dw,) = gradients(exact, grad, weight_exact)
+    torch.testing.assert_close(dw.double(), exact_dw, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
 def test_gradient_penalty(device: torch.device) -> None:
     """|dy/dx|^2 as a loss, in float32 against float64."""
     x, weight = leaf(2, 4, 6, 7, device=device), leaf(4, 1, 3, 3, device=device)
