@@ -38,7 +38,8 @@ def problem() -> str:
 
 def _deferred(module: str, name: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f".{module}", __package__), name)(*arguments)
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
+            return getattr(importlib.import_module(f".{module}", __package__), name)(*arguments)
 
     return call
 

@@ -23,11 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-
 from frd_kernels.kinds import Kind
 from frd_kernels.pdc import triton as pdc
 from frd_kernels.pdc_block import triton as block
+from frd_kernels.pdc_block import triton_backward, triton_dense
 
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 # How often each SASS instruction stands in a kernel.
@@ -104,6 +103,20 @@ def block_forward(dtype: torch.dtype, layout: str, kind: Kind) -> Launch:
     return lambda: block.pdc_block(x, weight, bias, point, bias, x, kind, 1.0, ONE, ONE)
 
 
+def block_backward(dtype: torch.dtype, layout: str, kind: Kind) -> Launch:
+    x, weight = images(8, 256, 64, dtype, layout), torch.empty((256, 1, 3, 3), dtype=dtype, device="meta")
+    point = torch.empty((256, 256, 1, 1), dtype=dtype, device="meta")
+    return lambda: triton_backward.pdc_block_backward(x, x, weight, None, point, kind, 1.0, ONE, ONE)
+
+
+def block_dense(dtype: torch.dtype, layout: str, kind: Kind, channels: int = 256) -> Launch:
+    x = images(8, channels, 64, dtype, layout)
+    plain, point = (
+        torch.empty((channels, channels, side, side), dtype=dtype, device="meta") for side in (3, 1)
+    )
+    return lambda: triton_dense.pdc_block_dense(x, plain, None, point, None, x, kind, 1.0, ONE, ONE)
+
+
 def launches() -> dict[str, Launch]:
     """Name -> a call of a launcher on meta tensors. New families add their own here."""
     bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -134,6 +147,10 @@ def launches() -> dict[str, Launch]:
         "block bf16 channels_last angular": block_forward(bf16, "channels_last", Kind.ANGULAR),
         "block f16 nchw central": block_forward(f16, "nchw", Kind.CENTRAL),
         "block f32 channels_last angular": block_forward(f32, "channels_last", Kind.ANGULAR),
+        "block backward bf16 channels_last angular": block_backward(bf16, "channels_last", Kind.ANGULAR),
+        "block backward f16 nchw central": block_backward(f16, "nchw", Kind.CENTRAL),
+        "block dense bf16 channels_last angular": block_dense(bf16, "channels_last", Kind.ANGULAR),
+        "block dense f16 nchw central": block_dense(f16, "nchw", Kind.CENTRAL, 128),
     }
 
 
