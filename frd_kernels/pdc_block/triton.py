@@ -203,7 +203,7 @@ def choose_tile(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
     pixels, slab = launch.rows * launch.columns, _SLAB[dtype]
     most = max(16, triton.next_power_of_2(filters))
     if INTERPRETED.value:  # which pays for programs, not for elements
-        return Tile(max(16, min(128, triton.next_power_of_2(pixels))), min(most, 128), slab, 4)
+        return Tile(max(16, min(512, triton.next_power_of_2(pixels))), min(most, 128), slab, 4)
     for positions, block, warps, registers in _tile_sizes(dtype, launch.channels_first, pixels):
         tile = Tile(positions, min(block, most), slab, warps, registers)
         if block <= most and tile.programs(launch, filters) >= ENOUGH_PROGRAMS:

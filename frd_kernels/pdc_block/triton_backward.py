@@ -290,7 +290,7 @@ def _hidden_tile_size(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
     most = max(16, triton.next_power_of_2(filters))
     pixels = launch.rows * launch.columns
     if INTERPRETED.value:  # which pays for programs, not for elements
-        return Tile(max(16, min(128, triton.next_power_of_2(pixels))), min(most, 128), 32, 4)
+        return Tile(max(16, min(512, triton.next_power_of_2(pixels))), min(most, 128), 32, 4)
     if dtype == torch.float64:
         return Tile(16, 16, 16, 8, 255)
     if dtype == torch.float32:
@@ -341,7 +341,7 @@ def _point_tile_size(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
     width = max(16, triton.next_power_of_2(launch.channels))
     if INTERPRETED.value:
         pixels = triton.next_power_of_2(launch.rows * launch.columns)
-        return Tile(max(16, min(128, pixels)), min(most, 128), min(width, 128), 4)
+        return Tile(max(16, min(512, pixels)), min(most, 128), min(width, 128), 4)
     if dtype == torch.float64:
         return Tile(16, 16, 16, 8, 255)
     if dtype == torch.float32:

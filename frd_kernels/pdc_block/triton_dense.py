@@ -12,7 +12,7 @@ import triton.language as tl
 from ..kinds import Kind
 from ..pdc.taps import Offset, pairs
 from ..pdc.triton import Launch
-from ..pdc.triton_stencil import narrow, widen
+from ..pdc.triton_stencil import INTERPRETED, narrow, widen
 from .triton_hidden import SMALL_IMAGE, dot_precision, matmul_add, on_device, relu, shared_memory
 
 OptionalTensor = torch.Tensor | None
@@ -289,6 +289,11 @@ def pdc_block_dense(
 def _tiles(x: torch.Tensor, pixels: int, hidden: int, filters: int) -> tuple[int, int, int, int, int, int]:
     """(BLOCK_M, BLOCK_K, BLOCK_H, BLOCK_N, warps, stages). The batch decides nothing that changes a sum: neither the
     blocks of its terms, nor the instruction (Hopper's wgmma needs 64 rows)."""
+    if INTERPRETED.value:  # which pays for programs, not for elements
+        block_m = max(16, min(512, triton.next_power_of_2(pixels)))
+        return (
+            (block_m, 64, 32, filters, 4, 1) if x.dtype == torch.float32 else (block_m, 64, hidden, 64, 4, 1)
+        )
     many = x.shape[0] * pixels > 16384
     if x.dtype == torch.float32:
         # The operands are split in two halves each: with all hidden channels at once the registers run out.
