@@ -297,7 +297,8 @@ def _hidden_tile_size(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
         return Tile(32, 32, 32, 8)
     if pixels <= SMALL_IMAGE:
         return Tile(16, min(most, 256), 32, 4)
-    return Tile(64, min(most, 256), 32, 8)
+    # Planes need a load for each pixel: with twice the positions, registers run out.
+    return Tile(32 if launch.channels_first else 64, min(most, 256), 32, 8)
 
 
 def _launch_point(
