@@ -37,7 +37,7 @@ def test_the_installed_package_is_tested() -> None:
 
 def test_backends_name_reasons() -> None:
     found = frd_kernels.backends()
-    assert set(found) == {"reference", "cpu", "triton", "cuda"}
+    assert set(found) >= {"reference", "cpu", "triton", "cuda"}  # and those of the suite
     assert found["reference"][0] and found["cpu"][0]
     assert all(isinstance(reason, str) and reason for _available, reason in found.values())
 

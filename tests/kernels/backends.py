@@ -54,10 +54,15 @@ def prepare(name: str) -> None:
         emulated.load()
 
 
+def is_slow(name: str) -> bool:
+    """Whether a backend takes tenths of a second for the smallest call."""
+    return name == "triton" and _triton.INTERPRETED
+
+
 def share(name: str, cases: Sequence[Case], *key: object) -> Sequence[Case]:
     """What a test that loops over cases takes of them: all, but for the slow interpreter four, others for
     another key, so that all have their turn in the tests together."""
-    if name != "triton" or not _triton.INTERPRETED:
+    if not is_slow(name):
         return cases
     step = -(-len(cases) // 4)
     return cases[zlib.crc32(repr(key).encode()) % step :: step]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +26,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", names, indirect=True)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out two thirds of the cases of a slow backend, not the same for each test; FRD_TEST_ALL=1 runs all."""
+    if os.environ.get("FRD_TEST_ALL"):
+        return
+    rank: Counter[str] = Counter()
+    dropped = set()
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        if spec is None or not backends.is_slow(spec.params.get("backend", "")):
+            continue
+        test = item.nodeid.partition("[")[0]
+        if (rank[test] + zlib.crc32(test.encode())) % 3 and rank[test]:
+            dropped.add(item.nodeid)
+        rank[test] += 1
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
+    items[:] = [item for item in items if item.nodeid not in dropped]
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Builds what the collected tests need, outside the time limit of a single one."""
+    if session.config.option.collectonly:
+        return
     specs = [getattr(item, "callspec", None) for item in session.items]
     for name in {spec.params["backend"] for spec in specs if spec and "backend" in spec.params}:
         backends.prepare(name)
