@@ -91,7 +91,8 @@ def backends() -> dict[str, tuple[bool, str]]:
     """Name -> (available, reason), for every backend."""
     found = {"reference": (True, "plain PyTorch, any device")}
     for name, provider in PROVIDERS.items():
-        found[name] = (not provider.problem, provider.problem or _describe(name, provider))
+        parts = [part for part in (provider.problem, _describe(name, provider)) if part]
+        found[name] = (not provider.problem, "; ".join(parts))
     return found
 
 

@@ -4,8 +4,6 @@ Signatures and semantics are those of `csrc/register.cpp`; arguments are checked
 prologue of the matrix product: a tile of it meets the 1x1 weight without passing through memory.
 """
 
-# Triton functions take no annotations.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch

@@ -4,8 +4,6 @@ Nothing is kept from the forward pass: each kernel computes the hidden tile agai
 product. Sums over pixels are split by the shapes alone and added in a fixed order.
 """
 
-# Triton functions take no annotations.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch

@@ -1,8 +1,6 @@
 """The dense PDC block as one Triton kernel, forward only: an implicit matrix product over the taps of the
 equivalent plain kernel, whose result meets the 1x1 weight before it leaves the registers."""
 
-# Triton functions take no annotations.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch

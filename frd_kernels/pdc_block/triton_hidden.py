@@ -3,8 +3,6 @@
 Tiles are [positions, channels], or the other way round where CHANNELS_FIRST, and so are then the products.
 """
 
-# Triton functions take no annotations.
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import contextlib
