@@ -34,7 +34,8 @@ def build(source: pathlib.Path, out: pathlib.Path, *flags: str) -> None:
     include = cuda_include()
     if include is None or shutil.which("g++") is None:
         pytest.skip("needs g++ and the CUDA toolkit's headers")
-    command = ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=address", "-Wno-attributes", *flags]
+    sanitizers = ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"]
+    command = ["g++", "-std=c++17", "-O1", "-g", *sanitizers, "-Wno-attributes", *flags]
     command += [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(include), str(source), "-o", str(out)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-4000:]
