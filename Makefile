@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install -q --root-user-action=ignore --disable-pip-v
 STEP := tools/step.sh
 SOURCES := $(shell find csrc frd_kernels frd_model benchmarks build_backend -type f ! -name '*.so' ! -name '*.pyc') \
            CMakeLists.txt setup.py pyproject.toml
-CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
 
 .PHONY: demo test lint setup clean
 

@@ -27,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out two thirds of the cases of a slow backend, not the same for each test; FRD_TEST_ALL=1 runs all."""
+    """Leaves out three quarters of the cases of a slow backend, not the same for each test; FRD_TEST_ALL=1 runs all."""
     if os.environ.get("FRD_TEST_ALL"):
         return
     rank: Counter[str] = Counter()
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if spec is None or not backends.is_slow(spec.params.get("backend", "")):
             continue
         test = item.nodeid.partition("[")[0]
-        if (rank[test] + zlib.crc32(test.encode())) % 3 and rank[test]:
+        if (rank[test] + zlib.crc32(test.encode())) % 4 and rank[test]:
             dropped.add(item.nodeid)
         rank[test] += 1
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
