@@ -52,4 +52,4 @@ def declare(namespace: str, ops: Iterable[str]) -> torch.library.Library:
 def cuda_architectures() -> list[str]:
     """What libfrd_cuda.so was compiled for, as CMake writes it: "90a-real", "80", ..."""
     module = importlib.import_module("frd_kernels._C")
-    return str(module.build_info()["cuda_archs"]).split(",")
+    return [arch for arch in str(module.build_info()["cuda_archs"]).split(",") if arch]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import frd_kernels
-from frd_kernels import backend
+from frd_kernels import _library, backend
 
 PACKAGE = pathlib.Path(frd_kernels.__file__).parent
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,10 +71,12 @@ def test_kernels_without_proof_are_named_and_not_chosen() -> None:
         assert all(op in reason.split("never chosen by itself: ")[1] for op in provider.ops)
 
 
-def test_a_gpu_the_binary_was_not_built_for_is_refused() -> None:
+def test_a_gpu_the_binary_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "cuda_architectures", lambda: ["90-real", "100-real"])
     refusal = backend._architecture_refusal("frd", (7, 5))
-    assert refusal is not None and refusal.startswith("libfrd_cuda.so was built for ")
+    assert refusal is not None and refusal.startswith("libfrd_cuda.so was built for 90-real, 100-real, ")
     assert refusal.endswith("which this GPU (sm_75) does not run")
+    assert backend._architecture_refusal("frd", (9, 0)) is None
     assert backend._architecture_refusal("frd_triton", (7, 5)) is not None
     assert backend._architecture_refusal("frd_triton", (9, 0)) is None
 

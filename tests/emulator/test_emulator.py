@@ -14,20 +14,11 @@ from typing import Any
 
 import pytest
 
+from .emulated import cuda_include
+
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 PROGRAMS = sorted(path for path in HERE.glob("*.cpp") if not path.stem.startswith("broken_"))
-
-
-def cuda_include() -> pathlib.Path | None:
-    """Where cuda_runtime.h lies: vector types, and the kernel keywords, empty for a host compiler."""
-    nvcc = shutil.which("nvcc")
-    roots = [pathlib.Path(nvcc).resolve().parents[1]] if nvcc else []
-    roots += sorted(pathlib.Path("/usr/local").glob("cuda*"))
-    for include in [root / "include" for root in roots]:
-        if (include / "cuda_runtime.h").exists():
-            return include
-    return None
 
 
 def build(source: pathlib.Path, out: pathlib.Path, *flags: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -61,8 +62,8 @@ def is_slow(name: str) -> bool:
 
 def share(name: str, cases: Sequence[Case], *key: object) -> Sequence[Case]:
     """What a test that loops over cases takes of them: all, but for the slow interpreter four, others for
-    another key, so that all have their turn in the tests together."""
-    if not is_slow(name):
+    another key. FRD_TEST_ALL=1 gives it all."""
+    if not is_slow(name) or os.environ.get("FRD_TEST_ALL"):
         return cases
     step = -(-len(cases) // 4)
     return cases[zlib.crc32(repr(key).encode()) % step :: step]
