@@ -24,15 +24,22 @@ STABLE_TORCH_LIBRARY(frd, m) {
       "int kind, float theta, SymInt[] stride, SymInt[] dilation) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
 
-  // Cosine clustering. aggregate: 0 count, 1 similarity. variant: 0 paper, 1 released.
-  // labels int32; saved: what the backward pass needs, in float32 (float64 for float64).
+  // Cosine clustering. aggregate: 0 count, 1 similarity. variant: 0 paper, 1 released. mask: bool, the tokens
+  // that take part. labels int32, -1 for the others; saved: what the backward pass needs, in float32 (float64
+  // for float64).
   m.def(
-      "cluster(Tensor k, Tensor v, Tensor alpha, Tensor beta, SymInt[] grid, SymInt[] hw, int aggregate) "
-      "-> (Tensor centres, Tensor labels, Tensor similarity, Tensor counts, Tensor saved)");
+      "cluster(Tensor k, Tensor v, Tensor? mask, Tensor alpha, Tensor beta, SymInt[] grid, SymInt[] hw, "
+      "int aggregate) -> (Tensor centres, Tensor labels, Tensor similarity, Tensor counts, Tensor saved)");
   m.def(
       "cluster_backward(Tensor grad_centres, Tensor grad_similarity, Tensor k, Tensor v, Tensor alpha, "
       "Tensor beta, Tensor labels, Tensor saved, SymInt[] grid, SymInt[] hw, int aggregate) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  // Each token's own centre times its similarity; channels_first: memory [B, C, N] under the result [B, N,
+  // C].
+  m.def("cluster_dispatch(Tensor centres, Tensor labels, Tensor similarity, bool channels_first) -> Tensor");
+  m.def(
+      "cluster_dispatch_backward(Tensor grad, Tensor centres, Tensor labels, Tensor similarity) "
+      "-> (Tensor grad_centres, Tensor grad_similarity)");
   m.def(
       "icm(Tensor x, Tensor[] projections, Tensor alpha, Tensor beta, SymInt[] grids, SymInt[] hw, "
       "int variant) -> (Tensor out, Tensor labels, Tensor saved)");

@@ -7,6 +7,27 @@
 // kernel in parentheses: FRD_LAUNCH((copy<float, 4>), grid, block, shared_bytes, stream, arguments...)
 #define FRD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+// The same for a kernel whose neighbouring blocks along x form clusters (sm_90 and later).
+#define FRD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared_bytes, stream, ...) \
+  ::frd::launch_cluster(kernel, cluster, grid, block, shared_bytes, stream, __VA_ARGS__)
+namespace frd {
+template <class... P, class... A>
+void launch_cluster(void (*kernel)(P...), unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                    cudaStream_t stream, const A&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // cudaGetLastError has what comes of it
+}
+}  // namespace frd
 #else
 #include "block_emulator.h"
 #endif

@@ -6,15 +6,6 @@
 namespace frd {
 namespace {
 
-// k, v [B, N, C]; alpha, beta [1]; grid (rows, columns); hw (H, W)
-void check(const Tensor& k, const Tensor& v, const Sizes& grid, const Sizes& hw, int64_t aggregate) {
-  check_tokens(k, "k");
-  check_like(v, k, "v");
-  check_grid(hw, grid, k.size(1));
-  FRD_CHECK_VALUE(aggregate == 0 || aggregate == 1,
-                  "frd: aggregate must be 0 (count) or 1 (similarity), got ", aggregate);
-}
-
 template <class A>
 Round<A> make_round(const Tensor& k, const Tensor& v, const Tensor& alpha, const Tensor& beta,
                     const Sizes& grid, const Sizes& hw, int64_t aggregate) {
@@ -104,9 +95,9 @@ std::vector<Tensor> backward(const Tensor& grad_centres, const Tensor& grad_simi
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Five cluster(const Tensor& k, const Tensor& v, const Tensor& alpha, const Tensor& beta, const Sizes& grid,
-             const Sizes& hw, int64_t aggregate) {
-  check(k, v, grid, hw, aggregate);
+Five cluster(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const Tensor& alpha,
+             const Tensor& beta, const Sizes& grid, const Sizes& hw, int64_t aggregate) {
+  check_cluster(k, v, grid, hw, aggregate);
   auto out = compute_type(k) == ScalarType::Double ? forward<double>(k, v, alpha, beta, grid, hw, aggregate)
                                                    : forward<float>(k, v, alpha, beta, grid, hw, aggregate);
   return {out[0], out[1], out[2], out[3], out[4]};
@@ -115,7 +106,7 @@ Five cluster(const Tensor& k, const Tensor& v, const Tensor& alpha, const Tensor
 Four cluster_backward(const Tensor& grad_centres, const Tensor& grad_similarity, const Tensor& k,
                       const Tensor& v, const Tensor& alpha, const Tensor& beta, const Tensor& labels,
                       const Tensor& saved, const Sizes& grid, const Sizes& hw, int64_t aggregate) {
-  check(k, v, grid, hw, aggregate);
+  check_cluster(k, v, grid, hw, aggregate);
   const auto run = compute_type(k) == ScalarType::Double ? backward<double> : backward<float>;
   auto out = run(grad_centres, grad_similarity, k, v, alpha, beta, labels, saved, grid, hw, aggregate);
   return {out[0], out[1], out[2], out[3]};

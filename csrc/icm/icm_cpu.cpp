@@ -6,54 +6,16 @@
 namespace frd {
 namespace {
 
-constexpr int64_t kPaper = 0, kReleased = 1;
-
-struct Inputs {
-  Tensor x;                         // [B, N, C]
-  std::vector<Tensor> projections;  // per round Wk [C, C], bk [C], Wv [C, C], bv [C]; all [0] for none
-  Tensor alpha, beta;               // [1], released [T]
-  Sizes grids, hw;                  // T times (rows, columns); (H, W)
-  int64_t variant;
-
-  int64_t count() const { return static_cast<int64_t>(grids.size()) / 2; }
-  bool projected(int64_t t) const { return projections[4 * t].numel() > 0; }
-};
-
-void check(const Inputs& in) {
-  check_tokens(in.x, "x");
-  FRD_CHECK_VALUE(in.variant == kPaper || in.variant == kReleased,
-                  "frd: variant must be 0 (paper) or 1 (released), got ", in.variant);
-  FRD_CHECK_VALUE(!in.grids.empty() && in.grids.size() % 2 == 0,
-                  "frd: grids must hold pairs (rows, columns)");
-  check_grid(in.hw, {in.grids[0], in.grids[1]}, in.x.size(1));
-  for (size_t t = 2; t < in.grids.size(); t += 2)
-    check_grid({in.grids[t - 2], in.grids[t - 1]}, {in.grids[t], in.grids[t + 1]},
-               in.grids[t - 2] * in.grids[t - 1]);
-  FRD_CHECK_VALUE(in.projections.size() == 2 * in.grids.size(),
-                  "frd: projections must be 4 tensors for each of the ", in.count(), " grids, got ",
-                  in.projections.size());
-  const int64_t channels = in.x.size(2);
-  for (size_t i = 0; i < in.projections.size(); ++i) {
-    const Tensor& p = in.projections[i];
-    const bool none = !in.projected(static_cast<int64_t>(i) / 4), weight = i % 2 == 0;
-    FRD_CHECK_VALUE(p.scalar_type() == in.x.scalar_type(), "frd: projections[", i, "] must have x's dtype");
-    FRD_CHECK_VALUE(
-        none ? p.numel() == 0
-             : p.dim() == (weight ? 2 : 1) && p.size(0) == channels && (!weight || p.size(1) == channels),
-        "frd: projections[", i, "] must be ", weight ? "[C, C]" : "[C]", " with C = ", channels);
-  }
-}
-
 // The rounds, their gates and projections in the compute type; tensors that must outlive them.
 template <class A>
 struct Icm {
-  const Inputs& in;
+  const IcmInputs& in;
   std::vector<Round<A>> rounds;
   std::vector<PerItem<A>> query, projected, offset, product;
   DenseDispatch<A> dense{};
   std::vector<Tensor> alive;
 
-  explicit Icm(const Inputs& inputs)
+  explicit Icm(const IcmInputs& inputs)
       : in(inputs),
         rounds(in.count()),
         query(in.count()),
@@ -178,7 +140,7 @@ class Packer {
 };
 
 template <class A>
-std::vector<Tensor> forward(const Inputs& in) {
+std::vector<Tensor> forward(const IcmInputs& in) {
   Icm<A> icm(in);
   const int64_t batch = in.x.size(0), count = in.count();
   Tensor out = new_like_tokens(in.x);
@@ -232,7 +194,7 @@ struct Gradients {
 template <class A>
 class Backward {
  public:
-  Backward(const Inputs& in, const Tensor& grad, const Tensor& labels, const Tensor& saved)
+  Backward(const IcmInputs& in, const Tensor& grad, const Tensor& labels, const Tensor& saved)
       : in_(in),
         icm_(in),
         count_(in.count()),
@@ -329,7 +291,7 @@ class Backward {
     g.bias_sums = g.weight_sums + g.groups * r.channels * r.channels;
   }
 
-  const Inputs& in_;
+  const IcmInputs& in_;
   Icm<A> icm_;
   int64_t count_, batch_;
   std::vector<RoundGrad<A>> gradients_;
@@ -342,8 +304,8 @@ class Backward {
 std::tuple<Tensor, Tensor, Tensor> icm(const Tensor& x, const std::vector<Tensor>& projections,
                                        const Tensor& alpha, const Tensor& beta, const Sizes& grids,
                                        const Sizes& hw, int64_t variant) {
-  const Inputs in{x, projections, alpha, beta, grids, hw, variant};
-  check(in);
+  const IcmInputs in{x, projections, alpha, beta, grids, hw, variant};
+  check_icm(in);
   auto out = compute_type(x) == ScalarType::Double ? forward<double>(in) : forward<float>(in);
   return {out[0], out[1], out[2]};
 }
@@ -354,8 +316,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> icm_backward(const Tenso
                                                                      const Tensor& labels,
                                                                      const Tensor& saved, const Sizes& grids,
                                                                      const Sizes& hw, int64_t variant) {
-  const Inputs in{x, projections, alpha, beta, grids, hw, variant};
-  check(in);
+  const IcmInputs in{x, projections, alpha, beta, grids, hw, variant};
+  check_icm(in);
   check_like(grad, x, "grad");
   Gradients out = compute_type(x) == ScalarType::Double ? Backward<double>(in, grad, labels, saved).run()
                                                         : Backward<float>(in, grad, labels, saved).run();

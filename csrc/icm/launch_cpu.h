@@ -3,14 +3,12 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "core/stable.h"
 #include "icm/dispatch_kernel.h"
+#include "icm/icm_op.h"
 #include "icm/round_grad_kernel.h"
 #include "icm/round_kernel.h"
 
 namespace frd {
-
-using Sizes = std::vector<int64_t>;
 
 inline const RoundOps<float>& round_ops(float) { return round_kernels().f32; }
 inline const RoundOps<double>& round_ops(double) { return round_kernels().f64; }
@@ -19,33 +17,9 @@ inline const RoundGradOps<double>& round_grad_ops(double) { return round_grad_ke
 inline const DispatchOps<float>& dispatch_ops(float) { return dispatch_kernels().f32; }
 inline const DispatchOps<double>& dispatch_ops(double) { return dispatch_kernels().f64; }
 
-template <class A>
-constexpr ScalarType kScalarType = std::is_same<A, double>::value ? ScalarType::Double : ScalarType::Float;
-
-inline ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 template <class F>
 void for_units(int64_t units, const F& run) {
   if (units > 0) torch::stable::parallel_for(0, units, 1, run);
-}
-
-// t [B, N, C]
-inline TokenView view_of(const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), dtype_of(t, "a tensor"), t.stride(0), t.stride(1),
-          t.stride(2)};
-}
-
-// Whether a permuted image [B, C, H * W] lies under tokens [B, N, C].
-inline bool is_channel_major(const Tensor& t) {
-  return t.size(1) > 1 && t.stride(1) == 1 && t.stride(2) >= t.size(1);
-}
-
-// Uninitialised [B, N, C], its memory [B, C, N] where that is so for t.
-inline Tensor new_like_tokens(const Tensor& t) {
-  if (!is_channel_major(t)) return torch::stable::new_empty(t, Sizes{t.size(0), t.size(1), t.size(2)});
-  return torch::stable::transpose(torch::stable::new_empty(t, Sizes{t.size(0), t.size(2), t.size(1)}), 1, 2);
 }
 
 // Gives out parts of one block of memory for each item of the batch; with a null base it only counts.
@@ -97,26 +71,6 @@ inline int64_t chunk_count(int64_t tokens, int64_t centres) {
 // Pieces of the sum over the whole batch that gives the key projection's gradient.
 inline int64_t group_count(int64_t batch, int64_t chunks) { return std::min<int64_t>(8, batch * chunks); }
 
-inline void check_grid(const Sizes& hw, const Sizes& grid, int64_t tokens) {
-  FRD_CHECK_VALUE(hw.size() == 2 && hw[0] > 0 && hw[1] > 0 && hw[0] * hw[1] == tokens,
-                  "frd: hw must be (H, W) with H * W = ", tokens, " tokens");
-  FRD_CHECK_VALUE(grid.size() == 2 && grid[0] > 0 && grid[1] > 0,
-                  "frd: a grid must be (rows, columns) of at least 1");
-}
-
-inline void check_tokens(const Tensor& t, const char* name) {
-  FRD_CHECK_VALUE(t.dim() == 3, "frd: ", name, " must be [B, N, C], got ", t.dim(), "-D");
-  FRD_CHECK_VALUE(t.size(1) > 0 && t.size(2) > 0, "frd: ", name,
-                  " must have at least one token and one channel");
-  dtype_of(t, name);
-}
-
-inline void check_like(const Tensor& t, const Tensor& model, const char* name) {
-  bool same = t.dim() == model.dim() && t.scalar_type() == model.scalar_type();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == model.size(i);
-  FRD_CHECK_VALUE(same, "frd: ", name, " must have the shape and dtype of its input");
-}
-
 // What a round keeps for its backward pass, in the order in which frd_kernels/icm/ops.py counts it.
 template <class A>
 void layout_saved(Round<A>& r, Arena<A>& arena) {
@@ -129,6 +83,7 @@ void layout_saved(Round<A>& r, Arena<A>& arena) {
   r.result = arena.take(size);
   r.unit_scale = arena.take(r.centres());
   r.mass = arena.take(r.centres());
+  r.share = arena.take(r.centres());
 }
 
 // What it needs during the call.
@@ -195,14 +150,6 @@ A sum_gate_grad(const PerItem<A>& parts, int64_t batch, int64_t chunks, int whic
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t k = 0; k < chunks; ++k) sum += parts[b][k * 2 + which];
   return static_cast<A>(sum);
-}
-
-// gate: alpha or beta, `count` elements of the compute type
-inline Tensor check_gate(const Tensor& gate, const Tensor& tokens, int64_t count, const char* name) {
-  FRD_CHECK_VALUE(gate.dim() == 1 && gate.size(0) == count && gate.scalar_type() == compute_type(tokens),
-                  "frd: ", name, " must be [", count,
-                  "] in the compute dtype (float64 for float64, else float32)");
-  return torch::stable::contiguous(gate);
 }
 
 }  // namespace frd

@@ -53,6 +53,7 @@ struct Round {
   PerItem<A> unit_scale;    // [O] 1 / max(norm of the pooled key, kNormFloor)
   PerItem<A> mean;          // [O, C] (pooled + weighted sum of the cluster's tokens) / mass
   PerItem<A> mass;          // [O] 1 + sum of the cluster's weights
+  PerItem<A> share;         // [O] 1 / tokens of the bin, 0 where it has none
   PerItem<A> result;        // [O, C] the mean through the value projection; the round's centres
 
   // results of the operator `cluster` beyond the labels

@@ -124,15 +124,13 @@ void centre_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_
 // rows [m, C] += what the bins that cover the tokens first .. first + m pass on of the gradient of their
 // means.
 template <class A>
-void add_pooled_grad(const Round<A>& r, const A* bins, int64_t first, int64_t m, A* rows) {
+void add_pooled_grad(const Round<A>& r, int64_t b, const A* bins, int64_t first, int64_t m, A* rows) {
   for (int64_t n = first; n < first + m; ++n) {
     const int64_t y = n / r.width, x = n % r.width;
     for (int64_t i = first_bin(y, r.height, r.rows); i <= last_bin(y, r.height, r.rows); ++i)
       for (int64_t j = first_bin(x, r.width, r.columns); j <= last_bin(x, r.width, r.columns); ++j) {
-        const int64_t pixels = (bin_end(i, r.height, r.rows) - bin_begin(i, r.height, r.rows)) *
-                               (bin_end(j, r.width, r.columns) - bin_begin(j, r.width, r.columns));
-        add_scaled(A(1) / static_cast<A>(pixels), bins + (i * r.columns + j) * r.channels, r.channels,
-                   rows + (n - first) * r.channels);
+        const int64_t bin = i * r.columns + j;
+        add_scaled(r.share[b][bin], bins + bin * r.channels, r.channels, rows + (n - first) * r.channels);
       }
   }
 }
@@ -232,12 +230,12 @@ void chunk_token_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64
       gemm.run(buffers.key_grad, channels, g.key_rows, out, channels, m, channels, channels, false);
     }
     if (r.shared) add_mean_grad(r, g, b, first, m, out);
-    add_pooled_grad<A>(r, g.pooled_grad[b], first, m, out);
+    add_pooled_grad<A>(r, b, g.pooled_grad[b], first, m, out);
     store_tile<A>(out, g.keys_grad, b, first, m, channels);
     if (r.shared) continue;
     fill<A>(buffers.token_grad, m * channels, A(0));
     add_mean_grad<A>(r, g, b, first, m, buffers.token_grad);
-    add_pooled_grad<A>(r, g.mean_grad[b], first, m, buffers.token_grad);
+    add_pooled_grad<A>(r, b, g.mean_grad[b], first, m, buffers.token_grad);
     store_tile<A>(buffers.token_grad, g.values_grad, b, first, m, channels);
   }
 }

@@ -6,9 +6,10 @@ namespace frd {
 namespace FRD_ISA {
 namespace {
 
-// Bin means of one row of bins: out [columns, C].
+// Bin means of one row of bins: out [columns, C]; share [columns]: 1 / tokens of each bin.
 template <class A>
-void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t row, A* buffer, A* out) {
+void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t row, A* buffer, A* out,
+                  A* share) {
   const int64_t top = bin_begin(row, r.height, r.rows), bottom = bin_end(row, r.height, r.rows);
   fill(out, r.columns * r.channels, A(0));
   for (int64_t first = top * r.width; first < bottom * r.width; first += kTile) {
@@ -24,6 +25,7 @@ void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t r
     const int64_t width = bin_end(j, r.width, r.columns) - bin_begin(j, r.width, r.columns);
     const A pixels = static_cast<A>((bottom - top) * width);
     for (int64_t c = 0; c < r.channels; ++c) out[j * r.channels + c] /= pixels;
+    share[j] = A(1) / pixels;
   }
 }
 
@@ -31,9 +33,12 @@ template <class A>
 void pool(const Round<A>& r, int64_t begin, int64_t end) {
   Scratch<A> buffer(kTile * r.channels);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.rows, row = u % r.rows, at = row * r.columns * r.channels;
-    pool_bin_row<A>(r, r.values, b, row, buffer, r.pooled[b] + at);
-    if (!r.shared) pool_bin_row<A>(r, r.keys, b, row, buffer, r.pooled_keys[b] + at);
+    const int64_t b = u / r.rows, bin = u % r.rows * r.columns;
+    const auto mean = [&](const TokenView& view, const PerItem<A>& out) {
+      pool_bin_row<A>(r, view, b, u % r.rows, buffer, out[b] + bin * r.channels, r.share[b] + bin);
+    };
+    mean(r.values, r.pooled);
+    if (!r.shared) mean(r.keys, r.pooled_keys);
   }
 }
 

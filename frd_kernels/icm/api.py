@@ -65,10 +65,11 @@ def cluster(
         raise ValueError(f"aggregate must be 'count' or 'similarity', got {aggregate!r}")
     _check_scalar(alpha, "alpha", (1,))
     _check_scalar(beta, "beta", (1,))
-    if backend.select("cluster", k) is None:
+    native = backend.select("cluster", k)
+    if native is None:
         return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta)
     index = AGGREGATES.index(aggregate)
-    centres, labels, similarity, counts = ops.cluster(k, v, grid, hw, index, alpha, beta)
+    centres, labels, similarity, counts = ops.cluster(native, k, v, None, grid, hw, index, alpha, beta)
     return ClusterResult(centres, labels.long(), similarity, counts)
 
 
@@ -122,10 +123,11 @@ def icm(
         projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
     x = _autocast(x, x)
     _check_projections(projections, len(grids), x)
-    if backend.select("icm", x) is None:
+    native = backend.select("icm", x)
+    if native is None:
         return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
     given = [None] * len(grids) if projections is None else projections
-    return ops.icm(x, given, VARIANTS.index(variant), alpha, beta, grids, hw)
+    return ops.icm(native, x, given, VARIANTS.index(variant), alpha, beta, grids, hw)
 
 
 def _autocast(tensor: _TensorOrNone, like: torch.Tensor) -> _TensorOrNone:

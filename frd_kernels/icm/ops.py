@@ -1,4 +1,7 @@
-"""The operators `frd::cluster` and `frd::icm` for autograd, autocast and torch.compile."""
+"""The operators `cluster` and `icm`, their backwards and `cluster_dispatch` for autograd, autocast and torch.compile.
+
+The functions below take the namespace they run in: torch.ops.frd or its like.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,40 @@ from typing import Any
 
 import torch
 
-from .. import _library  # noqa: F401  registers the schemas
+from .. import _triton
 from .reference import compute_dtype
 
 Tensor = torch.Tensor
-_ops = torch.ops.frd
 
 
-def _saved_size(tokens: int, centres: int, channels: int) -> int:
+def saved_size(tokens: int, centres: int, channels: int) -> int:
     """What a round keeps for an item, as `layout_saved` in csrc/icm/launch_cpu.h."""
-    return 2 * tokens + 4 * centres * channels + 2 * centres
+    return 2 * tokens + 4 * centres * channels + 3 * centres
+
+
+def _strided(like: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
+    """Uninitialised tokens [B, N, C], as a permuted image where channels_first."""
+    batch, tokens, channels = shape
+    if channels_first:
+        return like.new_empty((batch, channels, tokens)).transpose(1, 2)
+    return like.new_empty((batch, tokens, channels))
 
 
 def _like_tokens(x: Tensor) -> Tensor:
     """Uninitialised, in the layout of x: a permuted image stays one."""
-    batch, tokens, channels = x.shape
-    if tokens > 1 and x.stride(1) == 1 and x.stride(2) >= tokens:
-        return x.new_empty((batch, channels, tokens)).transpose(1, 2)
-    return x.new_empty((batch, tokens, channels))
+    tokens = x.shape[1]
+    return _strided(x, x.shape, tokens > 1 and x.stride(1) == 1 and x.stride(2) >= tokens)
 
 
-@torch.library.register_fake("frd::cluster")
-def _(
-    k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, grid: Sequence[int], hw: Sequence[int], aggregate: int
+def _fake_cluster(
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    alpha: Tensor,
+    beta: Tensor,
+    grid: Sequence[int],
+    hw: Sequence[int],
+    aggregate: int,
 ) -> tuple[Tensor, ...]:
     torch._check(k.dim() == 3 and v.dim() == 3)
     batch, tokens, channels = k.shape
@@ -39,12 +53,11 @@ def _(
         k.new_empty((batch, tokens), dtype=torch.int32),
         k.new_empty((batch, tokens), dtype=dtype),
         k.new_empty((batch, centres), dtype=torch.int32),
-        k.new_empty((batch, _saved_size(tokens, centres, channels)), dtype=dtype),
+        k.new_empty((batch, saved_size(tokens, centres, channels)), dtype=dtype),
     )
 
 
-@torch.library.register_fake("frd::cluster_backward")
-def _(
+def _fake_cluster_backward(
     grad_centres: Tensor,
     grad_similarity: Tensor,
     k: Tensor,
@@ -56,8 +69,32 @@ def _(
     return _like_tokens(k), _like_tokens(v), torch.empty_like(alpha), torch.empty_like(beta)
 
 
-@torch.library.register_fake("frd::icm")
-def _(
+def _fake_dispatch(centres: Tensor, labels: Tensor, similarity: Tensor, channels_first: bool) -> Tensor:
+    torch._check(centres.dim() == 3 and labels.dim() == 2)
+    return _strided(centres, (*labels.shape, centres.shape[2]), channels_first)
+
+
+def _fake_dispatch_backward(
+    grad: Tensor, centres: Tensor, labels: Tensor, similarity: Tensor
+) -> tuple[Tensor, Tensor]:
+    return centres.new_empty(centres.shape), similarity.new_empty(similarity.shape)
+
+
+def saved_layout(hw: Sequence[int], grids: Sequence[int], channels: int, variant: int) -> tuple[int, int]:
+    """(labels, elements of `saved`) of an item of `icm`."""
+    tokens, columns = hw[0] * hw[1], grids[-2] * grids[-1]
+    labels = saved = 0
+    for t in range(len(grids) // 2):
+        centres = grids[2 * t] * grids[2 * t + 1]
+        labels += tokens
+        saved += saved_size(tokens, centres, channels)
+        if variant == 0:
+            saved += columns * (2 * channels + 1) + (tokens * columns if t > 0 else 0)
+        tokens = centres
+    return labels, saved
+
+
+def _fake_icm(
     x: Tensor,
     projections: Sequence[Tensor],
     alpha: Tensor,
@@ -67,25 +104,15 @@ def _(
     variant: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(x.dim() == 3)
-    batch, tokens, channels = x.shape
-    columns = grids[-2] * grids[-1]
-    labels = saved = 0
-    for t in range(len(grids) // 2):
-        centres = grids[2 * t] * grids[2 * t + 1]
-        labels += tokens
-        saved += _saved_size(tokens, centres, channels)
-        if variant == 0:
-            saved += columns * (2 * channels + 1) + (tokens * columns if t > 0 else 0)
-        tokens = centres
+    labels, saved = saved_layout((1, x.shape[1]), grids, x.shape[2], variant)
     return (
         _like_tokens(x),
-        x.new_empty((batch, labels), dtype=torch.int32),
-        x.new_empty((batch, saved), dtype=compute_dtype(x.dtype)),
+        x.new_empty((x.shape[0], labels), dtype=torch.int32),
+        x.new_empty((x.shape[0], saved), dtype=compute_dtype(x.dtype)),
     )
 
 
-@torch.library.register_fake("frd::icm_backward")
-def _(
+def _fake_icm_backward(
     grad: Tensor, x: Tensor, projections: Sequence[Tensor], alpha: Tensor, beta: Tensor, *_rest: Any
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     grads = [p.new_empty(p.shape) for p in projections]
@@ -93,7 +120,7 @@ def _(
 
 
 def _cluster_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    k, v, alpha, beta, ctx.grid, ctx.hw, ctx.aggregate = inputs
+    k, v, _mask, alpha, beta, ctx.grid, ctx.hw, ctx.aggregate = inputs
     centres, labels, _similarity, counts, saved = output
     ctx.mark_non_differentiable(labels, counts, saved)
     ctx.set_materialize_grads(False)
@@ -101,20 +128,8 @@ def _cluster_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.centres = centres.shape
 
 
-def _cluster_backward(
-    ctx: Any, grad_centres: Tensor | None, _labels: None, grad_similarity: Tensor | None, *_: None
-) -> Any:
-    if grad_centres is None and grad_similarity is None:
-        return (None,) * 7
-    k, v, alpha, beta, labels, saved = ctx.saved_tensors
-    if grad_centres is None:
-        grad_centres = v.new_zeros(ctx.centres)
-    if grad_similarity is None:
-        grad_similarity = saved.new_zeros(labels.shape)
-    grads = _ops.cluster_backward(
-        grad_centres, grad_similarity, k, v, alpha, beta, labels, saved, ctx.grid, ctx.hw, ctx.aggregate
-    )
-    return *grads, None, None, None
+def _dispatch_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _icm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -125,14 +140,40 @@ def _icm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.save_for_backward(x, alpha, beta, labels, saved, *projections)
 
 
-def _icm_backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-    x, alpha, beta, labels, saved, *projections = ctx.saved_tensors
-    if grad is None:
-        return None, [None] * len(projections), None, None, None, None, None
-    grads = _ops.icm_backward(
-        grad, x, projections, alpha, beta, labels, saved, ctx.grids, ctx.hw, ctx.variant
-    )
-    return *grads, None, None, None
+class _Rules:
+    """Derivatives of the operators of one namespace, by the operators of that namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        self.ops = getattr(torch.ops, namespace)
+
+    def cluster(
+        self, ctx: Any, grad_centres: Tensor | None, _labels: None, grad_similarity: Tensor | None, *_: None
+    ) -> Any:
+        if grad_centres is None and grad_similarity is None:
+            return (None,) * 8
+        k, v, alpha, beta, labels, saved = ctx.saved_tensors
+        if grad_centres is None:
+            grad_centres = v.new_zeros(ctx.centres)
+        if grad_similarity is None:
+            grad_similarity = saved.new_zeros(labels.shape)
+        grad_k, grad_v, *gates = self.ops.cluster_backward(
+            grad_centres, grad_similarity, k, v, alpha, beta, labels, saved, ctx.grid, ctx.hw, ctx.aggregate
+        )
+        return grad_k, grad_v, None, *gates, None, None, None
+
+    def dispatch(self, ctx: Any, grad: Tensor) -> Any:
+        centres, labels, similarity = ctx.saved_tensors
+        grad_centres, grad_similarity = self.ops.cluster_dispatch_backward(grad, centres, labels, similarity)
+        return grad_centres, None, grad_similarity, None
+
+    def icm(self, ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        x, alpha, beta, labels, saved, *projections = ctx.saved_tensors
+        if grad is None:
+            return None, [None] * len(projections), None, None, None, None, None
+        grads = self.ops.icm_backward(
+            grad, x, projections, alpha, beta, labels, saved, ctx.grids, ctx.hw, ctx.variant
+        )
+        return *grads, None, None, None
 
 
 def _refuse(op: str) -> Callable[..., Any]:
@@ -143,12 +184,6 @@ def _refuse(op: str) -> Callable[..., Any]:
         )
 
     return refuse
-
-
-torch.library.register_autograd("frd::cluster", _cluster_backward, setup_context=_cluster_setup)
-torch.library.register_autograd("frd::icm", _icm_backward, setup_context=_icm_setup)
-torch.library.register_autograd("frd::cluster_backward", _refuse("cluster"))
-torch.library.register_autograd("frd::icm_backward", _refuse("icm"))
 
 
 def _autocast_rule(op: Any, floats: int, device: str) -> Callable[..., Any]:
@@ -167,11 +202,39 @@ def _autocast_rule(op: Any, floats: int, device: str) -> Callable[..., Any]:
     return rule
 
 
-_AUTOCAST = torch.library.Library("frd", "FRAGMENT")
-for _device in ("cpu", "cuda"):
-    _key = f"Autocast{torch._C._dispatch_key_for_device(_device)}"
-    _AUTOCAST.impl("cluster", _autocast_rule(_ops.cluster.default, 2, _device), _key)
-    _AUTOCAST.impl("icm", _autocast_rule(_ops.icm.default, 2, _device), _key)
+_autocast: list[torch.library.Library] = []
+
+
+def register(namespace: str) -> None:
+    """Fakes, autograd and autocast of the family's operators in `namespace`."""
+    fakes = {
+        "cluster": _fake_cluster,
+        "cluster_backward": _fake_cluster_backward,
+        "cluster_dispatch": _fake_dispatch,
+        "cluster_dispatch_backward": _fake_dispatch_backward,
+        "icm": _fake_icm,
+        "icm_backward": _fake_icm_backward,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    rules = _Rules(namespace)
+    for name, backward, setup in (
+        ("cluster", rules.cluster, _cluster_setup),
+        ("cluster_dispatch", rules.dispatch, _dispatch_setup),
+        ("icm", rules.icm, _icm_setup),
+    ):
+        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+        torch.library.register_autograd(f"{namespace}::{name}_backward", _refuse(name))
+    library = torch.library.Library(namespace, "FRAGMENT")
+    _autocast.append(library)
+    for device in ("cpu", "cuda"):
+        key = f"Autocast{torch._C._dispatch_key_for_device(device)}"
+        for name in ("cluster", "icm"):
+            library.impl(name, _autocast_rule(getattr(rules.ops, name).default, 2, device), key)
+
+
+register("frd")
+register(_triton.NAMESPACE)
 
 
 def _gate(value: float | Tensor, like: Tensor, size: int) -> Tensor:
@@ -183,22 +246,25 @@ def _gate(value: float | Tensor, like: Tensor, size: int) -> Tensor:
 
 
 def cluster(
+    ops: Any,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     grid: Sequence[int],
     hw: Sequence[int],
     aggregate: int,
     alpha: float | Tensor,
     beta: float | Tensor,
 ) -> tuple[Tensor, ...]:
-    """centres, labels (int32), similarity, counts of `frd::cluster`."""
-    out: tuple[Tensor, ...] = _ops.cluster(
-        k, v, _gate(alpha, k, 1), _gate(beta, k, 1), list(grid), list(hw), aggregate
+    """centres, labels (int32), similarity, counts."""
+    out: tuple[Tensor, ...] = ops.cluster(
+        k, v, mask, _gate(alpha, k, 1), _gate(beta, k, 1), list(grid), list(hw), aggregate
     )
     return out[:4]
 
 
 def icm(
+    ops: Any,
     x: Tensor,
     projections: Sequence[Sequence[Tensor | None] | None],
     variant: int,
@@ -207,7 +273,7 @@ def icm(
     grids: Sequence[Sequence[int]],
     hw: Sequence[int],
 ) -> Tensor:
-    """`frd::icm`; a projection that is None becomes empty tensors, a bias that is None zeros."""
+    """A projection that is None becomes empty tensors, a bias that is None zeros."""
     flat: list[Tensor] = []
     for projection in projections:
         if projection is None:
@@ -216,7 +282,7 @@ def icm(
             flat += [x.new_zeros(x.size(2)) if part is None else part for part in projection]
     size = 1 if variant == 0 else len(grids)
     sides = [side for grid in grids for side in grid]
-    out: tuple[Tensor, ...] = _ops.icm(
+    out: tuple[Tensor, ...] = ops.icm(
         x, flat, _gate(alpha, x, size), _gate(beta, x, size), sides, list(hw), variant
     )
     return out[0]

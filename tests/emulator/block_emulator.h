@@ -1,9 +1,12 @@
-// Runs a CUDA kernel body on the CPU, one block at a time, for tests without a GPU. Test-only.
+// Runs a CUDA kernel body on the CPU, one block or one cluster of blocks at a time, for tests without a GPU.
+// Test-only.
 // Every thread of a block is a fiber; __syncthreads, __syncwarp, shuffles and votes are points where fibers
 // wait for each other. The order in which fibers run is shuffled by a seed, so a missing barrier shows as a
 // result that depends on the seed; built with -fsanitize=address, an access outside an array stops the test.
-// A barrier that not all threads reach is an error. Not modelled: memory consistency between blocks,
-// tensor-core and asynchronous-copy instructions (give those a replaceable function).
+// A barrier that not all threads reach is an error. The blocks of a cluster share one set of fibers; reaching
+// into the shared memory of another one before the cluster's first barrier stops the test, after that block
+// has ended it reads NaN. Not modelled: memory consistency between blocks, tensor-core and asynchronous-copy
+// instructions (give those a replaceable function).
 #pragma once
 #include <cuda_runtime.h>  // host-side: vector types, dim3; the kernel keywords are empty here
 #include <setjmp.h>
@@ -28,7 +31,7 @@
 #undef __forceinline__
 #define __forceinline__ inline  // else the host compiler inlines unrolled kernels many times over
 #undef __shared__
-#define __shared__ static  // one block runs at a time, so a static is the block's own
+#define __shared__ static  // the block's own, as one runs at a time; clusters must use dynamic shared memory
 
 namespace emu {
 constexpr int kWarp = 32;
@@ -37,7 +40,7 @@ constexpr size_t kStack = 256 * 1024;  // its redzones make frames several times
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif
-enum class State { ready, at_block_barrier, at_warp_barrier, done };
+enum class State { ready, at_block_barrier, at_warp_barrier, at_cluster_barrier, done };
 
 // A stack on which the threads of one block after another run: made once, as a program launches thousands.
 struct Fiber {
@@ -47,7 +50,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   State state = State::ready;
   dim3 tid;
-  int linear = 0;
+  int linear = 0;  // in its block
+  int rank = 0;    // of its block in the cluster
   int parity =
       0;  // shuffles alternate between two slots, so a fast lane cannot overwrite what a slow one still reads
   void* fake_stack = nullptr;
@@ -55,11 +59,15 @@ struct Fiber {
 struct Warp {
   uint64_t slot[2][kWarp];
 };
+// A cluster of blocks; mostly it has one.
 struct Block {
-  dim3 block_idx, block_dim, grid_dim;
-  std::vector<Fiber*> fibers;
+  dim3 block_dim, grid_dim;
+  std::vector<dim3> block_idx;  // by rank, as the two below
+  std::vector<std::vector<unsigned char>> dynamic_shared;
+  std::vector<bool> ended;
+  int cluster_barriers = 0;
+  std::vector<Fiber*> fibers;  // rank after rank
   std::vector<Warp> warps;
-  std::vector<unsigned char> dynamic_shared;
   ucontext_t scheduler;
   jmp_buf scheduler_resume;
   const void* scheduler_stack = nullptr;
@@ -129,8 +137,8 @@ inline Fiber* new_fiber() {
   return pool().back().get();
 }
 
-// Releases every group (warp or block) whose living fibers all wait at the same kind of barrier. Returns
-// whether any was released.
+// Releases every group (warp, block or cluster) whose living fibers all wait at the same kind of barrier.
+// Returns whether any was released.
 inline bool release(Block& b) {
   bool any = false;
   auto all = [&](size_t lo, size_t hi, State s) {
@@ -147,24 +155,43 @@ inline bool release(Block& b) {
       if (b.fibers[i]->state != State::done) b.fibers[i]->state = State::ready;
     any = true;
   };
-  const size_t n = b.fibers.size();
-  for (size_t w = 0; w < n; w += kWarp)
-    if (size_t hi = std::min(n, w + kWarp); all(w, hi, State::at_warp_barrier)) wake(w, hi);
-  if (!any && all(0, n, State::at_block_barrier)) wake(0, n);
+  const size_t n = b.fibers.size(), of_block = n / b.block_idx.size();
+  for (size_t first = 0; first < n; first += of_block)
+    for (size_t w = first; w < first + of_block; w += kWarp)
+      if (size_t hi = std::min(first + of_block, w + kWarp); all(w, hi, State::at_warp_barrier)) wake(w, hi);
+  if (any) return true;
+  for (size_t first = 0; first < n; first += of_block)
+    if (all(first, first + of_block, State::at_block_barrier)) wake(first, first + of_block);
+  if (!any && all(0, n, State::at_cluster_barrier)) {
+    ++b.cluster_barriers;
+    wake(0, n);
+  }
   return any;
+}
+
+// A block's shared memory is gone with its last thread.
+inline void end_thread(Block& b, const Fiber& f) {
+  const size_t of_block = b.fibers.size() / b.block_idx.size();
+  for (size_t i = f.rank * of_block; i < (f.rank + 1) * of_block; ++i)
+    if (b.fibers[i]->state != State::done) return;
+  b.ended[f.rank] = true;
+  std::fill(b.dynamic_shared[f.rank].begin(), b.dynamic_shared[f.rank].end(), 0xff);
 }
 
 inline void run_block(Block& b, std::mt19937& rng) {
   block() = &b;
   const int n = static_cast<int>(b.fibers.size());
+  const int of_block = n / static_cast<int>(b.block_idx.size());
   std::vector<int> order(n);
   for (int i = 0; i < n; ++i) {
     Fiber& f = *b.fibers[i];
+    const int t = i % of_block;
     order[i] = i;
     f.state = State::ready;
     f.parity = 0;
-    f.linear = i;
-    f.tid = dim3(i % b.block_dim.x, i / b.block_dim.x % b.block_dim.y, i / (b.block_dim.x * b.block_dim.y));
+    f.linear = t;
+    f.rank = i / of_block;
+    f.tid = dim3(t % b.block_dim.x, t / b.block_dim.x % b.block_dim.y, t / (b.block_dim.x * b.block_dim.y));
   }
   for (int alive = n; alive > 0;) {
     std::shuffle(order.begin(), order.end(), rng);
@@ -174,20 +201,24 @@ inline void run_block(Block& b, std::mt19937& rng) {
       if (f.state != State::ready) continue;
       ran = true;
       resume(b, f);
-      if (f.state == State::done) --alive;
+      if (f.state != State::done) continue;
+      --alive;
+      end_thread(b, f);
     }
     if (alive > 0 && !release(b) && !ran) {
       std::fprintf(stderr,
                    "block emulator: deadlock: the threads of block (%u,%u,%u) wait at different barriers\n",
-                   b.block_idx.x, b.block_idx.y, b.block_idx.z);
+                   b.block_idx[0].x, b.block_idx[0].y, b.block_idx[0].z);
       std::abort();
     }
   }
 }
 
-// kernel<<<grid, block, shared_bytes>>>(args...) on the CPU; one launch at a time, whichever thread calls.
+// kernel<<<grid, block, shared_bytes>>>(args...) on the CPU, `cluster` neighbours along x together; one
+// launch at a time, whichever thread calls.
 template <typename... P, typename... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block_dim, size_t shared_bytes, unsigned seed, A... args) {
+void launch_cluster(void (*kernel)(P...), unsigned cluster, dim3 grid, dim3 block_dim, size_t shared_bytes,
+                    unsigned seed, A... args) {
   static std::mutex one;
   const std::lock_guard<std::mutex> guard(one);
   Block b;
@@ -195,24 +226,47 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block_dim, size_t shared_bytes
   b.grid_dim = grid;
   const size_t threads = size_t(block_dim.x) * block_dim.y * block_dim.z;
   if (threads == 0 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || grid.x == 0 || grid.y == 0 ||
-      grid.z == 0) {
+      grid.z == 0 || cluster == 0 || cluster > 8 || grid.x % cluster != 0 || shared_bytes > 227 * 1024) {
     std::fprintf(stderr, "block emulator: a card refuses the launch of (%u,%u,%u) blocks of %zu threads\n",
                  grid.x, grid.y, grid.z, threads);
     std::abort();
   }
-  while (pool().size() < threads) new_fiber();
-  for (size_t i = 0; i < threads; ++i) b.fibers.push_back(pool()[i].get());
-  b.warps.resize((threads + kWarp - 1) / kWarp);
+  while (pool().size() < threads * cluster) new_fiber();
+  for (size_t i = 0; i < threads * cluster; ++i) b.fibers.push_back(pool()[i].get());
+  b.warps.resize((threads + kWarp - 1) / kWarp * cluster);
   b.body = [&] { kernel(static_cast<P>(args)...); };
   std::mt19937 rng(seed);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        b.block_idx = dim3(x, y, z);
-        b.dynamic_shared.assign(shared_bytes,
-                                0xff);  // NaN in every float format: a read before a write shows
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        b.block_idx.clear();
+        for (unsigned rank = 0; rank < cluster; ++rank) b.block_idx.push_back(dim3(x + rank, y, z));
+        // 0xff: NaN in every float format, so that a read before a write shows
+        b.dynamic_shared.assign(cluster, std::vector<unsigned char>(shared_bytes, 0xff));
+        b.ended.assign(cluster, false);
+        b.cluster_barriers = 0;
         run_block(b, rng);
       }
+}
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block_dim, size_t shared_bytes, unsigned seed, A... args) {
+  launch_cluster(kernel, 1, grid, block_dim, shared_bytes, seed, args...);
+}
+
+// Where memory that this thread's block has at `own` lies in the block of that rank.
+template <class T>
+T* map_shared(T* own, int rank) {
+  Block& b = *block();
+  if (b.cluster_barriers == 0) {
+    std::fprintf(stderr, "block emulator: another block's shared memory is used before it is known to run\n");
+    std::abort();
+  }
+  const auto offset = reinterpret_cast<unsigned char*>(own) - b.dynamic_shared[b.current->rank].data();
+  if (offset < 0 || offset > static_cast<ptrdiff_t>(b.dynamic_shared[rank].size())) {
+    std::fprintf(stderr, "block emulator: only dynamic shared memory is mapped\n");
+    std::abort();
+  }
+  return reinterpret_cast<T*>(b.dynamic_shared[rank].data() + offset);
 }
 
 template <typename T>
@@ -220,7 +274,7 @@ T exchange(T value, int source_lane) {
   static_assert(sizeof(T) <= 8, "shuffle moves at most 8 bytes");
   Block& b = *block();
   Fiber& f = *b.current;
-  Warp& w = b.warps[f.linear / kWarp];
+  Warp& w = b.warps[f.rank * (b.warps.size() / b.block_idx.size()) + f.linear / kWarp];
   const int p = f.parity;
   f.parity ^= 1;
   uint64_t bits = 0;
@@ -239,7 +293,7 @@ inline int lane() { return block()->current->linear % kWarp; }
 }  // namespace emu
 
 #define threadIdx (emu::block()->current->tid)
-#define blockIdx (emu::block()->block_idx)
+#define blockIdx (emu::block()->block_idx[emu::block()->current->rank])
 #define blockDim (emu::block()->block_dim)
 #define gridDim (emu::block()->grid_dim)
 inline void __syncthreads() { emu::wait(emu::State::at_block_barrier); }
@@ -279,6 +333,8 @@ T __ldg(const T* p) {
 // What core/cuda_compat.h gives to nvcc as <<<>>>. The seed changes from launch to launch.
 #define FRD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   emu::launch(kernel, grid, block, shared_bytes, emu::next_seed(stream), __VA_ARGS__)
+#define FRD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared_bytes, stream, ...) \
+  emu::launch_cluster(kernel, cluster, grid, block, shared_bytes, emu::next_seed(stream), __VA_ARGS__)
 // Dynamic shared memory, the same line for both compilers: FRD_DYNAMIC_SHARED(float, tile);
 #define FRD_DYNAMIC_SHARED(type, name) \
-  type* name = reinterpret_cast<type*>(emu::block()->dynamic_shared.data())
+  type* name = reinterpret_cast<type*>(emu::block()->dynamic_shared[emu::block()->current->rank].data())

@@ -1,5 +1,9 @@
-// What the launchers ask of the CUDA runtime, answered as by an H100.
+// What the launchers ask of the CUDA runtime, answered as by an H100, or by an A100 where
+// FRD_EMULATED_GPU=A100.
 #include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <cstring>
 
 extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -9,15 +13,20 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const char* gpu = std::getenv("FRD_EMULATED_GPU");
+  const bool ampere = gpu != nullptr && std::strcmp(gpu, "A100") == 0;
   switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = ampere ? 8 : 9;
+      return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = 132;
+      *value = ampere ? 108 : 132;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 227 * 1024;
+      *value = (ampere ? 163 : 227) * 1024;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = 228 * 1024;
+      *value = (ampere ? 164 : 228) * 1024;
       return cudaSuccess;
     default:
       return cudaErrorNotSupported;

@@ -18,8 +18,8 @@ struct Lanes {
   const unsigned char* rows[32];
 };
 inline Lanes& lanes() {
-  static Lanes warps[32];
-  return warps[threadIdx.x / 32];
+  static Lanes warps[8 * 32];
+  return warps[emu::block()->current->rank * 32 + threadIdx.x / 32];
 }
 
 // A copy takes effect at the wait for its group, so that a forgotten wait leaves the NaN written at its
@@ -37,8 +37,8 @@ struct CopyQueue {
   uint3 index{};
 };
 inline CopyQueue& copies() {
-  static CopyQueue threads[1024];
-  CopyQueue& q = threads[threadIdx.x];
+  static CopyQueue threads[8 * 1024];
+  CopyQueue& q = threads[emu::block()->current->rank * 1024 + threadIdx.x];
   const uint3 now{blockIdx.x, blockIdx.y, blockIdx.z};
   if (q.block != emu::block() || std::memcmp(&q.index, &now, sizeof(now)) != 0) {
     if (!q.copies.empty()) {

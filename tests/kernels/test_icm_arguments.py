@@ -154,7 +154,7 @@ def test_cluster_operator() -> None:
     def forward(
         k: Any = x, v: Any = x, alpha: Any = one, grid: Any = (2, 2), hw: Any = (3, 4), aggregate: int = 1
     ) -> Any:
-        return ops.cluster(k, v, alpha, one, grid, hw, aggregate)
+        return ops.cluster(k, v, None, alpha, one, grid, hw, aggregate)
 
     for changes, message in [
         ({"k": x[0]}, "k must be [B, N, C], got 2-D"),

@@ -57,10 +57,10 @@ def gate(count: int, dtype: torch.dtype, grad: bool) -> torch.Tensor:
 def test_opcheck_cluster(dtype: torch.dtype, aggregate: int, grad: bool, layout: str) -> None:
     k, v = tokens(layout, dtype, grad), tokens("tokens", dtype, grad)
     gates, sizes = (gate(1, dtype, grad), gate(1, dtype, False)), ([3, 2], [5, 7], aggregate)
-    torch.library.opcheck(ops.cluster.default, (k, v, *gates, *sizes))
+    torch.library.opcheck(ops.cluster.default, (k, v, None, *gates, *sizes))
     # The backward operator without gradients: its own are refused.
     k, v, *gates = (t.detach() for t in (k, v, *gates))
-    centres, labels, similarity, _counts, saved = ops.cluster(k, v, *gates, *sizes)
+    centres, labels, similarity, _counts, saved = ops.cluster(k, v, None, *gates, *sizes)
     grads = torch.randn_like(centres), torch.randn_like(similarity)
     torch.library.opcheck(ops.cluster_backward.default, (*grads, k, v, *gates, labels, saved, *sizes))
 
@@ -150,7 +150,7 @@ def test_autocast_operators() -> None:
     """Called by themselves the operators cast as well, but alpha and beta."""
     x, gates = torch.randn(2, 35, 6), [torch.tensor([0.5]), torch.tensor([0.1])]
     with torch.autocast(**AUTOCAST):
-        centres = ops.cluster(x, x, *gates, [3, 2], [5, 7], 1)[0]
+        centres = ops.cluster(x, x, None, *gates, [3, 2], [5, 7], 1)[0]
         out = ops.icm(x, [torch.randn(6, 6), torch.randn(6)] * 2, *gates, [3, 2], [5, 7], 0)[0]
     assert centres.dtype == out.dtype == torch.bfloat16
 
