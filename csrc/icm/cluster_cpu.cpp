@@ -21,8 +21,22 @@ Round<A> make_round(const Tensor& k, const Tensor& v, const Tensor& alpha, const
   r.values = view_of(v);
   r.weighted = aggregate == 1;
   r.alpha = *check_gate(alpha, k, 1, "alpha").const_data_ptr<A>();
+  r.order = r.alpha;
   r.beta = *check_gate(beta, k, 1, "beta").const_data_ptr<A>();
   return r;
+}
+
+// Labels the tokens that take no part -1, the others 0. mask [B, N] bool, labels [B, N] contiguous
+void mark(const Tensor& mask, Tensor& labels) {
+  const int64_t batch = labels.size(0), tokens = labels.size(1);
+  FRD_CHECK_VALUE(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == tokens &&
+                      mask.scalar_type() == ScalarType::Bool,
+                  "frd: mask must be bool [", batch, ", ", tokens, "]");
+  const bool* in = static_cast<const bool*>(mask.const_data_ptr());
+  int32_t* out = static_cast<int32_t*>(labels.mutable_data_ptr());
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t n = 0; n < tokens; ++n)
+      out[b * tokens + n] = in[b * mask.stride(0) + n * mask.stride(1)] ? 0 : -1;
 }
 
 // labels [B, N]
@@ -32,8 +46,9 @@ PerItem<int32_t> labels_of(const Round<A>& r, const Tensor& labels) {
 }
 
 template <class A>
-std::vector<Tensor> forward(const Tensor& k, const Tensor& v, const Tensor& alpha, const Tensor& beta,
-                            const Sizes& grid, const Sizes& hw, int64_t aggregate) {
+std::vector<Tensor> forward(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
+                            const Tensor& alpha, const Tensor& beta, const Sizes& grid, const Sizes& hw,
+                            int64_t aggregate) {
   Round<A> r = make_round<A>(k, v, alpha, beta, grid, hw, aggregate);
   const int64_t batch = r.batch, tokens = r.tokens();
   Tensor centres = torch::stable::new_empty(v, Sizes{batch, r.centres(), r.channels});
@@ -46,6 +61,8 @@ std::vector<Tensor> forward(const Tensor& k, const Tensor& v, const Tensor& alph
   r.similarity = {similarity.mutable_data_ptr<A>(), tokens};
   r.counts = {static_cast<int32_t*>(counts.mutable_data_ptr()), r.centres()};
   r.result_view = view_of(centres);
+  r.masked = mask.has_value();
+  if (r.masked) mark(*mask, labels);
   run_round(r);
   for_units(batch, [&](int64_t begin, int64_t end) { round_ops(A()).publish(r, begin, end); });
   return {centres, labels, similarity, counts, saved};
@@ -72,6 +89,7 @@ std::vector<Tensor> backward(const Tensor& grad_centres, const Tensor& grad_simi
                   "frd: grad_similarity must be [B, N]");
   place<A>(saved, layout);
   r.labels = labels_of(r, labels);
+  r.masked = true;  // the labels say it
 
   RoundGrad<A> g{};
   Tensor workspace = allocate<A>(k, r.batch, [&](Arena<A>& arena) { layout_workspace(r, g, arena); });
@@ -98,8 +116,8 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Five cluster(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, const Tensor& alpha,
              const Tensor& beta, const Sizes& grid, const Sizes& hw, int64_t aggregate) {
   check_cluster(k, v, grid, hw, aggregate);
-  auto out = compute_type(k) == ScalarType::Double ? forward<double>(k, v, alpha, beta, grid, hw, aggregate)
-                                                   : forward<float>(k, v, alpha, beta, grid, hw, aggregate);
+  const auto run = compute_type(k) == ScalarType::Double ? forward<double> : forward<float>;
+  auto out = run(k, v, mask, alpha, beta, grid, hw, aggregate);
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

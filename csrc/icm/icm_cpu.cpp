@@ -38,6 +38,7 @@ struct Icm {
       r.weighted = in.variant == kReleased;
       r.alpha = alpha.const_data_ptr<A>()[r.weighted ? t : 0];
       r.beta = beta.const_data_ptr<A>()[r.weighted ? t : 0];
+      if (r.weighted) r.order = r.alpha;
       if (!in.projected(t)) continue;
       r.key_weight = rows_of(in.projections[4 * t]);
       r.key_bias = rows_of(in.projections[4 * t + 1]);

@@ -43,9 +43,12 @@ struct Round {
 
   bool weighted;  // tokens weigh sigmoid(beta + alpha * cosine) instead of 1
   A alpha, beta;
+  A order = 1;  // the arg-max is over the cosines times its sign
+
+  bool masked = false;  // tokens labelled -1 before the round take no part; else there are none
 
   // kept for the backward pass
-  PerItem<int32_t> labels;  // [N] own centre
+  PerItem<int32_t> labels;  // [N] own centre; -1 for a token that takes no part
   PerItem<A> cosine;        // [N] with the own centre
   PerItem<A> scale;         // [N] 1 / max(norm of the key, kNormFloor)
   PerItem<A> pooled;        // [O, C] bin means of the values' tokens
@@ -70,6 +73,8 @@ struct Round {
   int64_t tokens() const { return height * width; }
   int64_t centres() const { return rows * columns; }
   int64_t blocks() const { return (centres() + kCentreBlock - 1) / kCentreBlock; }
+  // Whether token n of item b takes part. One that does not may hold NaN: skip it, do not multiply it by 0.
+  bool takes_part(int64_t b, int64_t n) const { return !masked || labels[b][n] >= 0; }
 };
 
 // Eq. 4: output = sigmoid(alpha * S + beta) R with S = product of the rounds' cosines [N, J] and R the last

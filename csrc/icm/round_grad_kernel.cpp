@@ -61,6 +61,10 @@ void pulls(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t end)
       const A* keys = r.shared ? values : load_tile<A>(r.keys, b, first, m, channels, keys_buffer);
       for (int64_t i = 0; i < m; ++i) {
         const int64_t n = first + i;
+        if (!r.takes_part(b, n)) {
+          g.pull[b][n] = 0;
+          continue;
+        }
         const A pull = cosine_grad(r, g, b, n, values + i * channels, gate_grad) * r.scale[b][n];
         const int32_t label = r.labels[b][n];
         g.pull[b][n] = pull;
@@ -126,6 +130,7 @@ void centre_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_
 template <class A>
 void add_pooled_grad(const Round<A>& r, int64_t b, const A* bins, int64_t first, int64_t m, A* rows) {
   for (int64_t n = first; n < first + m; ++n) {
+    if (!r.takes_part(b, n)) continue;
     const int64_t y = n / r.width, x = n % r.width;
     for (int64_t i = first_bin(y, r.height, r.rows); i <= last_bin(y, r.height, r.rows); ++i)
       for (int64_t j = first_bin(x, r.width, r.columns); j <= last_bin(x, r.width, r.columns); ++j) {
@@ -188,9 +193,13 @@ void own_key_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64_t f
   const int64_t channels = r.channels;
   for (int64_t i = 0; i < m; ++i) {
     const int64_t n = first + i;
+    A* out = key_grad + i * channels;
+    if (!r.takes_part(b, n)) {
+      fill(out, channels, A(0));
+      continue;
+    }
     const A* unit = r.unit[b] + r.labels[b][n] * channels;
     const A* key = keys + i * channels;
-    A* out = key_grad + i * channels;
     const A pull = is_live(r.scale[b][n]) ? g.pull[b][n] : A(0);
     const A back = -pull * r.cosine[b][n] * r.scale[b][n];
     for (int64_t c = 0; c < channels; ++c) out[c] = pull * unit[c] + back * key[c];
@@ -201,8 +210,9 @@ void own_key_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64_t f
 template <class A>
 void add_mean_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64_t first, int64_t m, A* rows) {
   for (int64_t n = first; n < first + m; ++n)
-    add_scaled(token_weight(r, r.cosine[b][n]), g.mean_grad[b] + r.labels[b][n] * r.channels, r.channels,
-               rows + (n - first) * r.channels);
+    if (r.takes_part(b, n))
+      add_scaled(token_weight(r, r.cosine[b][n]), g.mean_grad[b] + r.labels[b][n] * r.channels, r.channels,
+                 rows + (n - first) * r.channels);
 }
 
 template <class A>

@@ -6,6 +6,16 @@ namespace frd {
 namespace FRD_ISA {
 namespace {
 
+// Tokens of item b that take part in the pixels [top, bottom) x [left, right).
+template <class A>
+int64_t bin_tokens(const Round<A>& r, int64_t b, int64_t top, int64_t bottom, int64_t left, int64_t right) {
+  if (!r.masked) return (bottom - top) * (right - left);
+  int64_t count = 0;
+  for (int64_t y = top; y < bottom; ++y)
+    for (int64_t x = left; x < right; ++x) count += r.takes_part(b, y * r.width + x);
+  return count;
+}
+
 // Bin means of one row of bins: out [columns, C]; share [columns]: 1 / tokens of each bin.
 template <class A>
 void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t row, A* buffer, A* out,
@@ -16,16 +26,18 @@ void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t r
     const int64_t left = bottom * r.width - first, m = left < kTile ? left : kTile;
     const A* tokens = load_tile(view, b, first, m, r.channels, buffer);
     for (int64_t i = 0; i < m; ++i) {
+      if (!r.takes_part(b, first + i)) continue;
       const int64_t column = (first + i) % r.width;
       for (int64_t j = first_bin(column, r.width, r.columns); j <= last_bin(column, r.width, r.columns); ++j)
         add_scaled(A(1), tokens + i * r.channels, r.channels, out + j * r.channels);
     }
   }
   for (int64_t j = 0; j < r.columns; ++j) {
-    const int64_t width = bin_end(j, r.width, r.columns) - bin_begin(j, r.width, r.columns);
-    const A pixels = static_cast<A>((bottom - top) * width);
-    for (int64_t c = 0; c < r.channels; ++c) out[j * r.channels + c] /= pixels;
-    share[j] = A(1) / pixels;
+    const int64_t left = bin_begin(j, r.width, r.columns), right = bin_end(j, r.width, r.columns);
+    const int64_t count = bin_tokens(r, b, top, bottom, left, right);
+    share[j] = count > 0 ? A(1) / static_cast<A>(count) : A(0);
+    if (count == 0) continue;
+    for (int64_t c = 0; c < r.channels; ++c) out[j * r.channels + c] /= static_cast<A>(count);
   }
 }
 
@@ -98,7 +110,7 @@ void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* key
   const int64_t channels = r.channels, centres = r.centres();
   // The arg-max does not see a positive factor, so neither the token's norm nor the sigmoid; a negative alpha
   // flips it, and zero ties all.
-  const A sign = !r.weighted ? A(1) : r.alpha > 0 ? A(1) : r.alpha < 0 ? A(-1) : r.alpha;
+  const A sign = r.order > 0 ? A(1) : r.order < 0 ? A(-1) : r.order;
   A* sums = r.sums[b] + chunk * centres * channels;
   A* weights = r.weights[b] + chunk * centres;
   fill(sums, centres * channels, A(0));
@@ -110,6 +122,10 @@ void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* key
     const A* keys = load_keys(r, tokens, b, first, m, keys_buffer);
     gemm_of(A()).run(keys, channels, r.unit_packed[b], scores, centres, m, centres, channels, false);
     for (int64_t i = 0; i < m; ++i) {
+      if (!r.takes_part(b, first + i)) {
+        r.cosine[b][first + i] = r.scale[b][first + i] = 0;
+        continue;
+      }
       const A* key = keys + i * channels;
       A* row = scores + i * centres;
       const A scale = inverse_norm(key, channels);
@@ -172,6 +188,8 @@ void publish(const Round<A>& r, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     for (int64_t o = 0; o < r.centres(); ++o) r.counts[b][o] = 0;
     for (int64_t n = 0; n < r.tokens(); ++n) {
+      r.similarity[b][n] = 0;
+      if (!r.takes_part(b, n)) continue;
       ++r.counts[b][r.labels[b][n]];
       r.similarity[b][n] = r.weighted ? token_weight(r, r.cosine[b][n]) : r.cosine[b][n];
     }
