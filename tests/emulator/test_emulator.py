@@ -58,12 +58,21 @@ def test_kernel_is_right(program: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr[-4000:]
 
 
-@pytest.mark.parametrize("fault", ["FORGET_BARRIER", "OUT_OF_BOUNDS"])
-def test_emulator_sees_faults(fault: str, tmp_path: pathlib.Path) -> None:
-    """The check itself can fail: a missing barrier and an access outside an array are both caught."""
-    build(HERE / "broken_row_energy.cpp", tmp_path / "right")
+@pytest.mark.parametrize(
+    ("program", "fault"),
+    [
+        ("broken_row_energy", "FORGET_BARRIER"),
+        ("broken_row_energy", "OUT_OF_BOUNDS"),
+        ("broken_cluster_sum", "FORGET_FIRST_BARRIER"),
+        ("broken_cluster_sum", "FORGET_LAST_BARRIER"),
+    ],
+)
+def test_emulator_sees_faults(program: str, fault: str, tmp_path: pathlib.Path) -> None:
+    """The check itself can fail: a missing barrier of a block or of a cluster, and an access outside an array, are
+    all caught."""
+    build(HERE / f"{program}.cpp", tmp_path / "right")
     assert execute(tmp_path / "right").returncode == 0
-    build(HERE / "broken_row_energy.cpp", tmp_path / "broken", f"-D{fault}")
+    build(HERE / f"{program}.cpp", tmp_path / "broken", f"-D{fault}")
     result = execute(tmp_path / "broken")
     assert result.returncode != 0
     if fault == "OUT_OF_BOUNDS":
