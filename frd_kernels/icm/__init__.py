@@ -1,6 +1,7 @@
-"""Cosine clustering: one round (`cluster`), FRD-Net's iterated form (`icm`), and its layer (`ICM`)."""
+"""Cosine clustering: one round (`cluster`), the way back to the tokens (`dispatch`), FRD-Net's iterated form
+(`icm`), and the layers built on them."""
 
-from .api import ClusterResult, cluster, icm
+from .api import ClusterResult, cluster, dispatch, icm
 from .layers import ICM
 
-__all__ = ["ICM", "ClusterResult", "cluster", "icm"]
+__all__ = ["ICM", "ClusterResult", "cluster", "dispatch", "icm"]

@@ -26,6 +26,7 @@ def cluster(
     aggregate: str = "count",
     alpha: Scalar = 1.0,
     beta: Scalar = 0.0,
+    mask: torch.Tensor | None = None,
 ) -> ClusterResult:
     """One round of cosine clustering: pool centres, assign every token to the nearest, average each cluster.
 
@@ -43,13 +44,18 @@ def cluster(
         aggregate: "count": each token weighs 1 (FEC; FRD-Net, Eq. 1 to 3). "similarity": each token weighs
             its similarity sigmoid(beta + alpha * cosine), over which the arg-max is taken as well (CoC;
             FRD-Net's code).
-        alpha: slope of the similarity, a number or a tensor of one element; unused for "count".
-        beta: offset of the similarity, likewise.
+        alpha: slope of the similarity, a number or a tensor of one element. As the arg-max is over the
+            similarity, a negative one makes a token join the least similar centre, and 0 ties all. For "count"
+            only this sign counts.
+        beta: offset of the similarity, a number or a tensor of one element; unused for "count".
+        mask: bool [B, N], true for the tokens that take part; None: all. The others are in no mean, no count
+            and no gradient, whatever they hold, a NaN too: label -1, similarity 0, gradients 0. A bin without
+            tokens pools to zeros, and all cosines with it are 0.
 
     Returns:
-        ClusterResult: centres [B, O, C] in v's dtype; labels [B, N] int64; similarity [B, N] of each token
-            with its own centre (the raw cosine for "count") in float32, float64 for float64; counts [B, O]
-            int32. Centres and similarity are differentiable; labels are constants.
+        ClusterResult: centres [B, O, C] in v's dtype; labels [B, N] int64, -1 for a masked token; similarity
+            [B, N] of each token with its own centre (the raw cosine for "count") in float32, float64 for
+            float64; counts [B, O] int32. Centres and similarity are differentiable; labels are constants.
 
     Raises:
         ValueError: shapes, dtypes or names that do not fit.
@@ -65,12 +71,49 @@ def cluster(
         raise ValueError(f"aggregate must be 'count' or 'similarity', got {aggregate!r}")
     _check_scalar(alpha, "alpha", (1,))
     _check_scalar(beta, "beta", (1,))
+    _check_mask(mask, k)
     native = backend.select("cluster", k)
     if native is None:
-        return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta)
+        return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta, mask=mask)
     index = AGGREGATES.index(aggregate)
-    centres, labels, similarity, counts = ops.cluster(native, k, v, None, grid, hw, index, alpha, beta)
+    centres, labels, similarity, counts = ops.cluster(native, k, v, mask, grid, hw, index, alpha, beta)
     return ClusterResult(centres, labels.long(), similarity, counts)
+
+
+def dispatch(
+    centres: torch.Tensor, labels: torch.Tensor, similarity: torch.Tensor, *, channels_first: bool = False
+) -> torch.Tensor:
+    """Gives every token its own centre, times its similarity: the way back from `cluster` to the tokens.
+
+    Args:
+        centres: [B, O, C]. Their dtype is that of the result, under autocast as well.
+        labels: int64 or int32 [B, N], each token's own centre 0 .. O - 1, or -1 for a token that gets 0.
+        similarity: [B, N] of a floating dtype, each token's factor. It is taken as float32, float64 where the
+            centres are.
+        channels_first: lays the result out as a permuted image: its memory is [B, C, N].
+
+    Returns:
+        [B, N, C]. Centres and similarity are differentiable; the sums over a cluster's tokens have a fixed
+        order.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    _check_tokens(centres, "centres", "[B, O, C]", "centre")
+    _check_per_token(labels, "labels", centres)
+    _check_per_token(similarity, "similarity", centres)
+    if labels.shape != similarity.shape:
+        raise ValueError(
+            f"labels and similarity must have one shape, got {list(labels.shape)} and {list(similarity.shape)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"labels must be int64 or int32, got {_describe(labels)}")
+    if not similarity.is_floating_point():
+        raise ValueError(f"similarity must be of a floating dtype, got {_describe(similarity)}")
+    native = backend.select("cluster_dispatch", centres)
+    if native is None:
+        return reference.dispatch(centres, labels, similarity, channels_first=channels_first)
+    return ops.dispatch(native, centres, labels, similarity, channels_first)
 
 
 def icm(
@@ -142,15 +185,37 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def _check_tokens(tensor: torch.Tensor, name: str) -> None:
+def _check_tokens(tensor: torch.Tensor, name: str, shape: str = "[B, N, C]", rows: str = "token") -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dim() != 3:
-        raise ValueError(f"{name} must be [B, N, C], got {list(tensor.shape)}")
+        raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{name} must be float32, float64, float16 or bfloat16, got {_describe(tensor)}")
     if tensor.size(1) == 0 or tensor.size(2) == 0:
-        raise ValueError(f"{name} must have at least one token and one channel, got {list(tensor.shape)}")
+        raise ValueError(f"{name} must have at least one {rows} and one channel, got {list(tensor.shape)}")
+
+
+def _check_per_token(tensor: torch.Tensor, name: str, centres: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dim() != 2 or tensor.size(0) != centres.size(0) or tensor.size(1) == 0:
+        raise ValueError(f"{name} must be [B, N] for centres {list(centres.shape)}, got {list(tensor.shape)}")
+    if tensor.device != centres.device:
+        raise ValueError(
+            f"{name} must be on the device of centres, {centres.device}, got {_describe(tensor)}"
+        )
+
+
+def _check_mask(mask: torch.Tensor | None, tokens: torch.Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"mask must be a tensor or None, got {type(mask).__name__}")
+    if mask.shape != tokens.shape[:2] or mask.dtype != torch.bool or mask.device != tokens.device:
+        raise ValueError(
+            f"mask must be bool {list(tokens.shape[:2])} on {tokens.device}, got {_describe(mask)}"
+        )
 
 
 def _check_grid(grid: Sequence[int], name: str) -> None:

@@ -207,7 +207,7 @@ _autocast: list[torch.library.Library] = []
 
 def register(namespace: str) -> None:
     """Fakes, autograd and autocast of the family's operators in `namespace`."""
-    fakes = {
+    fakes: dict[str, Callable[..., Any]] = {
         "cluster": _fake_cluster,
         "cluster_backward": _fake_cluster_backward,
         "cluster_dispatch": _fake_dispatch,
@@ -261,6 +261,12 @@ def cluster(
         k, v, mask, _gate(alpha, k, 1), _gate(beta, k, 1), list(grid), list(hw), aggregate
     )
     return out[:4]
+
+
+def dispatch(ops: Any, centres: Tensor, labels: Tensor, similarity: Tensor, channels_first: bool) -> Tensor:
+    dtype = compute_dtype(centres.dtype)
+    out: Tensor = ops.cluster_dispatch(centres, labels.to(torch.int32), similarity.to(dtype), channels_first)
+    return out
 
 
 def icm(

@@ -24,7 +24,8 @@ class ClusterResult(NamedTuple):
     """Centres [B, O, C], labels [B, N] int64, similarity [B, N] of a token with its own centre, counts [B, O]
     int32.
 
-    The similarity has the dtype the computation ran in: float32 for 16-bit inputs, else the input's.
+    A masked token has the label -1 and the similarity 0. The similarity has the dtype the computation ran in:
+    float32 for 16-bit inputs, else the input's.
     """
 
     centres: torch.Tensor
@@ -52,10 +53,31 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.where(norm <= EPS, (rows / EPS).detach(), rows / norm.clamp_min(EPS))
 
 
-def pool(tokens: torch.Tensor, hw: Sequence[int], grid: Sequence[int]) -> torch.Tensor:
-    """Tokens [B, H*W, C] -> bin means [B, O, C]; bins, which may overlap, as in adaptive_avg_pool2d."""
+def pool(
+    tokens: torch.Tensor, hw: Sequence[int], grid: Sequence[int], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Tokens [B, H*W, C] -> bin means [B, O, C]; bins, which may overlap, as in adaptive_avg_pool2d.
+
+    mask [B, H*W]: of the tokens where it is true; the others are zeros already. A bin without any gives 0.
+    """
     image = tokens.transpose(1, 2).unflatten(2, tuple(hw))
-    return F.adaptive_avg_pool2d(image, (grid[0], grid[1])).flatten(2).transpose(1, 2)
+    means = F.adaptive_avg_pool2d(image, (grid[0], grid[1])).flatten(2).transpose(1, 2)
+    if mask is None:
+        return means
+    part = pool(mask.unsqueeze(2).to(tokens.dtype), hw, grid)
+    return means / torch.where(part > 0, part, 1)
+
+
+def select(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Tokens [B, N, C] with zeros for those that take no part: what they hold, a NaN too, is without effect."""
+    return tokens if mask is None else torch.where(mask.unsqueeze(2), tokens, 0)
+
+
+def cosines(
+    keys: torch.Tensor, hw: Sequence[int], grid: Sequence[int], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Of the keys [B, N, C] with their pooled centres: [B, N, O]. mask [B, N] as in `pool`."""
+    return unit_rows(keys) @ unit_rows(pool(keys, hw, grid, mask)).transpose(1, 2)
 
 
 def _cluster_round(
@@ -64,29 +86,38 @@ def _cluster_round(
     grid: Sequence[int],
     hw: Sequence[int],
     gate: tuple[torch.Tensor, torch.Tensor] | None,
+    order: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> _Round:
     """One round of clustering.
 
     gate: None for raw cosines and means over counts; (alpha, beta), scalars, for the similarities
     sigmoid(beta + alpha * cosine), which then weigh the means.
+    order: without a gate, a scalar whose sign the cosines take for the arg-max.
+    mask: [B, N], the tokens that take part.
     """
-    similarity = unit_rows(keys) @ unit_rows(pool(keys, hw, grid)).transpose(1, 2)
+    keys, values = select(keys, mask), select(values, mask)
+    similarity = cosines(keys, hw, grid, mask)
     if gate is not None:
         alpha, beta = gate
         similarity = torch.sigmoid(beta + alpha * similarity)
-    labels = similarity.argmax(dim=-1)
+    labels = (similarity if order is None else order.sign() * similarity).argmax(dim=-1)
     own = similarity.gather(2, labels.unsqueeze(2)).squeeze(2)
-    ones = torch.ones_like(own)
-    weights = ones if gate is None else own
+    part = torch.ones_like(own)
+    if mask is not None:
+        part, own = mask.to(own.dtype), torch.where(mask, own, 0)
+    weights = part if gate is None else own
 
     # A sum by index, not a product with the one-hot mask: 0 * NaN would spread a NaN to every centre.
-    centres = pool(values, hw, grid)
+    centres = pool(values, hw, grid, mask)
     rows = labels.unsqueeze(2).expand_as(values)
     total = torch.zeros_like(centres[..., 0])
     sums = torch.zeros_like(centres).scatter_add(1, rows, weights.unsqueeze(2) * values)
     mass = total.scatter_add(1, labels, weights)
     centres = (centres + sums) / (1 + mass).unsqueeze(2)
-    counts = total.detach().scatter_add(1, labels, ones.detach())
+    counts = total.detach().scatter_add(1, labels, part.detach())
+    if mask is not None:
+        labels = labels.masked_fill(~mask, -1)
     return _Round(centres, similarity, labels, own, counts)
 
 
@@ -117,14 +148,31 @@ def cluster(
     aggregate: str = "count",
     alpha: Scalar = 1.0,
     beta: Scalar = 0.0,
+    mask: torch.Tensor | None = None,
 ) -> ClusterResult:
     """`frd_kernels.cluster` in plain PyTorch."""
     keys, values = k.to(compute_dtype(k.dtype)), v.to(compute_dtype(v.dtype))
-    gate = None
+    slope = _scalar(alpha, keys).reshape(())
     if aggregate == "similarity":
-        gate = _scalar(alpha, keys).reshape(()), _scalar(beta, keys).reshape(())
-    found = _cluster_round(keys, values, grid, hw, gate)
+        gate = slope, _scalar(beta, keys).reshape(())
+        found = _cluster_round(keys, values, grid, hw, gate, mask=mask)
+    else:
+        found = _cluster_round(keys, values, grid, hw, None, slope.detach(), mask)
     return ClusterResult(found.centres.to(v.dtype), found.labels, found.own, found.counts.to(torch.int32))
+
+
+@_outside_autocast
+def dispatch(
+    centres: torch.Tensor, labels: torch.Tensor, similarity: torch.Tensor, *, channels_first: bool = False
+) -> torch.Tensor:
+    """`frd_kernels.dispatch` in plain PyTorch."""
+    dtype = compute_dtype(centres.dtype)
+    part = (labels >= 0).unsqueeze(2)
+    index = labels.long().clamp_min(0).unsqueeze(2).expand(-1, -1, centres.size(2))
+    # Both factors are selected: 0 * NaN is NaN, and so is its gradient.
+    rows = torch.where(part, centres.to(dtype).gather(1, index), 0)
+    out = (torch.where(part, similarity.to(dtype).unsqueeze(2), 0) * rows).to(centres.dtype)
+    return out.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else out
 
 
 def _project(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
