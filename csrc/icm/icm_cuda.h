@@ -2,12 +2,27 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "icm/round.h"
 #include "icm/saved.h"
 
 namespace frd {
 
 constexpr int kMaxRounds = 8;
+
+constexpr int kTeamThreads = 256, kTeamWarps = kTeamThreads / 32;
+constexpr int kTileRows = 32;  // tokens or centres of a tile
+
+// Elements from one row of a tile to the next: keeps rows aligned to 16 bytes, and the banks of eight
+// neighbouring rows apart.
+FRD_HD static inline int tile_pitch(int channels) { return (channels + 31) / 32 * 32 + 4; }
+
+// Elements of the compute type that a product (team_product.cuh) needs in shared memory, for a tile of the
+// matrix and one of the rows.
+constexpr int kProductColumns = 128, kProductDepth = 32;
+constexpr int kProductPitch = kProductColumns + 4, kProductRowPitch = kProductDepth + 4;
+constexpr int kProductScratch = kProductDepth * kProductPitch + kTileRows * kProductRowPitch;
 
 struct RoundArgs {
   int height, width, rows, columns;  // of the tokens' image; of the grid of centres
@@ -18,6 +33,16 @@ struct RoundArgs {
 
   FRD_HD int tokens() const { return height * width; }
   FRD_HD int centres() const { return rows * columns; }
+};
+
+// Where a block of the forward kernel has its arrays; what does not fit the shared memory lies in the
+// workspace.
+struct IcmPlan {
+  int team;                        // blocks: 8 or 1
+  int centres;                     // the most of a round
+  bool tiles_shared, sums_shared;  // the tiles of tokens and of keys; the block's sums over clusters
+  int shared_bytes;
+  int64_t workspace;  // elements of a block
 };
 
 // `cluster` is one round without projections or dispatch; `icm` has keys == values == x.
@@ -32,6 +57,7 @@ struct IcmArgs {
   int64_t mask_batch, mask_token;
 
   bool weighted;             // tokens weigh sigmoid(beta + alpha * cosine) instead of 1
+  bool ordered;              // the arg-max is over the cosines times the sign of alpha
   const void *alpha, *beta;  // in the dtype of the sums: [T] where weighted, else [1]
 
   int32_t* labels;  // [B, label_stride]
@@ -51,6 +77,36 @@ struct IcmArgs {
   void* similarity;
   int32_t* counts;
   TokenView centres;
+
+  IcmPlan plan;
 };
+
+// Elements of a block's arrays: always in shared memory; the two tiles; the sums.
+constexpr int kBlockElements = kProductScratch + 4 * kTileRows;
+FRD_HD static inline int64_t tile_elements(int channels) {
+  return int64_t{2} * kTileRows * tile_pitch(channels);
+}
+FRD_HD static inline int64_t sums_elements(int centres, int channels) {
+  return (static_cast<int64_t>(centres) * (channels + 2) + 3) / 4 * 4;
+}
+// For a GPU of that compute capability with so many bytes of shared memory for a block.
+inline IcmPlan plan_icm(const IcmArgs& a, int capability, int shared_limit) {
+  const int64_t size = a.dtype == DType::f64 ? 8 : 4, room = shared_limit / size - kBlockElements;
+  IcmPlan plan{};
+  for (int t = 0; t < a.count; ++t) plan.centres = std::max(plan.centres, a.round[t].centres());
+  const int64_t tiles = tile_elements(a.channels), sums = sums_elements(plan.centres, a.channels);
+  plan.team = capability >= 9 ? 8 : 1;
+  plan.tiles_shared = tiles <= room;
+  plan.sums_shared = sums <= (plan.tiles_shared ? room - tiles : room);
+  const int64_t shared = (plan.tiles_shared ? tiles : 0) + (plan.sums_shared ? sums : 0);
+  plan.shared_bytes = static_cast<int>((kBlockElements + shared) * size);
+  plan.workspace = tiles + sums - shared;
+  return plan;
+}
+
+cudaError_t icm_f32(const IcmArgs& args, cudaStream_t stream);
+cudaError_t icm_f64(const IcmArgs& args, cudaStream_t stream);
+cudaError_t icm_f16(const IcmArgs& args, cudaStream_t stream);
+cudaError_t icm_bf16(const IcmArgs& args, cudaStream_t stream);
 
 }  // namespace frd

@@ -5,12 +5,6 @@
 
 namespace frd {
 
-constexpr int kProductColumns = 128, kProductDepth = 32;
-constexpr int kProductPitch = kProductColumns + 4, kProductRowPitch = kProductDepth + 4;
-
-// Elements of the compute type that a product needs in shared memory.
-constexpr int kProductScratch = kProductDepth * kProductPitch + kTileRows * kProductRowPitch;
-
 template <class A>
 struct alignas(16) Four {
   A v[4];

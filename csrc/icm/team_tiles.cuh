@@ -7,13 +7,6 @@
 
 namespace frd {
 
-constexpr int kTeamThreads = 256, kTeamWarps = kTeamThreads / 32;
-constexpr int kTileRows = 32;  // tokens or centres of a tile
-
-// Elements from one row of a tile to the next: keeps rows aligned to 16 bytes, and the banks of eight
-// neighbouring rows apart.
-FRD_HD static inline int tile_pitch(int channels) { return (channels + 31) / 32 * 32 + 4; }
-
 FRD_DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x) / 32; }
 FRD_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
 
@@ -114,10 +107,10 @@ FRD_DEVICE A warp_dot(const A* a, const A* b, int n) {
   return warp_sum(sum);
 }
 
-// 1 / max(norm, kNormFloor), by the lanes of a warp; a NaN passes, a norm that overflows gives 0.
+// 1 / max(norm, kNormFloor) from the norm's square; a NaN passes, a square that overflows gives 0.
 template <class A>
-FRD_DEVICE A warp_inverse_norm(const A* row, int n) {
-  const A norm = sqrt(warp_dot(row, row, n));
+FRD_DEVICE A inverse_norm(A square) {
+  const A norm = sqrt(square);
   return norm <= A(kNormFloor) ? A(1) / A(kNormFloor) : A(1) / norm;
 }
 
