@@ -38,6 +38,13 @@ struct alignas(16) Pack16 {
 };
 FRD_DEVICE bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Whether rows of `channels` can be accessed in whole Pack16.
+template <class T>
+FRD_DEVICE bool is_wide(const Rows<T>& rows, int channels) {
+  constexpr int kWidth = 16 / sizeof(T);
+  return rows.channel == 1 && channels % kWidth == 0 && rows.row % kWidth == 0 && aligned_16(rows.data);
+}
+
 // Calls f(row, channel) for all of [m, channels], neighbouring lanes with neighbouring tokens where these are
 // neighbours in memory, else with neighbouring channels.
 template <class F>
@@ -56,9 +63,7 @@ template <class T>
 FRD_DEVICE void load_tile(const Rows<T>& from, int64_t first, int m, int channels, compute_t<T>* to,
                           int pitch) {
   constexpr int kWidth = 16 / sizeof(T);
-  const bool wide =
-      from.channel == 1 && channels % kWidth == 0 && from.row % kWidth == 0 && aligned_16(from.data);
-  if (wide) {
+  if (is_wide(from, channels)) {
     for (int i = warp_of_block(); i < m; i += kTeamWarps)
       for (int c = lane_of_warp() * kWidth; c < channels; c += 32 * kWidth) {
         const Pack16<T> pack = *reinterpret_cast<const Pack16<T>*>(&from.at(first + i, c));
@@ -76,8 +81,7 @@ template <class T>
 FRD_DEVICE void store_tile(const compute_t<T>* from, int pitch, int64_t first, int m, int channels,
                            const Rows<T>& to) {
   constexpr int kWidth = 16 / sizeof(T);
-  const bool wide = to.channel == 1 && channels % kWidth == 0 && to.row % kWidth == 0 && aligned_16(to.data);
-  if (wide) {
+  if (is_wide(to, channels)) {
     for (int i = warp_of_block(); i < m; i += kTeamWarps)
       for (int c = lane_of_warp() * kWidth; c < channels; c += 32 * kWidth) {
         Pack16<T> pack;
