@@ -1,0 +1,61 @@
+// The gradients of one item's tokens by a team, from those of the outputs, all rounds in one launch.
+#pragma once
+#include "icm/team_dispatch_grad.cuh"
+#include "icm/team_grad_tokens.cuh"
+
+namespace frd {
+
+// Everything of round t that follows from the gradients of its centres and cosines.
+template <class T, int kBlocks>
+FRD_DEVICE void round_grads(const GradItem<T, kBlocks>& g, int t) {
+  const RoundArgs& r = g.a.round[t];
+  const RoundWork& w = g.a.work[t];
+  mean_grads(g, t);
+  if (!g.a.dense) {
+    Team<kBlocks>::sync();
+    token_pulls(g, t);
+    Team<kBlocks>::sync();
+    label_sums<T, kBlocks>(g.keys(t), g.labels_of(t), g.work + w.pull, r.tokens(), r.centres(), w.parts,
+                           g.work + w.sums, g.work + w.pulls);
+    Team<kBlocks>::sync();
+  }
+  if (r.key_weight != nullptr)
+    projected_grads(g, t);
+  else
+    centre_grads(g, t);
+  Team<kBlocks>::sync();
+  token_grads(g, t);
+}
+
+// Block blockIdx.x % kBlocks of the team of item blockIdx.x / kBlocks.
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kTeamThreads, 1) icm_grad_kernel(const __grid_constant__ IcmGradArgs a) {
+  using A = compute_t<T>;
+  FRD_DYNAMIC_SHARED(double2, shared);  // aligned for vectors
+  const int64_t item = Team<kBlocks>::item();
+  const int pitch = tile_pitch(a.channels);
+  A* scratch = reinterpret_cast<A*>(shared) + kGradHeadBytes / sizeof(A);
+  A* rows = a.block_memory != nullptr ? static_cast<A*>(a.block_memory) + int64_t{blockIdx.x} * a.block_rows
+                                      : scratch + (a.projected ? kProductScratch : 0);
+  const GradItem<T, kBlocks> g{a,
+                               item,
+                               static_cast<A*>(a.saved) + item * a.saved_stride,
+                               static_cast<A*>(a.workspace) + item * a.workspace_stride,
+                               a.labels + item * a.label_stride,
+                               rows,
+                               rows + int64_t{a.tile} * pitch,
+                               scratch,
+                               reinterpret_cast<double*>(shared),
+                               pitch};
+  if (a.dispatch) {
+    if (a.dense)
+      dense_dispatch_grad(g);
+    else
+      masked_dispatch_grad(g);
+    Team<kBlocks>::sync();
+  }
+#pragma unroll 1
+  for (int t = a.count - 1; t >= 0; --t) round_grads(g, t);
+}
+
+}  // namespace frd
