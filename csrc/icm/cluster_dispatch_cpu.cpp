@@ -12,7 +12,9 @@ const ClusterDispatchOps<double>& cluster_dispatch_ops(double) { return cluster_
 
 // centres [B, O, C]; labels int32 [B, N]; similarity [B, N]
 void check(const Tensor& centres, const Tensor& labels, const Tensor& similarity) {
-  check_tokens(centres, "centres");
+  FRD_CHECK_VALUE(centres.dim() == 3 && centres.size(1) > 0 && centres.size(2) > 0,
+                  "frd: centres must be [B, O, C] with at least one centre and one channel");
+  dtype_of(centres, "centres");
   FRD_CHECK_VALUE(labels.dim() == 2 && labels.size(0) == centres.size(0) && labels.size(1) > 0 &&
                       labels.scalar_type() == ScalarType::Int,
                   "frd: labels must be int32 [B, N] with the batch of centres");

@@ -14,6 +14,7 @@ OP = "icm"
 
 ops = torch.ops.frd
 INTS = torch.ones(2, 12, 4, dtype=torch.int64)
+MASK = torch.ones(2, 12, dtype=torch.bool)
 CLUSTER: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": "x"}, TypeError, "k must be a tensor, got str"),
     ({"v": None}, TypeError, "v must be a tensor, got NoneType"),
@@ -57,6 +58,42 @@ CLUSTER: list[tuple[dict[str, Any], type[Exception], str]] = [
         "beta must be a number or a tensor of 1 elements, got shape [1, 1]",
     ),
     ({"beta": torch.tensor(1)}, ValueError, "beta must be of a floating dtype, got torch.int64"),
+    ({"mask": [True] * 12}, TypeError, "mask must be a tensor or None, got list"),
+    ({"mask": MASK[:, :4]}, ValueError, "mask must be bool [2, 12] on cpu, got [2, 4] bool on cpu"),
+    ({"mask": MASK.float()}, ValueError, "mask must be bool [2, 12] on cpu, got [2, 12] float32 on cpu"),
+    ({"mask": MASK.to("meta")}, ValueError, "mask must be bool [2, 12] on cpu, got [2, 12] bool on meta"),
+]
+DISPATCH: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"centres": None}, TypeError, "centres must be a tensor, got NoneType"),
+    ({"centres": torch.ones(4, 6)}, ValueError, "centres must be [B, O, C], got [4, 6]"),
+    (
+        {"centres": INTS},
+        ValueError,
+        "centres must be float32, float64, float16 or bfloat16, got [2, 12, 4] int64",
+    ),
+    (
+        {"centres": torch.ones(2, 0, 6)},
+        ValueError,
+        "centres must have at least one centre and one channel, got [2, 0, 6]",
+    ),
+    ({"labels": [0] * 12}, TypeError, "labels must be a tensor, got list"),
+    ({"labels": INTS}, ValueError, "labels must be [B, N] for centres [2, 4, 6], got [2, 12, 4]"),
+    ({"labels": INTS[:1, :, 0]}, ValueError, "labels must be [B, N] for centres [2, 4, 6], got [1, 12]"),
+    ({"labels": INTS[:, :0, 0]}, ValueError, "labels must be [B, N] for centres [2, 4, 6], got [2, 0]"),
+    (
+        {"labels": INTS[:, :5, 0]},
+        ValueError,
+        "labels and similarity must have one shape, got [2, 5] and [2, 12]",
+    ),
+    ({"labels": MASK}, ValueError, "labels must be int64 or int32, got [2, 12] bool on cpu"),
+    (
+        {"labels": INTS[..., 0].to("meta")},
+        ValueError,
+        "labels must be on the device of centres, cpu, got [2, 12] int64 on meta",
+    ),
+    ({"similarity": 1.0}, TypeError, "similarity must be a tensor, got float"),
+    ({"similarity": INTS}, ValueError, "similarity must be [B, N] for centres [2, 4, 6], got [2, 12, 4]"),
+    ({"similarity": MASK}, ValueError, "similarity must be of a floating dtype, got [2, 12] bool on cpu"),
 ]
 
 
@@ -71,6 +108,19 @@ def test_cluster(backend: str, changes: dict[str, Any], error: type[Exception], 
     x = torch.randn(2, 12, 4)
     arguments = {"k": x, "v": x, "grid": (2, 2), "hw": (3, 4)} | changes
     assert_refused(lambda: fk.cluster(**arguments), error, message)
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), DISPATCH)
+def test_dispatch(backend: str, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    arguments = {"centres": torch.ones(2, 4, 6), "labels": INTS[..., 0], "similarity": torch.ones(2, 12)}
+    assert_refused(lambda: fk.dispatch(**arguments | changes), error, message)
+
+
+def test_labels_out_of_range_are_refused_on_the_cpu() -> None:
+    for label in (-2, 4, 2**31 - 1):
+        labels = torch.tensor([[0, label, 3]])
+        with pytest.raises(ValueError, match=f"labels must lie in -1 .. 3, got {label}"):
+            fk.dispatch(torch.ones(1, 4, 6), labels, torch.ones(1, 3))
 
 
 W, B = torch.ones(4, 4), torch.ones(4)
@@ -152,14 +202,22 @@ def test_cluster_operator() -> None:
     x, one, sizes = torch.randn(2, 12, 4), torch.ones(1), ([2, 2], [3, 4])
 
     def forward(
-        k: Any = x, v: Any = x, alpha: Any = one, grid: Any = (2, 2), hw: Any = (3, 4), aggregate: int = 1
+        k: Any = x,
+        v: Any = x,
+        mask: Any = None,
+        alpha: Any = one,
+        grid: Any = (2, 2),
+        hw: Any = (3, 4),
+        aggregate: int = 1,
     ) -> Any:
-        return ops.cluster(k, v, None, alpha, one, grid, hw, aggregate)
+        return ops.cluster(k, v, mask, alpha, one, grid, hw, aggregate)
 
     for changes, message in [
         ({"k": x[0]}, "k must be [B, N, C], got 2-D"),
         ({"k": INTS}, "k must be float32"),
         ({"v": x[:1]}, "v must have the shape and dtype of its input"),
+        ({"mask": MASK[:1]}, "mask must be bool [2, 12]"),
+        ({"mask": MASK.int()}, "mask must be bool [2, 12]"),
         ({"hw": (3, 5)}, "hw must be (H, W) with H * W = 12 tokens"),
         ({"grid": (0, 2)}, "a grid must be (rows, columns) of at least 1"),
         ({"aggregate": 2}, "aggregate must be 0 (count) or 1 (similarity), got 2"),
@@ -215,3 +273,35 @@ def test_icm_operator() -> None:
     ]:
         given = grad, x, none, one, one, labels, kept, (2, 2), (3, 4), 0
         assert_refused(lambda given=given: ops.icm_backward(*given), ValueError, message)
+
+
+def test_cluster_dispatch_operator() -> None:
+    good = {
+        "centres": torch.ones(2, 4, 6),
+        "labels": torch.zeros(2, 12, dtype=torch.int32),
+        "similarity": torch.ones(2, 12),
+    }
+    for changes, message in [
+        ({"centres": torch.ones(2, 6)}, "centres must be [B, O, C] with at least one centre and one channel"),
+        ({"labels": INTS[..., 0]}, "labels must be int32 [B, N] with the batch of centres"),
+        ({"labels": good["labels"][:1]}, "labels must be int32 [B, N] with the batch of centres"),
+        ({"similarity": torch.ones(2, 11)}, "similarity must have the shape of labels in the compute dtype"),
+        (
+            {"similarity": torch.ones(2, 12).half()},
+            "similarity must have the shape of labels in the compute dtype",
+        ),
+        ({"labels": good["labels"] + 4}, "labels must lie in -1 .. 3, got 4"),
+    ]:
+        given = (good | changes).values()
+        assert_refused(lambda given=given: ops.cluster_dispatch(*given, False), ValueError, message)
+        assert_refused(
+            lambda given=given: ops.cluster_dispatch_backward(torch.ones(2, 12, 6), *given),
+            ValueError,
+            message,
+        )
+    for grad in (torch.ones(2, 12, 5), torch.ones(2, 11, 6), torch.ones(2, 12, 6).half()):
+        assert_refused(
+            lambda grad=grad: ops.cluster_dispatch_backward(grad, *good.values()),
+            ValueError,
+            "grad must be [B, N, C] in the dtype of centres",
+        )
