@@ -19,7 +19,7 @@ from frd_kernels.info import collect
 
 from .harness import Case, GateError, keep_memory, load_limit, run_case
 
-FAMILIES = ("pdc", "pdc_block", "icm")
+FAMILIES = ("pdc", "pdc_block", "icm", "cluster")
 
 
 def cases(only: str = "", short: bool = False) -> list[Case]:

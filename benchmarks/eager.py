@@ -174,13 +174,44 @@ def icm_dense(
     return _image(torch.sigmoid(alpha * product + beta) @ centres, x.shape[2:])
 
 
+def cluster_products(
+    grid: tuple[int, int], keys: torch.Tensor, values: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
+) -> torch.Tensor:
+    """A round and its dispatch as Context-Cluster writes it: products [B, O, N, C] in both.
+
+    keys, values [B, C, H, W] -> [B, C, H, W]; alpha, beta [1].
+    """
+    k, v, key_centres, centres = _tokens(grid, keys, values)
+    similarity = torch.sigmoid(beta + alpha * _cosine(key_centres, k))  # [B, O, N]
+    best = similarity.max(dim=1, keepdim=True).indices
+    mask = similarity * torch.zeros_like(similarity).scatter_(1, best, 1.0)
+    centres = (centres + (v.unsqueeze(1) * mask.unsqueeze(3)).sum(2)) / (1 + mask.sum(2, keepdim=True))
+    return _image((centres.unsqueeze(2) * mask.unsqueeze(3)).sum(1), keys.shape[2:])
+
+
+def cluster_gather(
+    grid: tuple[int, int], keys: torch.Tensor, values: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor
+) -> torch.Tensor:
+    """The same at its best in eager PyTorch: sums by index, dispatch by a gather."""
+    k, v, key_centres, centres = _tokens(grid, keys, values)
+    own, labels = torch.sigmoid(beta + alpha * _cosine(k, key_centres)).max(dim=2)
+    centres = _aggregate(centres, own.unsqueeze(2) * v, own, labels)
+    rows = labels.unsqueeze(2).expand(-1, -1, centres.shape[2])
+    return _image(own.unsqueeze(2) * centres.gather(1, rows), keys.shape[2:])
+
+
+def _tokens(grid: tuple[int, int], *images: torch.Tensor) -> Iterator[torch.Tensor]:
+    """images [B, C, H, W] -> of each the tokens [B, N, C], then of each the pooled centres [B, O, C]."""
+    pooled = (F.adaptive_avg_pool2d(image, grid) for image in images)
+    return (maps.flatten(2).transpose(1, 2) for maps in (*images, *pooled))
+
+
 def _project(image: torch.Tensor, projection: Projection, grid: tuple[int, int]) -> Iterator[torch.Tensor]:
     """image [B, C, H, W] -> keys and values [B, N, C], the pooled centres of both [B, O, C]."""
     key_weight, key_bias, value_weight, value_bias = projection
     keys = F.conv2d(image, key_weight[:, :, None, None], key_bias)
     values = F.conv2d(image, value_weight[:, :, None, None], value_bias)
-    pooled = (F.adaptive_avg_pool2d(maps, grid) for maps in (keys, values))
-    return (maps.flatten(2).transpose(1, 2) for maps in (keys, values, *pooled))
+    return _tokens(grid, keys, values)
 
 
 def _cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

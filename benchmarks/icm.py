@@ -62,11 +62,11 @@ def data(case: Case, variant: str) -> tuple[torch.Tensor, ...]:
     return clustered(case), *projections, alpha, beta
 
 
-def clustered(case: Case) -> torch.Tensor:
-    """Images [B, C, H, W]: the pixels of a bin of the first grid scatter about the bin's own prototype, each fourth
+def clustered(case: Case, grid: tuple[int, int] = GRIDS[0]) -> torch.Tensor:
+    """Images [B, C, H, W]: the pixels of a bin of the grid scatter about the bin's own prototype, each fourth
     one about that of a bin drawn at random."""
     batch, channels, height, width = case.shape
-    rows, columns = GRIDS[0]
+    rows, columns = grid
     generator = torch.Generator().manual_seed(0)
     prototypes = normal((batch, channels, rows * columns), case, seed=1)
     row = torch.arange(height) * rows // height

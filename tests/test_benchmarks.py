@@ -28,7 +28,7 @@ cpu, harness, icm, report = (
 
 CASES = cpu.cases()
 SHORT = cpu.cases(short=True)
-GRADIENTS = {"pdc": 2, "pdc_weight": 1, "dpm": 5, "icm": 15}  # inputs and parameters of each op
+GRADIENTS = {"pdc": 2, "pdc_weight": 1, "dpm": 5, "icm": 15, "cluster": 4}  # inputs and parameters of each op
 
 
 def reduced(case: Any) -> Any:
