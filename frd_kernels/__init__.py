@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 try:
     from . import _library, convert, reference  # noqa: F401  _library loads the operators
     from .backend import backends, use_backend
-    from .icm import ICM, ClusterResult, cluster, dispatch, icm
+    from .icm import ICM, ClusterPool, ClusterResult, ContextCluster, FECCluster, cluster, dispatch, icm
     from .pdc import PDC2d, pdc2d, pdc_weight
     from .pdc_block import DPM, PDCBlock2d, pdc_block
 except ImportError as _error:
@@ -21,7 +21,10 @@ except ImportError as _error:
 __all__ = [
     "DPM",
     "ICM",
+    "ClusterPool",
     "ClusterResult",
+    "ContextCluster",
+    "FECCluster",
     "PDC2d",
     "PDCBlock2d",
     "backends",

@@ -2,6 +2,16 @@
 (`icm`), and the layers built on them."""
 
 from .api import ClusterResult, cluster, dispatch, icm
+from .blocks import ClusterPool, ContextCluster, FECCluster
 from .layers import ICM
 
-__all__ = ["ICM", "ClusterResult", "cluster", "dispatch", "icm"]
+__all__ = [
+    "ICM",
+    "ClusterPool",
+    "ClusterResult",
+    "ContextCluster",
+    "FECCluster",
+    "cluster",
+    "dispatch",
+    "icm",
+]

@@ -175,6 +175,26 @@ def dispatch(
     return out.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else out
 
 
+@_outside_autocast
+def dispatch_to_all(
+    keys: torch.Tensor,
+    centres: torch.Tensor,
+    grid: Sequence[int],
+    hw: Sequence[int],
+    alpha: Scalar,
+    beta: Scalar,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Every token gets all centres, each times sigmoid(beta + alpha * cosine), instead of its own one.
+
+    keys [B, N, C], centres [B, O, C], mask [B, N] -> [B, N, C]. The [B, N, O] similarities are stored.
+    """
+    dtype = compute_dtype(keys.dtype)
+    cosine = cosines(select(keys.to(dtype), mask), hw, grid, mask)
+    similarity = torch.sigmoid(_scalar(beta, cosine) + _scalar(alpha, cosine) * cosine)
+    return select((similarity @ centres.to(dtype)).to(centres.dtype), mask)
+
+
 def _project(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return F.linear(tokens, weight.to(tokens.dtype), None if bias is None else bias.to(tokens.dtype))
 
