@@ -150,7 +150,7 @@ def label_sums(
         )
     rows_of = (partial, centres * channels, channels, 1)
     store_rows(rows_of, piece, centre, channel, total, real, channels)
-    if GATHER and PROJECTED:
+    if GATHER and PROJECTED:  # noqa: SIM102  a constant and a value
         if block == 0:
             store_vector((pulls, centres), piece, centre, pull, real)
     tickets = ticket + (item * centre_blocks + centre_block) * (blocks + 1)
@@ -159,7 +159,7 @@ def label_sums(
         for chunk in range(chunks):
             total += load_rows(rows_of, item * chunks + chunk, centre, channel, real, channels)
         store_rows(out, item, centre, channel, narrow(total, out[0].dtype.element_ty), real, channels)
-        if GATHER:
+        if GATHER:  # noqa: SIM102  a program that gathers nothing must not count
             if is_last(tickets + blocks, blocks):
                 centre_rows(
                     pulls,

@@ -69,19 +69,12 @@ def means(
     blocks = tl.cdiv(centres, CENTRES)
     item = tl.program_id(0) // blocks
     centre = tl.program_id(0) % blocks * CENTRES + tl.arange(0, CENTRES)
+    real = centre < centres
+    # fmt: off
     mean_rows(
-        result_grad,
-        mean_grad,
-        mass,
-        weight,
-        item,
-        centre,
-        centre < centres,
-        channels,
-        PROJECTED,
-        CHANNELS,
-        INNER,
+        result_grad, mean_grad, mass, weight, item, centre, real, channels, PROJECTED, CHANNELS, INNER
     )
+    # fmt: on
 
 
 @triton.jit
@@ -181,19 +174,11 @@ def dense_centres(
     item = tl.program_id(0) // blocks
     centre = tl.program_id(0) % blocks * CENTRES + tl.arange(0, CENTRES)
     real = centre < centres
+    # fmt: off
     mean_rows(
-        result_grad,
-        mean_grad,
-        mass,
-        value_weight,
-        item,
-        centre,
-        real,
-        channels,
-        PROJECTED,
-        CHANNELS,
-        INNER,
+        result_grad, mean_grad, mass, value_weight, item, centre, real, channels, PROJECTED, CHANNELS, INNER
     )
+    # fmt: on
     tl.debug_barrier()
     centre_rows(
         mass[0],

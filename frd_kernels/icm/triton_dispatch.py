@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..pdc.triton_stencil import narrow, widen
 from .ops import _strided
-from .triton_backward import rows_of, sum_by_label, tiles, vector_of, view_of
+from .triton_backward_launch import rows_of, sum_by_label, tiles, vector_of, view_of
 from .triton_backward_tiles import load_labels, load_rows, load_vector, store_rows, store_vector
 from .triton_tiles import on_device
 
