@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pathlib
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -329,3 +331,23 @@ def test_bad_arguments() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_guide_runs() -> None:
+    """docs/clustering.md, top to bottom, and its replacement of foreign layers."""
+    guide = (pathlib.Path(__file__).parents[2] / "docs" / "clustering.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL):
+        exec(block, names)
+    made = layer("coc", CASES["oblong"])
+    foreign = type("Cluster", (nn.Module,), {})()
+    for name, child in made.named_children():
+        setattr(foreign, name, child)
+    foreign.sim_alpha, foreign.sim_beta = made.sim_alpha, made.sim_beta
+    foreign.centers_proposal = nn.AdaptiveAvgPool2d(made.proposal)
+    for name in ("fold_w", "fold_h", "heads", "head_dim", "return_center"):
+        setattr(foreign, name, getattr(made, name))
+    net = nn.Sequential(nn.Sequential(foreign))
+    names["replace_clusters"](net)
+    x = image((12, 10))
+    assert torch.equal(net.double()(x), made.float().double()(x))
