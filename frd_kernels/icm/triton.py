@@ -140,7 +140,7 @@ def _query(maps: list[list[Tensor] | None], layouts: list[RoundLayout], channels
         return  # its pooling has written them
     columns = layouts[-1].centres
     block = max(16, min(triton.next_power_of_2(columns), 256 if INTERPRETED.value else 16))
-    wide = 256 if INTERPRETED.value else 16 if saved.dtype == torch.float64 else 64
+    wide = 256 if INTERPRETED.value else 16 if saved.dtype == torch.float64 else 32
     queries[(saved.shape[0] * triton.cdiv(columns, block),)](
         saved,
         *(tuple(getattr(layout, name) for layout in layouts) for name in ("record", "query", "projected")),

@@ -1,7 +1,7 @@
 """From labels to centres: sums of each cluster's tokens, chunk by chunk, then their means.
 
 A tile of tokens adds to its clusters as a one-hot matrix times the tile. A NaN or an infinity would spread from there
-to every cluster: sums that come out not finite are made again, with such elements apart.
+to every cluster: sums that come out not finite are made again token by token.
 """
 
 # Triton functions take no annotations, and their tuples grow.
@@ -27,11 +27,6 @@ from .triton_tiles import (
 
 
 @triton.jit
-def _is_odd(value):
-    return (value - value) != 0.0
-
-
-@triton.jit
 def _add_clusters(
     total, hot, weight, values, WEIGHTED: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
 ):
@@ -49,21 +44,6 @@ def _add_clusters(
 
 
 @triton.jit
-def _add_odd(total, hot, weight, values, PRECISION: tl.constexpr):
-    """total plus the elements of `values` that are not finite, each in its own cluster and channel."""
-    wide = widen(values)
-    both = (wide != wide) | (_is_odd(wide) & (weight[:, None] == 0.0))  # 0 * inf is NaN
-    rising = matmul_add(
-        hot.to(total.dtype), (both | (wide == float("inf"))).to(total.dtype), total * 0.0, PRECISION
-    )
-    falling = matmul_add(
-        hot.to(total.dtype), (both | (wide == float("-inf"))).to(total.dtype), total * 0.0, PRECISION
-    )
-    total += tl.where(rising > 0, float("inf"), 0.0)
-    return total + tl.where(falling > 0, float("-inf"), 0.0)
-
-
-@triton.jit
 def _cluster_sums(
     item,
     steps,
@@ -76,7 +56,6 @@ def _cluster_sums(
     centre,
     channel,
     channels,
-    CAREFUL: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -97,15 +76,26 @@ def _cluster_sums(
         number += tl.sum(hot.to(tl.int32), axis=1)
         if WEIGHTED:
             mass += tl.sum(tl.where(hot, weight[None, :], 0.0), axis=1)
-        if CAREFUL:
-            finite = tl.where(_is_odd(widen(values)), tl.zeros_like(values), values)
-            total = _add_clusters(total, hot, weight, finite, WEIGHTED, PARTS, PRECISION)
-            total = _add_odd(total, hot, weight, values, PRECISION)
-        else:
-            total = _add_clusters(total, hot, weight, values, WEIGHTED, PARTS, PRECISION)
+        total = _add_clusters(total, hot, weight, values, WEIGHTED, PARTS, PRECISION)
     if not WEIGHTED:
         mass = number.to(dtype)
     return total, mass, number
+
+
+@triton.jit
+def _careful_sums(
+    item, steps, labels, cosines, slope, shift, begin, end, centre, channel, channels, WEIGHTED: tl.constexpr
+):
+    """The sums of `_cluster_sums`, token by token: what is not finite stays in its cluster and channel."""
+    dtype: tl.constexpr = compute_type(item.dtype.element_ty)
+    total = tl.zeros((centre.shape[0], channel.shape[0]), dtype)
+    for first in range(begin, end):
+        token = first + tl.arange(0, 1)
+        label = tl.load(labels + token)
+        weight = token_weight(tl.load(cosines + token), slope, shift, WEIGHTED)
+        values = widen(load_tokens(item, steps, token, label >= 0, channel, channels))
+        total = tl.where(centre[:, None] == label[None, :], total + weight[:, None] * values, total)
+    return total
 
 
 @triton.jit
@@ -140,12 +130,11 @@ def chunk_sums(
         # fmt: off
         total, mass, number = _cluster_sums(
             item, steps, labels, cosines, slope, shift, begin, end, centre, channel, channels,
-            False, WEIGHTED, PARTS, TOKENS, PRECISION,
+            WEIGHTED, PARTS, TOKENS, PRECISION,
         )
-        if tl.max(tl.max(_is_odd(total).to(tl.int32), axis=1), axis=0) != 0:
-            total, mass, number = _cluster_sums(
-                item, steps, labels, cosines, slope, shift, begin, end, centre, channel, channels,
-                True, WEIGHTED, PARTS, TOKENS, PRECISION,
+        if tl.max(tl.max(((total - total) != 0.0).to(tl.int32), axis=1), axis=0) != 0:
+            total = _careful_sums(
+                item, steps, labels, cosines, slope, shift, begin, end, centre, channel, channels, WEIGHTED
             )
         # fmt: on
         store_rows(partial, centre, centres, channel, channels, total)
@@ -171,14 +160,15 @@ def finish_rows(
     chunks,
     PROJECTED: tl.constexpr,
     RESULTS: tl.constexpr,
+    ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """mass, mean and result of the centres first .. first + 16 of an item. Every pointer is the item's."""
+    """mass, mean and result of the centres first .. first + ROWS of an item. Every pointer is the item's."""
     _, _, pooled, _, mean, result, _, mass, _ = pieces(record, tokens, centres, channels)
-    row = first + tl.arange(0, 16)
-    total = tl.full((16,), 1.0, record.dtype.element_ty)
-    number = tl.zeros((16,), tl.int32)
+    row = first + tl.arange(0, ROWS)
+    total = tl.full((ROWS,), 1.0, record.dtype.element_ty)
+    number = tl.zeros((ROWS,), tl.int32)
     for k in range(chunks):
         total += tl.load(masses + k * centres + row, mask=row < centres, other=0.0)
         if RESULTS:
@@ -201,7 +191,7 @@ def finish_rows(
         tl.debug_barrier()
         for begin in range(0, channels, CHANNELS):
             column = begin + tl.arange(0, CHANNELS)
-            value = tl.zeros((16, CHANNELS), record.dtype.element_ty)
+            value = tl.zeros((ROWS, CHANNELS), record.dtype.element_ty)
             for inner in range(0, channels, CHANNELS):
                 source = inner + tl.arange(0, CHANNELS)
                 some = load_rows(mean, row, centres, source, channels)
@@ -271,17 +261,19 @@ def finish(
     chunks,
     PROJECTED: tl.constexpr,
     RESULTS: tl.constexpr,
+    ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Centres from the sums of the chunks, in their order. Grid: (items * blocks of 16 centres,)."""
-    blocks = tl.cdiv(centres, 16)
+    """Centres from the sums of the chunks, in their order. Grid: (items * blocks of ROWS centres,)."""
+    blocks = tl.cdiv(centres, ROWS)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     size = centres * channels
     # fmt: off
     finish_rows(
         saved + item * length + record_at, partial + item * chunks * size, masses + item * chunks * centres,
         numbers + item * chunks * centres, weight, bias, centres_out + item * size, counts + item * centres,
-        tl.program_id(0) % blocks * 16, tokens, centres, channels, chunks, PROJECTED, RESULTS, CHANNELS, PRECISION,
+        tl.program_id(0) % blocks * ROWS, tokens, centres, channels, chunks, PROJECTED, RESULTS, ROWS, CHANNELS,
+        PRECISION,
     )
     # fmt: on

@@ -38,9 +38,11 @@ def key_squares(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums of squares [token] of the keys of a tile. The keys pass block by block, and are not kept."""
+    """(sums of squares [token] of the keys of a tile, zeros, but NaN where a key is not finite). The keys pass block by
+    block, and are not kept."""
     dtype: tl.constexpr = compute_type(item.dtype.element_ty)
     square = tl.zeros((token.shape[0],), dtype)
+    odd = square
     if PROJECTED:
         for first in range(0, channels, KEYS):
             column = first + tl.arange(0, KEYS)
@@ -54,11 +56,13 @@ def key_squares(
                 key = matmul_add(x, factors, key, PRECISION)
             key += widen(tl.load(bias + column, mask=column < channels, other=0.0))[None, :]
             square += tl.sum(key * key, axis=1)
+            odd += tl.sum(key * 0.0, axis=1)
     else:
         for inner in range(0, channels, CHANNELS):
             x = widen(load_tokens(item, steps, token, held, inner + tl.arange(0, CHANNELS), channels))
             square += tl.sum(x * x, axis=1)
-    return square
+            odd += tl.sum(x * 0.0, axis=1)
+    return square, odd
 
 
 @triton.jit
@@ -68,38 +72,39 @@ def _scores(
     token,
     held,
     factor,
+    odd,
     matrix,
     row_scale,
     offset,
     centre,
     centres,
     channels,
-    SCALED: tl.constexpr,
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products [token, centre] of keys and unit centres; SCALED: of keys times `factor`, in the compute type."""
+    """Products [token, centre] of keys times `factor` and unit centres; where the factor is 0, `odd`."""
     dtype: tl.constexpr = compute_type(item.dtype.element_ty)
     score = tl.zeros((token.shape[0], centre.shape[0]), dtype)
     for first in range(0, channels, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         x = load_tokens(item, steps, token, held, channel, channels)
-        if SCALED:
-            x = widen(x) * factor[:, None]
+        if PARTS == 1:
+            x = x * factor[:, None]
         # From the smallest part on, in sums of their own: a tensor core truncates what it adds to.
         block = tl.zeros((token.shape[0], centre.shape[0]), dtype)
         for p in tl.static_range(PARTS - 1, -1, -1):
             some = load_turned(matrix + p * centres * channels, centre, centres, channel, channels)
-            if SCALED:
-                some = widen(some)
             block = matmul_add(x, some, block, PRECISION)
         score += block
     known = centre < centres
     moved = tl.load(offset + centre, mask=known, other=0.0)[None, :]
-    if SCALED:
-        moved = moved * factor[:, None]
-    return score * tl.load(row_scale + centre, mask=known, other=1.0)[None, :] + moved
+    if PARTS == 1:
+        score = score + moved * factor[:, None]
+    else:
+        score = score * tl.load(row_scale + centre, mask=known, other=1.0)[None, :] + moved
+        score = tl.where(factor[:, None] == 0, odd[:, None] + moved * 0.0, score)
+    return score
 
 
 @triton.jit
@@ -117,44 +122,6 @@ def _best_of(best, score, centre, centres, sign):
     better = (rank == rank) & (block_odd | (top > rank))
     rank = tl.where(better, tl.where(block_odd, float("nan"), top), rank)
     return rank, tl.where(better, found, index), tl.where(better, chosen, own)
-
-
-@triton.jit
-def _nearest(
-    item,
-    steps,
-    token,
-    held,
-    factor,
-    matrix,
-    row_scale,
-    offset,
-    centres,
-    channels,
-    sign,
-    SCALED: tl.constexpr,
-    PARTS: tl.constexpr,
-    CENTRES: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(index of the nearest centre, score with it) of each token; no matrix of all scores is made."""
-    dtype: tl.constexpr = compute_type(item.dtype.element_ty)
-    best = (
-        tl.full((token.shape[0],), float("-inf"), dtype),
-        tl.zeros((token.shape[0],), tl.int32),
-        tl.zeros((token.shape[0],), dtype),
-    )
-    for first in range(0, centres, CENTRES):
-        centre = first + tl.arange(0, CENTRES)
-        # fmt: off
-        score = _scores(
-            item, steps, token, held, factor, matrix, row_scale, offset, centre, centres, channels,
-            SCALED, PARTS, CHANNELS, PRECISION,
-        )
-        # fmt: on
-        best = _best_of(best, score, centre, centres, sign)
-    return best[1], best[2]
 
 
 @triton.jit
@@ -178,28 +145,34 @@ def assign_tile(
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(label, cosine, scale) of each token of a tile; of no meaning where it is not `held`."""
+    """(label, cosine, scale) of each token of a tile; of no meaning where it is not `held`. No matrix of all scores is
+    made."""
     # fmt: off
-    scale = inverse_norm(
-        key_squares(item, steps, token, held, weight, bias, channels, PROJECTED, CHANNELS, KEYS, PRECISION)
+    square, odd = key_squares(
+        item, steps, token, held, weight, bias, channels, PROJECTED, CHANNELS, KEYS, PRECISION
     )
-    label, own = _nearest(
-        item, steps, token, held, scale, matrix, row_scale, offset, centres, channels, sign,
-        False, PARTS, CENTRES, CHANNELS, PRECISION,
+    scale = inverse_norm(square)
+    # Where the norm has overflowed or counts as zero, scores may rank centres that the cosines, all zero, do not, or
+    # have underflowed. 16-bit keys that count as zero have cosines too small to rank.
+    lost = (scale > 0) == 0
+    factor = tl.where(lost, 0.0, 1.0).to(scale.dtype)
+    if PARTS == 1:
+        factor = tl.where(lost | (is_live(scale) == 0), scale, factor)
+    best = (
+        tl.full((token.shape[0],), float("-inf"), scale.dtype),
+        tl.zeros((token.shape[0],), tl.int32),
+        tl.zeros((token.shape[0],), scale.dtype),
     )
-    # Where the norm counts as zero or has overflowed, scores may have underflowed, or rank centres that the
-    # cosines, all zero, do not.
-    odd = held & ((is_live(scale) == 0) | ((scale > 0) == 0))
-    cosine = own * scale
-    if tl.max(odd.to(tl.int32), axis=0) != 0:
-        other, exact = _nearest(
-            item, steps, token, held, scale, matrix, row_scale, offset, centres, channels, sign,
-            True, PARTS, CENTRES, CHANNELS, PRECISION,
+    for first in range(0, centres, CENTRES):
+        centre = first + tl.arange(0, CENTRES)
+        score = _scores(
+            item, steps, token, held, factor, odd, matrix, row_scale, offset, centre, centres, channels,
+            PARTS, CHANNELS, PRECISION,
         )
-        label = tl.where(odd, other, label)
-        cosine = tl.where(odd, exact, cosine)
+        best = _best_of(best, score, centre, centres, sign)
     # fmt: on
-    return label, cosine, scale
+    done = factor == scale  # in the scores already, or both 1
+    return best[1], tl.where(done, best[2], best[2] * scale), scale
 
 
 @triton.jit
@@ -256,6 +229,7 @@ def assign(
     KEYS: tl.constexpr,
     SLICE_TOKENS: tl.constexpr,
     SLICE: tl.constexpr,
+    ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Labels, cosines and scales of a chunk of tokens; AGGREGATE: then the chunk's sums; FINISH: the last chunk of an
@@ -308,11 +282,12 @@ def assign(
             centres, channels, WEIGHTED, PARTS, CENTRES, SLICE_TOKENS, SLICE, PRECISION,
         )
         if FINISH and is_last(tickets + item, chunks):
-            for row in range(0, centres, 16):
+            for row in range(0, centres, ROWS):
                 finish_rows(
                     record, partial + item * chunks * size, masses + item * chunks * centres,
                     numbers + item * chunks * centres, value_weight, value_bias,
                     centres_out + item * size, counts + item * centres, row,
-                    tokens, centres, channels, chunks, PROJECTED, RESULTS, CHANNELS, PRECISION,
+                    tokens, centres, channels, chunks, PROJECTED, RESULTS, ROWS, CHANNELS,
+                    PRECISION,
                 )
         # fmt: on

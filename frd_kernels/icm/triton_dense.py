@@ -114,8 +114,7 @@ def queries(
     blocks = tl.cdiv(columns, COLUMNS)
     item = saved + (tl.program_id(0) // blocks).to(tl.int64) * length
     column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    for step in tl.static_range(ROUNDS - 1):
-        t: tl.constexpr = ROUNDS - 1 - step
+    for t in tl.static_range(ROUNDS - 1, 0, -1):
         count = tokens[t]
         _, scale, _, _, _, _, _, _, _ = pieces(item + records[t], count, 0, channels)
         _, _, _, unit, _, result, _, _, _ = pieces(item + records[t - 1], tokens[t - 1], count, channels)

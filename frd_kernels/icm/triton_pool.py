@@ -26,28 +26,41 @@ from .triton_tiles import (
     widen,
 )
 
-GROUP = tl.constexpr(16)  # bins whose keys one program makes
-
 
 @triton.jit
-def bin_sum(
-    item, steps, mask, mask_step, bounds, width, channel, channels, MASKED: tl.constexpr, TOKENS: tl.constexpr
+def bin_sums(
+    item,
+    steps,
+    mask,
+    mask_step,
+    first,
+    image,
+    grid,
+    channel,
+    channels,
+    MASKED: tl.constexpr,
+    BINS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """(sum over a bin's tokens that take part [channel], number of them). bounds: top, bottom, left, right."""
-    top, bottom, left, right = bounds
+    """(sums [bin, channel] over the tokens of the bins first .. first + BINS that take part, their numbers [bin]).
+    image: height, width; grid: rows, columns."""
+    spot = tl.arange(0, BINS * TOKENS)
+    bin = first + spot // TOKENS
+    top, bottom = bin_bounds(bin // grid[1], image[0], grid[0])
+    left, right = bin_bounds(bin % grid[1], image[1], grid[1])
     across = right - left
-    pixels = (bottom - top) * across
-    dtype: tl.constexpr = compute_type(item.dtype.element_ty)
-    total = tl.zeros((channel.shape[0],), dtype)
-    number = 0
-    for first in range(0, pixels, TOKENS):
-        i = first + tl.arange(0, TOKENS)
-        token = (top + i // across) * width + left + i % across
+    pixels = tl.where(bin < grid[0] * grid[1], (bottom - top) * across, 0)
+    total = tl.zeros((BINS, channel.shape[0]), compute_type(item.dtype.element_ty))
+    number = tl.zeros((BINS,), tl.int32)
+    for begin in range(0, tl.max(pixels, axis=0), TOKENS):
+        i = begin + spot % TOKENS
+        token = (top + i // across) * image[1] + left + i % across
         held = i < pixels
         if MASKED:
             held = held & (tl.load(mask + token.to(tl.int64) * mask_step, mask=held, other=0) != 0)
-        number += tl.sum(held.to(tl.int32), axis=0)
-        total += tl.sum(widen(load_tokens(item, steps, token, held, channel, channels)), axis=0)
+        number += tl.sum(held.to(tl.int32).reshape(BINS, TOKENS), axis=1)
+        values = widen(load_tokens(item, steps, token, held, channel, channels))
+        total += tl.sum(values.reshape(BINS, TOKENS, channel.shape[0]), axis=1)
     return total, number
 
 
@@ -105,9 +118,10 @@ def _unit_rows(
         store_rows(unit, row, rows, column, channels, value)
         if QUERY:
             store_rows(query, row, rows, column, channels, value)
+        some = tl.zeros((CHANNELS,), offset.dtype)  # a NaN passes
         if PROJECTED:
             some = widen(tl.load(bias + column, mask=column < channels, other=0.0)).to(offset.dtype)
-            offset += tl.sum(value * some[None, :], axis=1)
+        offset += tl.sum(value * some[None, :], axis=1)
     return offset
 
 
@@ -178,6 +192,7 @@ def centre_keys(
     PROJECTED: tl.constexpr,
     QUERY: tl.constexpr,
     PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -244,62 +259,50 @@ def pool(
     PROJECTED: tl.constexpr,
     QUERY: tl.constexpr,
     PARTS: tl.constexpr,
+    BINS: tl.constexpr,
+    GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     SLICE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Bin means; the last program of GROUP bins makes their keys. SHARED: keys and values are the same tokens.
+    """Bin means; the last program of GROUP bins, whole blocks, makes their keys. SHARED: keys are the values.
 
-    Grid: (items * bins * slices of the channels,), the last fastest.
+    Grid: (items * blocks of BINS * slices of the channels,), the last fastest.
     """
     slices = tl.cdiv(channels, SLICE)
     centres = rows * columns
-    bin = tl.program_id(0) // slices % centres
-    item = (tl.program_id(0) // slices // centres).to(tl.int64)
+    blocks = tl.cdiv(centres, BINS)
+    item = (tl.program_id(0) // slices // blocks).to(tl.int64)
+    first = tl.program_id(0) // slices % blocks * BINS
     tokens = height * width
     record = saved + item * length + record_at
     _, _, pooled, _, _, _, _, _, share = pieces(record, tokens, centres, channels)
+    bin = first + tl.arange(0, BINS)
     channel = tl.program_id(0) % slices * SLICE + tl.arange(0, SLICE)
-    top, bottom = bin_bounds(bin // columns, height, rows)
-    left, right = bin_bounds(bin % columns, width, columns)
-    bounds = (top, bottom, left, right)
     held = mask + item * mask_batch
-    steps = (value_token, value_channel)
-    total, number = bin_sum(
-        values + item * value_batch, steps, held, mask_token, bounds, width, channel, channels, MASKED, TOKENS
+    source = pooled
+    # fmt: off
+    total, number = bin_sums(
+        values + item * value_batch, (value_token, value_channel), held, mask_token, first, (height, width),
+        (rows, columns), channel, channels, MASKED, BINS, TOKENS,
     )
     divisor = tl.maximum(number, 1).to(total.dtype)
-    tl.store(pooled + bin * channels + channel, total / divisor, mask=channel < channels)
-    tl.store(share + bin, tl.where(number > 0, 1.0 / divisor, 0.0))
-    source = pooled
+    store_rows(pooled, bin, centres, channel, channels, total / divisor[:, None])
+    tl.store(share + bin, tl.where(number > 0, 1.0 / divisor, 0.0), mask=bin < centres)
     if not SHARED:
         source = pooled_keys + item * centres * channels
-        steps = (key_token, key_channel)
-        total, number = bin_sum(
-            keys + item * key_batch, steps, held, mask_token, bounds, width, channel, channels, MASKED, TOKENS
+        total, number = bin_sums(
+            keys + item * key_batch, (key_token, key_channel), held, mask_token, first, (height, width),
+            (rows, columns), channel, channels, MASKED, BINS, TOKENS,
         )
-        tl.store(source + bin * channels + channel, total / divisor, mask=channel < channels)
-    group = bin // GROUP
-    members = tl.minimum(centres - group * GROUP, GROUP)
+        store_rows(source, bin, centres, channel, channels, total / divisor[:, None])
+    group = first // GROUP
+    members = tl.cdiv(tl.minimum(centres - group * GROUP, GROUP), BINS)
     if is_last(tickets + item * tl.cdiv(centres, GROUP) + group, members * slices):
         centre_keys(
-            source,
-            record,
-            weight,
-            bias,
-            matrix + item * PARTS * centres * channels,
-            row_scale + item * centres,
-            offset + item * offset_step,
-            query + item * length,
-            projected + item * length,
-            group * GROUP,
-            tokens,
-            centres,
-            channels,
-            PROJECTED,
-            QUERY,
-            PARTS,
-            CHANNELS,
-            PRECISION,
+            source, record, weight, bias, matrix + item * PARTS * centres * channels, row_scale + item * centres,
+            offset + item * offset_step, query + item * length, projected + item * length, group * GROUP,
+            tokens, centres, channels, PROJECTED, QUERY, PARTS, GROUP, CHANNELS, PRECISION,
         )
+    # fmt: on

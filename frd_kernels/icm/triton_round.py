@@ -11,12 +11,14 @@ import triton
 
 from .triton_aggregate import aggregate, finish
 from .triton_assign import assign
-from .triton_pool import GROUP, pool
+from .triton_pool import pool
 from .triton_tiles import INTERPRETED, block_of, part_count, precision
 
 Tensor = torch.Tensor
 
-_MOST_CHUNKS = 16
+_MOST_CHUNKS = 4 if INTERPRETED.value else 16
+# Centres whose keys, and whose means, one program makes.
+ROWS = 256 if INTERPRETED.value else 16
 # Centres x channels that a chunk of tokens adds up right after it has found their labels.
 _SMALL_SUMS = 1 << 14
 # Elements of all chunks' sums of an item that its last chunk adds up rather than a kernel of its own.
@@ -52,7 +54,7 @@ def choose_tiles(tokens: int, centres: int, channels: int, dtype: torch.dtype) -
     block = block_of(channels, 64)
     wide, warps = (128, 8) if tokens >= 1024 else (64, 4)
     return Tiles(
-        min(side, wide), min(across, 64), block, block_of(channels, 128), block, min(side, 64), warps, 3
+        min(side, wide), min(across, 64), block, block_of(channels, 128), block, min(side, 64), warps, 2
     )
 
 
@@ -93,6 +95,10 @@ class Round:
         self.tiles = choose_tiles(self.tokens, self.centres, self.channels, self.keys.dtype)
         self.parts = part_count(self.keys.dtype)
         self.precision = precision(self.saved.dtype)
+        # Of a step of the products of float32 centres.
+        self.small = block_of(
+            self.channels, 256 if INTERPRETED.value else 32 if self.saved.dtype == torch.float32 else 16
+        )
         empty = self.saved
         self.matrix = self.keys.new_empty((self.batch, self.parts, self.centres, self.channels))
         self.row_scale = empty.new_empty((self.batch, self.centres))
@@ -122,13 +128,13 @@ class Round:
         mask = self.labels if self.mask is None else self.mask
         assert self.offset is not None
         span = block_of(self.channels, 256 if INTERPRETED.value else 128)
-        small = block_of(
-            self.channels, 256 if INTERPRETED.value else 32 if self.saved.dtype == torch.float32 else 16
-        )
         pixels = triton.cdiv(self.hw[0], self.grid[0]) * triton.cdiv(self.hw[1], self.grid[1])
-        most = 256 if INTERPRETED.value else 4096 // span
-        bins = self.batch * self.centres * triton.cdiv(self.channels, span)
-        pool[(bins,)](
+        side = max(1, min(256 if INTERPRETED.value else 4096 // span, triton.next_power_of_2(pixels)))
+        bins = max(
+            1, min(ROWS, triton.next_power_of_2(self.centres), (4096 if INTERPRETED.value else 32) // side)
+        )
+        blocks = triton.cdiv(self.centres, bins) * triton.cdiv(self.channels, span)
+        pool[(self.batch * blocks,)](
             self.keys,
             self.values,
             mask,
@@ -155,9 +161,11 @@ class Round:
             PROJECTED=self.projection is not None,
             QUERY=self.query is not None,
             PARTS=self.parts,
-            TOKENS=max(16, min(most, triton.next_power_of_2(pixels))),
+            BINS=bins,
+            GROUP=ROWS,
+            TOKENS=side,
             SLICE=span,
-            CHANNELS=small,
+            CHANNELS=self.small,
             PRECISION=self.precision,
             num_warps=4,
             num_stages=2,
@@ -187,7 +195,7 @@ class Round:
             self.alpha,
             self.beta,
             *sums,
-            self.tickets[self.batch * triton.cdiv(self.centres, GROUP.value) :],
+            self.tickets[self.batch * triton.cdiv(self.centres, ROWS) :],
             *self.keys.stride(),
             *self.values.stride(),
             *mask.stride(),
@@ -214,6 +222,7 @@ class Round:
             KEYS=tiles.keys,
             SLICE_TOKENS=tiles.summed,
             SLICE=tiles.slice,
+            ROWS=ROWS,
             PRECISION=self.precision,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
@@ -251,7 +260,7 @@ class Round:
 
     def _finish(self, chunks: int, sums: Tensor, masses: Tensor, numbers: Tensor) -> None:
         _, centres, counts = self.results or (self.saved, self.saved, self.labels)
-        finish[(self.batch * triton.cdiv(self.centres, 16),)](
+        finish[(self.batch * triton.cdiv(self.centres, ROWS),)](
             self.saved,
             sums,
             masses,
@@ -267,7 +276,8 @@ class Round:
             chunks,
             PROJECTED=self.projection is not None,
             RESULTS=self.results is not None,
-            CHANNELS=self.tiles.slice,
+            ROWS=ROWS,
+            CHANNELS=self.small,
             PRECISION=self.precision,
             num_warps=4,
             num_stages=self.tiles.stages,
@@ -276,4 +286,4 @@ class Round:
 
 def ticket_count(centres: int) -> int:
     """Tickets of a round for each item: of the groups of bins, and of the chunks."""
-    return triton.cdiv(centres, GROUP.value) + 1
+    return triton.cdiv(centres, ROWS) + 1
