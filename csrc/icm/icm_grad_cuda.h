@@ -43,6 +43,11 @@ struct IcmGradArgs : IcmArgs {
   int64_t query_sums, query_pulls;  // [dispatch_parts, J, C], [dispatch_parts, J]; dense
   int dispatch_parts;
 
+  // Copies of the keys' tokens and of the gradient as rows [N, C] of the tokens' dtype, where that is not how
+  // they lie in memory: sums over the tokens of a label gather rows.
+  bool copies_keys, copies_grad;
+  int64_t keys_copy, grad_copy;
+
   bool projected;      // any round
   int tile, row_step;  // rows of a tile; the rows of a block are a multiple of row_step
   // With too little shared memory for tiles of rows, they lie here: [B * team, block_rows]

@@ -29,7 +29,7 @@ FRD_DEVICE void round_grads(const GradItem<T, kBlocks>& g, int t) {
 
 // Block blockIdx.x % kBlocks of the team of item blockIdx.x / kBlocks.
 template <class T, int kBlocks>
-__global__ void __launch_bounds__(kTeamThreads, 1) icm_grad_kernel(const __grid_constant__ IcmGradArgs a) {
+FRD_DEVICE void item_grads(const IcmGradArgs& a) {
   using A = compute_t<T>;
   FRD_DYNAMIC_SHARED(double2, shared);  // aligned for vectors
   const int64_t item = Team<kBlocks>::item();
@@ -56,6 +56,28 @@ __global__ void __launch_bounds__(kTeamThreads, 1) icm_grad_kernel(const __grid_
   }
 #pragma unroll 1
   for (int t = a.count - 1; t >= 0; --t) round_grads(g, t);
+}
+
+// The launcher takes teams of one block where there are no clusters of blocks, and only there: the other
+// kernel is not worth its compilation.
+template <int kBlocks>
+FRD_DEVICE constexpr bool is_launched() {
+#if defined(__CUDA_ARCH__)
+  return (kBlocks > 1) == (__CUDA_ARCH__ >= 900);
+#else
+  return true;
+#endif
+}
+
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kTeamThreads, 1) icm_grad_kernel(const __grid_constant__ IcmGradArgs a) {
+  if constexpr (is_launched<kBlocks>()) {
+    item_grads<T, kBlocks>(a);
+  } else {
+#if defined(__CUDACC__)
+    __trap();
+#endif
+  }
 }
 
 }  // namespace frd

@@ -34,8 +34,9 @@ FRD_DEVICE void follow_tokens(const GradItem<T, kBlocks>& g) {
   const A* centres = g.saved + g.a.round[g.a.count - 1].saved.result;
   const int channels = g.a.channels;
   g.for_tiles(g.own(r.tokens()), [&](int first, int m) {
-    TokenRows<T>::of(g.a.grad, g.item, channels).tile(first, m, g.rows, g.pitch);
+    g.grad().tile(first, m, g.rows, g.pitch);
     __syncthreads();
+    if (g.a.copies_grad) g.keep(g.rows, first, m, g.a.grad_copy);
     for_rows(m, [&](int i) {
       const int n = first + i;
       const A weight = g.weight_of(0, g.saved[r.saved.cosine + n]);
@@ -84,10 +85,9 @@ template <class T, int kBlocks>
 FRD_DEVICE void masked_dispatch_grad(const GradItem<T, kBlocks>& g) {
   follow_tokens(g);
   Team<kBlocks>::sync();
-  label_sums<T, kBlocks>(TokenRows<T>::of(g.a.grad, g.item, g.a.channels),
-                         reinterpret_cast<const int32_t*>(g.work + g.a.last), g.work + g.a.coefficient,
-                         g.a.round[0].tokens(), g.a.columns, g.a.dispatch_parts, g.work + g.a.last_sums,
-                         static_cast<compute_t<T>*>(nullptr));
+  label_sums<T, kBlocks>(g.copied_grad(), reinterpret_cast<const int32_t*>(g.work + g.a.last),
+                         g.work + g.a.coefficient, g.a.round[0].tokens(), g.a.columns, g.a.dispatch_parts,
+                         g.work + g.a.last_sums, static_cast<compute_t<T>*>(nullptr));
   if (Team<kBlocks>::rank() == kBlocks - 1) follow_centres(g);
 }
 
@@ -106,8 +106,10 @@ FRD_DEVICE void dense_tokens(const GradItem<T, kBlocks>& g) {
   double alpha_grad = 0, beta_grad = 0;
   g.for_tiles(g.own(r.tokens()), [&](int first, int m) {
     g.values(0).tile(first, m, g.rows, g.pitch);
-    TokenRows<T>::of(g.a.grad, g.item, channels).tile(first, m, g.outs, g.pitch);
+    g.grad().tile(first, m, g.outs, g.pitch);
     __syncthreads();
+    if (g.a.copies_keys) g.keep(g.rows, first, m, g.a.keys_copy);
+    if (g.a.copies_grad) g.keep(g.outs, first, m, g.a.grad_copy);
     for_rows(m, [&](int i) {
       const A scale = g.saved[r.saved.scale + first + i];
 #pragma unroll 1
@@ -196,6 +198,7 @@ FRD_DEVICE void lift_query_grad(const GradItem<T, kBlocks>& g, int t, int parts)
                                  g.pitch, g.scratch);
     for_rows(m, [&](int i) {
       A pulls = 0;
+#pragma unroll 1
       for (int p = 0; p < parts; ++p) pulls += g.work[g.a.query_pulls + p * columns + first + i];
       for_runs(channels, [&](int c) {
         A v[kRun];
@@ -240,9 +243,9 @@ FRD_DEVICE void dense_dispatch_grad(const GradItem<T, kBlocks>& g) {
   const int warp = warp_of_team<kBlocks>(), warps = kTeamWarps * kBlocks;
   dense_tokens(g);
   Team<kBlocks>::sync();
-  weighted_sums(TokenRows<T>::of(g.a.grad, g.item, channels), g.work + g.a.gate, tokens, g.a.columns,
-                g.a.dispatch_parts, g.work + g.a.last_sums, static_cast<compute_t<T>*>(nullptr), warp, warps);
-  weighted_sums(g.values(0), g.work + g.a.pull, tokens, g.a.columns, g.a.dispatch_parts,
+  weighted_sums(g.copied_grad(), g.work + g.a.gate, tokens, g.a.columns, g.a.dispatch_parts,
+                g.work + g.a.last_sums, static_cast<compute_t<T>*>(nullptr), warp, warps);
+  weighted_sums(g.keys(0), g.work + g.a.pull, tokens, g.a.columns, g.a.dispatch_parts,
                 g.work + g.a.query_sums, g.work + g.a.query_pulls, warp, warps);
   Team<kBlocks>::sync();
   if (Team<kBlocks>::rank() == kBlocks - 1) dense_centres(g);

@@ -24,13 +24,26 @@ struct GradItem {
   __device__ Range own(int count) const {
     return rows_of_block(count, kBlocks, Team<kBlocks>::rank(), a.row_step);
   }
-  // Tokens whose values, or whose keys, round t gathers.
+  __device__ Rows<T> copy(int64_t at) const { return {reinterpret_cast<T*>(work + at), a.channels, 1}; }
+  // Tokens whose values round t gathers, and the gradient of the output, as they came.
   __device__ TokenRows<T> values(int t) const {
     if (t > 0) return {{}, saved + a.round[t - 1].saved.result, a.channels};
     return TokenRows<T>::of(a.values, item, a.channels);
   }
+  __device__ TokenRows<T> grad() const { return TokenRows<T>::of(a.grad, item, a.channels); }
+  // Tokens whose keys round t compares, and that gradient, once the team has copied them.
   __device__ TokenRows<T> keys(int t) const {
-    return t > 0 ? values(t) : TokenRows<T>::of(a.keys, item, a.channels);
+    if (t > 0) return values(t);
+    if (a.copies_keys) return {copy(a.keys_copy), nullptr, a.channels};
+    return TokenRows<T>::of(a.keys, item, a.channels);
+  }
+  __device__ TokenRows<T> copied_grad() const {
+    if (a.copies_grad) return {copy(a.grad_copy), nullptr, a.channels};
+    return grad();
+  }
+  // Keeps the tile at `from`: rows first .. first + m of the copy.
+  __device__ void keep(const A* from, int first, int m, int64_t at) const {
+    store_tile(from, pitch, first, m, a.channels, copy(at));
   }
   // f(first, m) for the tiles of a range
   template <class F>
@@ -65,7 +78,7 @@ FRD_DEVICE void load_result_grad(const GradItem<T, kBlocks>& g, int t, int first
     return;
   }
   if (!g.a.dispatch) {
-    TokenRows<T>::of(g.a.grad, g.item, channels).tile(first, m, g.rows, g.pitch);
+    g.grad().tile(first, m, g.rows, g.pitch);
     return;
   }
   const A* sums = g.work + g.a.last_sums;
@@ -124,7 +137,10 @@ FRD_DEVICE void token_pulls(const GradItem<T, kBlocks>& g, int t) {
   double alpha_grad = 0, beta_grad = 0;
   g.for_tiles(g.own(r.tokens()), [&](int first, int m) {
     if (g.a.weighted) g.values(t).tile(first, m, g.rows, g.pitch);
+    const bool copies = t == 0 && g.a.copies_keys, of_values = g.a.weighted && g.a.shared;
+    if (copies && !of_values) TokenRows<T>::of(g.a.keys, g.item, channels).tile(first, m, g.outs, g.pitch);
     __syncthreads();
+    if (copies) g.keep(of_values ? g.rows : g.outs, first, m, g.a.keys_copy);
     for_rows(m, [&](int i) {
       const int n = first + i, label = g.labels_of(t)[n];
       A pull = 0;
@@ -185,6 +201,7 @@ struct TokenPull {
     const A* product = (t == 0 ? g.work + w.product : g.saved + r.saved.product) + int64_t{n} * columns;
     product_grad = g.work + w.product_grad + int64_t{n} * columns;
     A along = 0;
+#pragma unroll 1
     for (int j = lane_of_warp(); j < columns; j += 32) along += product[j] * product_grad[j];
     pull = live;
     back = -warp_sum(along) * scale * live;
@@ -196,6 +213,7 @@ struct TokenPull {
     FRD_UNROLL
     for (int e = 0; e < kRun; ++e) v[e] *= back;
     if (product_grad == nullptr) add_run(pull, unit + c, left, v);
+#pragma unroll 1
     for (int j = 0; j < columns; ++j)
       add_run(pull * product_grad[j], unit + int64_t{j} * g.a.channels + c, left, v);
   }
@@ -263,6 +281,7 @@ FRD_DEVICE void unit_grad_run(const GradItem<T, kBlocks>& g, int t, int o, int c
   const A* product = g.saved + g.a.round[t + 1].saved.product + int64_t{o} * g.a.columns;
   FRD_UNROLL
   for (int e = 0; e < kRun; ++e) v[e] = 0;
+#pragma unroll 1
   for (int j = 0; j < g.a.columns; ++j) add_run(product[j], query_grad + int64_t{j} * channels, left, v);
 }
 

@@ -84,16 +84,12 @@ struct TokenRows {
     return {rows_of<T>(view, item), nullptr, channels};
   }
 
+  // The run at channel c of row n; the channels must be neighbours in memory.
   __device__ void run(int64_t n, int c, A (&v)[kRun]) const {
-    const int left = channels - c;
-    if (own != nullptr) {
-      load_run(own + n * channels + c, left, v);
-    } else if (tokens.channel == 1) {
-      load_run(&tokens.at(n, c), left, v);
-    } else {
-      FRD_UNROLL
-      for (int e = 0; e < kRun; ++e) v[e] = e < left ? load(tokens.at(n, c + e)) : A(0);
-    }
+    if (own != nullptr)
+      load_run(own + n * channels + c, channels - c, v);
+    else
+      load_run(tokens.data + n * tokens.row + c, channels - c, v);
   }
 
   // to [m, pitch] = rows first .. first + m. No barrier.
@@ -202,7 +198,7 @@ FRD_DEVICE A label_total(const int32_t* labels, const A* values, int tokens, int
 template <class A>
 FRD_DEVICE void run_of_parts(const A* sums, int parts, int64_t size, int left, A (&v)[kRun]) {
   load_run(sums, left, v);
-#pragma unroll 4
+#pragma unroll 2
   for (int p = 1; p < parts; ++p) add_run(A(1), sums + p * size, left, v);
 }
 

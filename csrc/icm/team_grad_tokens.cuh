@@ -45,6 +45,7 @@ FRD_DEVICE void turn_keys(const GradItem<T, kBlocks>& g, int t, const MixedTile&
     }
     const int o = tile.first_centre + i, centres = r.centres();
     A pulls = 0;
+#pragma unroll 1
     for (int p = 0; !g.a.dense && p < w.parts; ++p) pulls += g.work[w.pulls + p * centres + o];
     for_runs(channels, [&](int c) {
       A v[kRun];
@@ -76,7 +77,7 @@ FRD_DEVICE void projected_grads(const GradItem<T, kBlocks>& g, int t) {
   const Range tokens = g.own(r.tokens()), centres = g.own(r.centres());
   g.for_tiles({0, tokens.size() + centres.size()}, [&](int first, int m) {
     const MixedTile tile(tokens, centres, first, m);
-    g.values(t).tile(tile.first_token, tile.of_tokens, g.rows, g.pitch);
+    g.keys(t).tile(tile.first_token, tile.of_tokens, g.rows, g.pitch);
     if (!g.a.dense)
       for_rows(m - tile.of_tokens, [&](int i) {
         const int row = tile.of_tokens + i;
@@ -121,7 +122,9 @@ struct TokenBins {
   template <class A>
   __device__ void add(const RoundArgs& r, const A* share, const A* bins, int channels, int c,
                       A (&v)[kRun]) const {
+#pragma unroll 1
     for (int i = top; i <= bottom; ++i)
+#pragma unroll 1
       for (int j = left; j <= right; ++j) {
         const int bin = i * r.columns + j;
         add_run(share[bin], bins + int64_t{bin} * channels + c, channels - c, v);
