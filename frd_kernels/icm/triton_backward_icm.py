@@ -47,7 +47,8 @@ class IcmBackward:
         hw: list[int],
         variant: int,
     ) -> None:
-        self.grad, self.x, self.alpha, self.beta = grad, x, alpha, beta
+        self.grad, self.x = grad, x
+        self.alpha, self.beta = alpha.contiguous(), beta.contiguous()  # one number may stand for all rounds
         self.paper = variant == 0
         self.layouts, _, _ = round_layouts(hw, grids, x.shape[2], variant)
         self.saved, self.labels = saved.contiguous(), labels.contiguous()
@@ -93,7 +94,7 @@ class IcmBackward:
     def _dense_dispatch(self) -> Tensor:
         """The gradients of the last centres, of all unit keys and of all products; gates [1, B, places, 2]."""
         r, columns = self.rounds[0], self.columns
-        tile = r.tiles(128, columns)
+        tile = r.tiles(128, columns).at_most(tokens=32)
         chunks, span = chunks_of(r.tokens, columns, tile.tokens)
         blocks = triton.cdiv(columns, tile.columns), triton.cdiv(r.channels, tile.channels)
         partial, pulls = r.empty(chunks, 2, columns, r.channels), r.empty(chunks, columns)

@@ -240,9 +240,8 @@ def launch_tokens(
     if key_grads is not None:
         dense = ()
     columns = dense[-1] if dense else 1
-    # A block of channels computes the products of the first round again.
-    tile = r.tiles(128 if len(dense) == FIRST else 64, columns)
-    if len(dense) == FIRST:
+    tile = r.tiles(columns=columns)
+    if len(dense) == FIRST:  # the products and the bins together take many registers
         tile = tile.at_most(tokens=32)
     grid = r.batch * triton.cdiv(r.tokens, tile.tokens) * triton.cdiv(r.channels, tile.channels)
     token_gradients[(grid,)](
