@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kTeamThreads)
       const T* row = &centres.at(has_centre(a, label) ? label : 0, 0);
       for (int c = lane_of_warp() * kWidth; c < a.channels; c += 32 * kWidth) {
         Pack16<T> pack = *reinterpret_cast<const Pack16<T>*>(row + c);
-        FRD_UNROLL
+#pragma unroll
         for (T& v : pack.v) v = value(label, factor, v);
         *reinterpret_cast<Pack16<T>*>(&out.at(first + i, c)) = pack;
       }

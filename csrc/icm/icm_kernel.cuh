@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) icm_kernel(const __grid_const
   const BlockArrays<A> own = block_arrays(a, reinterpret_cast<A*>(shared_groups));
 #pragma unroll 1
   for (int t = 0; t < a.count; ++t) {
-    const TeamRound<T, kBlocks> round(a, own, t);
+    TeamRound<T, kBlocks> round(a, own, t);
     round.pool();
     Blocks::sync();
     round.assign();

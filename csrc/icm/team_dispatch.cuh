@@ -138,10 +138,10 @@ class TeamDispatch {
 #pragma unroll 8
       for (int o = range.begin; o < range.end; ++o) {
         const A w = load(weight[static_cast<int64_t>(o) * channels_]);
-        FRD_UNROLL
+#pragma unroll
         for (int j = 0; j < 4; ++j) sum[j] += from[(j < rows ? j : 0) * channels_ + o] * w;
       }
-      FRD_UNROLL
+#pragma unroll
       for (int j = 0; j < 4; ++j) block_.product[(part * 4 + j) * n + c] = sum[j];
     }
     __syncthreads();

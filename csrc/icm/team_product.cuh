@@ -1,7 +1,7 @@
 // Products of a tile of rows with a matrix in global memory, by all threads of a block. Every sum is one
 // chain over the reduction, whatever the tile.
 #pragma once
-#include "icm/team_tiles.cuh"
+#include "icm/team_product_mma.cuh"
 
 namespace frd {
 
@@ -28,9 +28,10 @@ class MultiplyAdd {
         depth_(depth) {
     A* tile = scratch;
     A* row_tile = scratch + kProductDepth * kProductPitch;
-    FRD_UNROLL
-    for (int i = 0; i < 4; ++i) FRD_UNROLL
-    for (int j = 0; j < 4; ++j) sum[i][j] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[i][j] = 0;
     fetch(0);
 #pragma unroll 1
     for (int k0 = 0; k0 < depth; k0 += kProductDepth) {
@@ -54,23 +55,25 @@ class MultiplyAdd {
   }
 
   __device__ void fetch(int k0) {
-    FRD_UNROLL
-    for (int i = 0; i < 4; ++i) FRD_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int k = k0 + tile_k(i, j), n = first_ + tile_n(i, j);
-      const bool there = k < depth_ && n < columns_;
-      next_[i][j] = there ? matrix_[kTransposed ? n * pitch_ + k : k * pitch_ + n] : T{};
-    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int k = k0 + tile_k(i, j), n = first_ + tile_n(i, j);
+        const bool there = k < depth_ && n < columns_;
+        next_[i][j] = there ? matrix_[kTransposed ? n * pitch_ + k : k * pitch_ + n] : T{};
+      }
     const int row = threadIdx.x / 8, k = k0 + threadIdx.x % 8 * 4;
-    FRD_UNROLL
+#pragma unroll
     for (int e = 0; e < 4; ++e)
       next_row_.v[e] = row < m_ && k + e < depth_ ? rows_[static_cast<int64_t>(row) * lda_ + k + e] : A(0);
   }
 
   __device__ void put(A* tile, A* row_tile) const {
-    FRD_UNROLL
-    for (int i = 0; i < 4; ++i) FRD_UNROLL
-    for (int j = 0; j < 4; ++j) tile[tile_k(i, j) * kProductPitch + tile_n(i, j)] = load(next_[i][j]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) tile[tile_k(i, j) * kProductPitch + tile_n(i, j)] = load(next_[i][j]);
     *reinterpret_cast<Four<A>*>(row_tile + threadIdx.x / 8 * kProductRowPitch + threadIdx.x % 8 * 4) =
         next_row_;
   }
@@ -82,15 +85,16 @@ class MultiplyAdd {
 #pragma unroll 2
     for (int k = 0; k < kProductDepth; k += 4) {
       Four<A> a[4];
-      FRD_UNROLL
+#pragma unroll
       for (int i = 0; i < 4; ++i)
         a[i] = *reinterpret_cast<const Four<A>*>(own_rows + i * kProductRowPitch + k);
-      FRD_UNROLL
+#pragma unroll
       for (int e = 0; e < 4; ++e) {
         const Four<A> b = *reinterpret_cast<const Four<A>*>(own_columns + (k + e) * kProductPitch);
-        FRD_UNROLL
-        for (int i = 0; i < 4; ++i) FRD_UNROLL
-        for (int j = 0; j < 4; ++j) sum[i][j] += a[i].v[e] * b.v[j];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[i][j] += a[i].v[e] * b.v[j];
       }
     }
   }
@@ -104,28 +108,42 @@ class MultiplyAdd {
   Four<A> next_row_;
 };
 
-// out [m, channels] (row pitch ldo) = rows [m, channels] (row pitch lda) * W^T (kTransposed), or * W, with
-// the weight W [channels, channels] in global memory. `out` must not be `rows`. Rows are read after a
-// barrier; ends with one. scratch: kProductScratch elements of shared memory.
+// As rows_times_weight; begins after a barrier and ends without.
 template <bool kTransposed, class T>
-FRD_DEVICE void rows_times_weight(const compute_t<T>* rows, int lda, int m, const T* weight, int channels,
-                                  compute_t<T>* out, int ldo, compute_t<T>* scratch) {
-  using A = compute_t<T>;
-  __syncthreads();
+FRD_DEVICE void fma_rows_times_weight(const compute_t<T>* rows, int lda, int m, const T* weight, int channels,
+                                      compute_t<T>* out, int ldo, compute_t<T>* scratch) {
   for (int row = 0; row < m; row += kTileRows)
     for (int first = 0; first < channels; first += kProductColumns) {
       const int count = m - row < kTileRows ? m - row : kTileRows;
-      const MultiplyAdd<kTransposed, T, A> product(rows + static_cast<int64_t>(row) * lda, lda, count, weight,
-                                                   channels, first, channels, channels, scratch);
-      FRD_UNROLL
+      const MultiplyAdd<kTransposed, T, compute_t<T>> product(rows + static_cast<int64_t>(row) * lda, lda,
+                                                              count, weight, channels, first, channels,
+                                                              channels, scratch);
+#pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int at = row + warp_of_block() * 4 + i;
-        FRD_UNROLL
+#pragma unroll
         for (int j = 0; j < 4; ++j)
           if (const int column = first + lane_of_warp() * 4 + j; at < row + count && column < channels)
             out[static_cast<int64_t>(at) * ldo + column] = product.sum[i][j];
       }
     }
+}
+
+// out [m, channels] (row pitch ldo) = rows [m, channels] (row pitch lda) * W^T (kTransposed), or * W, with
+// the weight W [channels, channels] in global memory. `out` must not be `rows`. Rows are read after a
+// barrier; ends with one. scratch: kProductScratch elements of shared memory. kParts: 16-bit parts that rows
+// are split into before a 16-bit weight: 1 where they are of its type, 3 for the precision of float.
+template <bool kTransposed, class T, int kParts = 3>
+FRD_DEVICE void rows_times_weight(const compute_t<T>* rows, int lda, int m, const T* weight, int channels,
+                                  compute_t<T>* out, int ldo, compute_t<T>* scratch) {
+  __syncthreads();
+  bool done = false;
+  if constexpr (sizeof(T) == 2) {
+    done = fits_mma(rows, lda, weight, channels, out, ldo);
+    if (done)
+      mma_rows_times_weight<kTransposed, T, kParts>(rows, lda, m, weight, channels, out, ldo, scratch);
+  }
+  if (!done) fma_rows_times_weight<kTransposed, T>(rows, lda, m, weight, channels, out, ldo, scratch);
   __syncthreads();
 }
 

@@ -1,36 +1,9 @@
 // One round of clustering of one item by the blocks of a team: each pools and finishes a contiguous range of
 // the centres, and assigns and sums up a contiguous range of the tokens.
 #pragma once
-#include "icm/team_product.cuh"
+#include "icm/team_scores.cuh"
 
 namespace frd {
-
-// Arrays of a block, in shared memory or in its part of the workspace.
-template <class A>
-struct BlockArrays {
-  A* product;           // [kProductScratch], shared
-  A *scale, *weight;    // [kTileRows], shared
-  A* cosine;            // [kTileRows], shared
-  int32_t* label;       // [kTileRows], shared
-  A *values, *keys;     // [kTileRows, pitch] tiles of tokens and their keys
-  A* sums;              // [most centres, C] weighted sums of the block's tokens, by cluster
-  A *masses, *tallies;  // [most centres] sums of their weights, and their number
-};
-
-// A score and its centre while the best one is looked for; `raw` is the score before its factor.
-template <class A>
-struct Best {
-  A score, raw;
-  int32_t centre;
-
-  // Takes another one that `wins`, or equals in a lower centre: no matter in which order they come.
-  __device__ void meet(A other_score, A other_raw, int32_t other) {
-    const bool first = other < centre, nan = score != score, other_nan = other_score != other_score;
-    const bool take = nan || other_nan ? other_nan && (!nan || first)
-                                       : other_score > score || (other_score == score && first);
-    if (take) score = other_score, raw = other_raw, centre = other;
-  }
-};
 
 template <class T, int kBlocks>
 class TeamRound {
@@ -54,12 +27,12 @@ class TeamRound {
   }
 
   // Between the steps lies a sync of the team, and one after the last.
-  __device__ void pool() const {
+  __device__ void pool() {
     for (int first = own_centres_.begin; first < own_centres_.end; first += kTileRows)
       pool_tile(first, rows_left(first, own_centres_));
   }
 
-  __device__ void assign() const {
+  __device__ void assign() {
     const int centres = r_.centres();
     fill_block(block_.sums, static_cast<int64_t>(centres) * channels_, A(0));
     fill_block(block_.masses, centres, A(0));
@@ -68,7 +41,7 @@ class TeamRound {
       assign_tile(first, rows_left(first, own_tokens_));
   }
 
-  __device__ void finish() const {
+  __device__ void finish() {
     for (int first = own_centres_.begin; first < own_centres_.end; first += kTileRows)
       finish_tile(first, rows_left(first, own_centres_));
   }
@@ -88,6 +61,9 @@ class TeamRound {
   }
 
  private:
+  // To be called between steps that have their own large demand for registers.
+  __device__ void renew() { forget(channels_), forget(pitch_), forget(saved_); }
+
   __device__ int rows_left(int first, const Range& range) const {
     return range.end - first < kTileRows ? range.end - first : kTileRows;
   }
@@ -122,7 +98,7 @@ class TeamRound {
     }
   }
 
-  __device__ void pool_tile(int first, int m) const {
+  __device__ void pool_tile(int first, int m) {
     const SavedRound& s = r_.saved;
     with_tokens(a_.values, [&](const auto& rows) {
       pool_rows(rows, first, m, block_.values, saved_ + s.share + first);
@@ -135,20 +111,24 @@ class TeamRound {
       });
       __syncthreads();
     }
-    make_keys(m, saved_ + s.unit_scale + first);
+    make_keys<3>(m, saved_ + s.unit_scale + first);
     store_tile<A>(block_.keys, pitch_, first, m, channels_, {saved_ + s.unit, channels_, 1});
     __syncthreads();
   }
 
   // The keys of a tile of tokens, divided by their norms, in block_.keys; scale [m] = 1 / norms. Tokens are
   // in block_.values, or in block_.keys where keys have their own.
-  __device__ void make_keys(int m, A* scale) const {
+  // kParts: as for rows_times_weight
+  template <int kParts>
+  __device__ void make_keys(int m, A* scale) {
+    renew();
     const A* from = block_.keys;
     if (r_.key_weight != nullptr)
-      rows_times_weight<true>(block_.values, pitch_, m, static_cast<const T*>(r_.key_weight), channels_,
-                              block_.keys, pitch_, block_.product);
+      rows_times_weight<true, T, kParts>(block_.values, pitch_, m, static_cast<const T*>(r_.key_weight),
+                                         channels_, block_.keys, pitch_, block_.product);
     else if (a_.shared)
       from = block_.values;
+    renew();
     const T* bias = static_cast<const T*>(r_.key_bias);
     for (int i = warp_of_block(); i < m; i += kTeamWarps) {
       A* key = block_.keys + i * pitch_;
@@ -165,7 +145,7 @@ class TeamRound {
     __syncthreads();
   }
 
-  __device__ void assign_tile(int first, int m) const {
+  __device__ void assign_tile(int first, int m) {
     __syncthreads();
     with_tokens(a_.values,
                 [&](const auto& rows) { load_tile(rows, first, m, channels_, block_.values, pitch_); });
@@ -173,8 +153,14 @@ class TeamRound {
       with_tokens(a_.keys,
                   [&](const auto& rows) { load_tile(rows, first, m, channels_, block_.keys, pitch_); });
     __syncthreads();
-    make_keys(m, block_.scale);
-    find_centres(m);
+    if (t_ == 0)
+      make_keys<1>(m, block_.scale);
+    else
+      make_keys<3>(m, block_.scale);
+    renew();
+    const Units<A> units{saved_ + r_.saved.unit, saved_ + r_.saved.unit_scale, r_.centres(), channels_};
+    find_centres(block_, m, units, order_);
+    renew();
     __syncthreads();
     if (threadIdx.x < m) publish_token(first, threadIdx.x);
     __syncthreads();
@@ -184,36 +170,6 @@ class TeamRound {
       for (int i = 0; i < m; ++i)
         if (block_.label[i] == o) mass += block_.weight[i], tally += 1;
       block_.masses[o] = mass, block_.tallies[o] = tally;
-    }
-  }
-
-  // label and cosine of the tile's tokens
-  __device__ void find_centres(int m) const {
-    const int centres = r_.centres();
-    Best<A> best[4];
-    FRD_UNROLL
-    for (Best<A>& b : best) b = {-A(INFINITY), 0, centres};
-    for (int first = 0; first < centres; first += kProductColumns) {
-      const MultiplyAdd<true, A, A> scores(block_.keys, pitch_, m, saved_ + r_.saved.unit, channels_, first,
-                                           centres, channels_, block_.product);
-      FRD_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int centre = first + lane_of_warp() * 4 + j;
-        if (centre >= centres) break;
-        FRD_UNROLL
-        for (int i = 0; i < 4; ++i) best[i].meet(order_ * scores.sum[i][j], scores.sum[i][j], centre);
-      }
-    }
-    FRD_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      FRD_UNROLL
-      for (int step = 16; step > 0; step /= 2) {
-        const A score = __shfl_xor_sync(0xffffffffu, best[i].score, step),
-                raw = __shfl_xor_sync(0xffffffffu, best[i].raw, step);
-        best[i].meet(score, raw, __shfl_xor_sync(0xffffffffu, best[i].centre, step));
-      }
-      if (const int row = warp_of_block() * 4 + i; lane_of_warp() == 0 && row < m)
-        block_.label[row] = best[i].centre, block_.cosine[row] = best[i].raw;
     }
   }
 
@@ -237,7 +193,7 @@ class TeamRound {
     return own + (rank - Blocks::rank()) * a_.workspace_stride;
   }
 
-  __device__ void finish_tile(int first, int m) const {
+  __device__ void finish_tile(int first, int m) {
     const SavedRound& s = r_.saved;
     __syncthreads();
     for (int i = warp_of_block(); i < m; i += kTeamWarps) {
@@ -268,9 +224,11 @@ class TeamRound {
       store_tile<T>(result, pitch_, first, m, channels_, rows_of<T>(a_.centres, Blocks::item()));
   }
 
-  __device__ const A* project_mean(int m) const {
+  __device__ const A* project_mean(int m) {
+    renew();
     rows_times_weight<true>(block_.values, pitch_, m, static_cast<const T*>(r_.value_weight), channels_,
                             block_.keys, pitch_, block_.product);
+    renew();
     const T* bias = static_cast<const T*>(r_.value_bias);
     for_tile(m, channels_, false, [&](int i, int c) { block_.keys[i * pitch_ + c] += load(bias[c]); });
     __syncthreads();

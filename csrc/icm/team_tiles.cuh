@@ -7,6 +7,20 @@
 
 namespace frd {
 
+// Hides from the compiler where a value comes from. It would keep what it derives from it, such as addresses,
+// in registers from one step of a kernel to the next, and spill others for it.
+FRD_DEVICE void forget(int& v) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(v));
+#endif
+}
+template <class V>
+FRD_DEVICE void forget(V*& v) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(v));
+#endif
+}
+
 FRD_DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x) / 32; }
 FRD_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
 
@@ -67,7 +81,7 @@ FRD_DEVICE void load_tile(const Rows<T>& from, int64_t first, int m, int channel
     for (int i = warp_of_block(); i < m; i += kTeamWarps)
       for (int c = lane_of_warp() * kWidth; c < channels; c += 32 * kWidth) {
         const Pack16<T> pack = *reinterpret_cast<const Pack16<T>*>(&from.at(first + i, c));
-        FRD_UNROLL
+#pragma unroll
         for (int e = 0; e < kWidth; ++e) to[i * pitch + c + e] = load(pack.v[e]);
       }
     return;
@@ -85,7 +99,7 @@ FRD_DEVICE void store_tile(const compute_t<T>* from, int pitch, int64_t first, i
     for (int i = warp_of_block(); i < m; i += kTeamWarps)
       for (int c = lane_of_warp() * kWidth; c < channels; c += 32 * kWidth) {
         Pack16<T> pack;
-        FRD_UNROLL
+#pragma unroll
         for (int e = 0; e < kWidth; ++e) store(pack.v[e], from[i * pitch + c + e]);
         *reinterpret_cast<Pack16<T>*>(&to.at(first + i, c)) = pack;
       }
@@ -98,7 +112,7 @@ FRD_DEVICE void store_tile(const compute_t<T>* from, int pitch, int64_t first, i
 // Sum over the lanes of a warp, in every lane; its order does not depend on the values.
 template <class A>
 FRD_DEVICE A warp_sum(A v) {
-  FRD_UNROLL
+#pragma unroll
   for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
   return v;
 }
