@@ -110,7 +110,7 @@ class IcmBackward:
             r.channels,
             chunks,
             span,
-            **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER"),
+            **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER", stages=1),
         )
         self.product_grads = [
             self.rounds[t].empty(self.rounds[t].tokens, columns) for t in range(1, self.count)
@@ -125,7 +125,7 @@ class IcmBackward:
         last = t == self.count - 1
         query_grad = self.unit_grads[t] if last else r.empty(columns, r.channels)
         sums, product_grad = r.empty(columns, r.channels), self.product_grads[t - 1] if t else pulls
-        tile = r.tiles(256, columns)
+        tile = r.tiles(128, columns)
         projection = self.maps[t] or [self.alpha] * 4
         query_gradients[(r.batch * triton.cdiv(columns, tile.columns),)](
             partial,
@@ -143,7 +143,7 @@ class IcmBackward:
             columns,
             FIRST=t == 0,
             PROJECTED=self.maps[t] is not None,
-            **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER"),
+            **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER", stages=1),
         )
         if last:
             return

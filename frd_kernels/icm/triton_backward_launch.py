@@ -36,9 +36,10 @@ class Tiles(NamedTuple):
             return self
         return self._replace(**{name: min(size, getattr(self, name)) for name, size in sizes.items()})
 
-    def options(self, *names: str) -> dict[str, int]:
+    def options(self, *names: str, stages: int = 2) -> dict[str, int]:
+        """stages: of the loops' loads; a second one takes registers."""
         chosen = {name: getattr(self, name.lower()) for name in names}
-        return chosen | {"num_warps": self.warps, "num_stages": 2}
+        return chosen | {"num_warps": self.warps, "num_stages": stages}
 
 
 def tiles(
@@ -240,8 +241,9 @@ def launch_tokens(
     if key_grads is not None:
         dense = ()
     columns = dense[-1] if dense else 1
+    first = len(dense) == FIRST  # the products and the bins together take many registers
     tile = r.tiles(columns=columns)
-    if len(dense) == FIRST:  # the products and the bins together take many registers
+    if first:
         tile = tile.at_most(tokens=32)
     grid = r.batch * triton.cdiv(r.tokens, tile.tokens) * triton.cdiv(r.channels, tile.channels)
     token_gradients[(grid,)](
@@ -265,5 +267,5 @@ def launch_tokens(
         DENSE=dense_kind(dense),
         PROJECTED=key_grads is not None,
         **constants,
-        **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER"),
+        **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER", stages=1 if first else 2),
     )
