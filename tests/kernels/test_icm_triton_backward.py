@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 CPU = torch.ops.frd
 TRITON = getattr(torch.ops, _triton.NAMESPACE)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-# Two roundings of the stored gradient, and for 16 bit those of the projected keys' gradients in between.
-ROUNDING = {torch.float32: 4e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+# Of two results in float32 sums that cancel, and in 16 bit those of the projected keys' gradients as well.
+ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 NAN = float("nan")
 
 
