@@ -157,6 +157,7 @@ def _query(maps: list[list[Tensor] | None], layouts: list[RoundLayout], channels
         PRECISION=precision(saved.dtype),
         num_warps=4,
         num_stages=2,
+        maxnreg=255,  # left to itself the assembler spills a value to fit one more block of threads
     )
 
 
@@ -194,6 +195,7 @@ def _dense(
         PRECISION=precision(saved.dtype),
         num_warps=4,
         num_stages=2,
+        maxnreg=255,  # left to itself the assembler spills a value to fit one more block of threads
     )
 
 

@@ -46,16 +46,16 @@ def choose_tiles(tokens: int, centres: int, channels: int, dtype: torch.dtype) -
         return Tiles(min(side, 256), min(across, 256), wide, wide, wide, min(side, 256), 4, 1)
     if dtype == torch.float64:
         return Tiles(16, 16, block_of(channels, 16), 16, 16, 16, 4, 1)
+    # The widest of which none spills.
     if dtype == torch.float32:
         block = block_of(channels, 32)
         return Tiles(
-            min(side, 64), min(across, 64), block, block_of(channels, 64), block, min(side, 32), 4, 2
+            min(side, 32), min(across, 64), block, block_of(channels, 64), block, min(side, 32), 4, 2
         )
     block = block_of(channels, 64)
-    wide, warps = (128, 8) if tokens >= 1024 else (64, 4)
-    return Tiles(
-        min(side, wide), min(across, 64), block, block_of(channels, 128), block, min(side, 64), warps, 2
-    )
+    if tokens < 1024:
+        return Tiles(min(side, 32), min(across, 64), block, block, block, min(side, 64), 4, 2)
+    return Tiles(128, min(across, 64), block, block_of(channels, 128), block, 64, 8, 2)
 
 
 def chunk_count(tokens: int, centres: int) -> int:
@@ -226,6 +226,7 @@ class Round:
             PRECISION=self.precision,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            maxnreg=255,  # left to itself the assembler spills a value to fit one more block of threads
         )
 
     def _aggregate(self, sums: Tensor, masses: Tensor, numbers: Tensor) -> None:
