@@ -24,7 +24,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 CASES = {
-    "defaults": Case((8, 8), (2, 2), (2, 2), 4, 24),
+    "even": Case((8, 8), (2, 2), (2, 2), 2, 24),
     "one region": Case((7, 5), (2, 2), (1, 1), 3, 8, 1.7),
     "one side cut": Case((6, 9), (2, 3), (1, 3), 2, 5),  # is no cut at all
     "oblong": Case((12, 10), (2, 3), (3, 2), 2, 6, -1.3),
@@ -84,7 +84,7 @@ def test_is_the_dense_form(backend: str, kind: str, layout: str, name: str) -> N
     assert_exact([out, *gradients(out, x, made)], [wanted, *gradients(wanted, x, made)])
 
 
-@pytest.mark.parametrize("name", ["defaults", "oblong", "overlapping bins"])
+@pytest.mark.parametrize("name", ["even", "oblong", "overlapping bins"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_is_the_dense_form(backend: str, kind: str, layout: str, name: str) -> None:
@@ -180,7 +180,7 @@ def test_arguments_stand_where_the_sources_have_them() -> None:
 
 
 def made_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    return fk.ClusterPool(2, DIM, 8, dtype=dtype) if name == "pool" else layer(name, CASES["defaults"], dtype)
+    return fk.ClusterPool(2, DIM, 8, dtype=dtype) if name == "pool" else layer(name, CASES["even"], dtype)
 
 
 MODULES = [*KINDS, "pool"]
@@ -190,12 +190,10 @@ MODULES = [*KINDS, "pool"]
 @pytest.mark.parametrize("name", MODULES)
 def test_16_bit_is_as_near_as_the_dense_form(backend: str, name: str, dtype: torch.dtype) -> None:
     """The error against float64 is at most twice that of the dense form, computed in this dtype."""
-    made, x = made_of(name).to(dtype), torch.randn(4, DIM, 16, 16).to(dtype)
+    made, x = made_of(name).to(dtype), torch.randn(2, DIM, 16, 16).to(dtype)
 
     def dense(made: Any, x: torch.Tensor) -> torch.Tensor:
-        return (
-            dense_pool(made, (1, 1), x) if name == "pool" else dense_cluster(name, made, CASES["defaults"], x)
-        )
+        return dense_pool(made, (1, 1), x) if name == "pool" else dense_cluster(name, made, CASES["even"], x)
 
     found, eager = made(x), dense(made, x)
     exact = dense(copy.deepcopy(made).double(), x.double())
@@ -205,7 +203,7 @@ def test_16_bit_is_as_near_as_the_dense_form(backend: str, name: str, dtype: tor
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODULES)
-def test_memory_format_is_kept(backend: str, name: str, layout: str) -> None:
+def test_memory_format_is_kept(name: str, layout: str) -> None:
     made = made_of(name)
     out = made(image((8, 8), layout, torch.float32))
     assert out.is_contiguous(memory_format=LAYOUTS[layout])
@@ -240,12 +238,12 @@ def test_heads_are_strides(layout: str, heads: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_clusters_are_returned_by_image_region_and_head(backend: str, name: str) -> None:
+def test_clusters_are_returned_by_image_region_and_head(name: str) -> None:
     made, x = made_of(name), image((8, 8), dtype=torch.float32)
     mask = torch.rand(2, 8, 8) < 0.7
     out, found = made(x, mask, return_clusters=True)
     assert torch.equal(out, made(x, mask))
-    regions, heads, centres, tokens, channels = (1, 1, 16, 64, 8) if name == "pool" else (4, 4, 4, 16, 24)
+    regions, heads, centres, tokens, channels = (1, 1, 16, 64, 8) if name == "pool" else (4, 2, 4, 16, 24)
     assert found.centres.shape == (2, regions, heads, centres, channels)
     assert found.labels.shape == found.similarity.shape == (2, regions, heads, tokens)
     assert found.counts.shape == (2, regions, heads, centres)
@@ -286,7 +284,7 @@ def test_compile(name: str, masked: bool) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_copies_and_empty_batches(backend: str, name: str) -> None:
+def test_copies_and_empty_batches(name: str) -> None:
     made, x = made_of(name), image((8, 8), dtype=torch.float32)
     wanted, other, buffer = made(x), made_of(name), io.BytesIO()
     torch.save(made.state_dict(), buffer)
@@ -304,10 +302,10 @@ def test_copies_and_empty_batches(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["coc", "fec"])
-def test_gradcheck(backend: str, kind: str) -> None:
+def test_gradcheck(kind: str) -> None:
     case = Case((4, 6), (2, 2), (1, 1), 2, 3, 1.5)
     made, x = layer(kind, case), image((4, 6)).requires_grad_()
-    assert torch.autograd.gradcheck(made, (x,), fast_mode=backend == "triton")
+    assert torch.autograd.gradcheck(made, (x,))
 
 
 def test_bad_arguments() -> None:
