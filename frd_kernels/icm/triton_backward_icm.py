@@ -263,7 +263,7 @@ class IcmBackward:
                 r.channels,
                 r.centres,
                 PROJECTED=projected,
-                **tile.options("CENTRES", "CHANNELS", "INNER"),
+                **tile.options("CENTRES", "CHANNELS", "INNER", stages=1),
             )
         else:
             means[(r.batch * blocks,)](
@@ -274,7 +274,7 @@ class IcmBackward:
                 r.channels,
                 r.centres,
                 PROJECTED=projected,
-                **tile.options("CENTRES", "CHANNELS", "INNER"),
+                **tile.options("CENTRES", "CHANNELS", "INNER", stages=1),
             )
             similarity_grad = vector_of(self.similarity_grads[t])
             pull = launch_pulls(r, tokens, similarity_grad, rows_of(mean_grad), *gate, self.gates[t], False)
@@ -317,7 +317,12 @@ class IcmBackward:
         projection: list[Tensor],
     ) -> None:
         """Writes key_grads [B, N, C]."""
-        tile = r.tiles(64, self.columns)
+        tile, kind = r.tiles(64, self.columns), dense_kind(dense)
+        crowded = (
+            kind == 1 and r.dtype != torch.bfloat16
+        )  # its products are of float32, and need more registers
+        if crowded:
+            tile = tile.at_most(tokens=32)
         grid = r.batch * triton.cdiv(r.tokens, tile.tokens) * triton.cdiv(r.channels, tile.channels)
         key_gradients[(grid,)](
             view_of(tokens),
@@ -330,8 +335,8 @@ class IcmBackward:
             *projection[:2],
             r.tokens,
             r.channels,
-            DENSE=dense_kind(dense),
-            **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER"),
+            DENSE=kind,
+            **tile.options("TOKENS", "CHANNELS", "COLUMNS", "INNER", stages=1 if crowded else 2),
         )
 
     def _weight_grads(
