@@ -246,7 +246,7 @@ def assign(
     # The arg-max does not see a positive factor, so neither the token's norm nor the sigmoid; a negative alpha flips
     # it, and zero or NaN ties all.
     sign = tl.full((), 1.0, slope.dtype)
-    if WEIGHTED:
+    if WEIGHTED or RESULTS:
         sign = tl.where(slope > 0, 1.0, tl.where(slope < 0, -1.0, slope)).to(slope.dtype)
     for first in range(begin, end, TOKENS):
         token = first + tl.arange(0, TOKENS)

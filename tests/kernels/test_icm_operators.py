@@ -189,7 +189,8 @@ def test_instruction_sets_agree(isa: str) -> None:
     if native.cpu_isa() == isa:
         pytest.skip("what all other tests run on")
     here = pathlib.Path(__file__).parent
-    files = [str(here / name) for name in ("test_cluster.py", "test_icm.py", "test_icm_gradients.py")]
+    modules = ("cluster", "cluster_mask", "cluster_dispatch", "icm", "icm_gradients")
+    files = [str(here / f"test_{module}.py") for module in modules]
     chosen = "cpu and (test_matches_float64 and float32 and not flipped or gradients)"
     package = pathlib.Path(fk.__file__).parents[1]
     result = subprocess.run(
