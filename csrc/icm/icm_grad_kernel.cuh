@@ -8,21 +8,22 @@ namespace frd {
 // Everything of round t that follows from the gradients of its centres and cosines.
 template <class T, int kBlocks>
 FRD_DEVICE void round_grads(const GradItem<T, kBlocks>& g, int t) {
-  const RoundArgs& r = g.a.round[t];
-  const RoundWork& w = g.a.work[t];
   mean_grads(g, t);
+  forget(t);
   if (!g.a.dense) {
     Team<kBlocks>::sync();
     token_pulls(g, t);
+    forget(t);
     Team<kBlocks>::sync();
-    label_sums<T, kBlocks>(g.keys(t), g.labels_of(t), g.work + w.pull, r.tokens(), r.centres(), w.parts,
-                           g.work + w.sums, g.work + w.pulls);
+    sum_pulls(g, t);
+    forget(t);
     Team<kBlocks>::sync();
   }
-  if (r.key_weight != nullptr)
+  if (g.a.round[t].key_weight != nullptr)
     projected_grads(g, t);
   else
     centre_grads(g, t);
+  forget(t);
   Team<kBlocks>::sync();
   token_grads(g, t);
 }

@@ -194,8 +194,8 @@ FRD_DEVICE void lift_query_grad(const GradItem<T, kBlocks>& g, int t, int parts)
       });
     });
     if (r.key_weight != nullptr)
-      rows_times_weight<true, T>(g.rows, g.pitch, m, static_cast<const T*>(r.key_weight), channels, g.outs,
-                                 g.pitch, g.scratch);
+      rows_times_weight<true, T, kGradParts>(g.rows, g.pitch, m, static_cast<const T*>(r.key_weight),
+                                             channels, g.outs, g.pitch, g.scratch);
     for_rows(m, [&](int i) {
       A pulls = 0;
 #pragma unroll 1

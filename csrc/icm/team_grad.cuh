@@ -105,8 +105,8 @@ FRD_DEVICE void mean_grads(const GradItem<T, kBlocks>& g, int t) {
     __syncthreads();
     const A* from = g.rows;
     if (r.value_weight != nullptr) {
-      rows_times_weight<false, T>(g.rows, g.pitch, m, static_cast<const T*>(r.value_weight), channels, g.outs,
-                                  g.pitch, g.scratch);
+      rows_times_weight<false, T, kGradParts>(g.rows, g.pitch, m, static_cast<const T*>(r.value_weight),
+                                              channels, g.outs, g.pitch, g.scratch);
       from = g.outs;
     }
     for_rows(m, [&](int i) {
@@ -172,6 +172,15 @@ FRD_DEVICE void token_pulls(const GradItem<T, kBlocks>& g, int t) {
     });
   });
   if (g.a.weighted) g.give_gate(t, alpha_grad, beta_grad);
+}
+
+// sums [parts, O, C] of pull * token and pulls [parts, O] of pull, a share of them by each block.
+template <class T, int kBlocks>
+FRD_DEVICE void sum_pulls(const GradItem<T, kBlocks>& g, int t) {
+  const RoundArgs& r = g.a.round[t];
+  const RoundWork& w = g.a.work[t];
+  label_sums<T, kBlocks>(g.keys(t), g.labels_of(t), g.work + w.pull, r.tokens(), r.centres(), w.parts,
+                         g.work + w.sums, g.work + w.pulls);
 }
 
 // The gradient of a token's key from that of its own cosine, or of the product of the cosines: what does not

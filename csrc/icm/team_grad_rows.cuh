@@ -6,6 +6,7 @@
 namespace frd {
 
 constexpr int kRun = 4, kSlab = 32 * kRun;  // neighbouring channels of a lane, and of a warp
+constexpr int kGradParts = 2;               // of the rows of a product: nothing here decides a label
 
 template <class R>
 struct alignas(kRun * sizeof(R) < 16 ? kRun * sizeof(R) : 16) Run {

@@ -87,10 +87,10 @@ FRD_DEVICE void projected_grads(const GradItem<T, kBlocks>& g, int t) {
           store_run(g.rows + row * g.pitch + c, channels - c, v);
         });
       });
-    rows_times_weight<true, T>(g.rows, g.pitch, g.a.dense ? tile.of_tokens : m, weight, channels, g.outs,
-                               g.pitch, g.scratch);
+    rows_times_weight<true, T, kGradParts>(g.rows, g.pitch, g.a.dense ? tile.of_tokens : m, weight, channels,
+                                           g.outs, g.pitch, g.scratch);
     turn_keys(g, t, tile);
-    rows_times_weight<false, T>(g.rows, g.pitch, m, weight, channels, g.outs, g.pitch, g.scratch);
+    rows_times_weight<false, T, kGradParts>(g.rows, g.pitch, m, weight, channels, g.outs, g.pitch, g.scratch);
     for_rows(m, [&](int i) {
       const A* from = g.outs + i * g.pitch;
       if (i >= tile.of_tokens) {
