@@ -48,13 +48,15 @@ def choose_tiles(tokens: int, centres: int, channels: int, dtype: torch.dtype) -
         return Tiles(16, 16, block_of(channels, 16), 16, 16, 16, 4, 1)
     # The widest of which none spills.
     if dtype == torch.float32:
-        block = block_of(channels, 32)
+        block = block_of(channels, 16)
         return Tiles(
             min(side, 32), min(across, 64), block, block_of(channels, 64), block, min(side, 32), 4, 2
         )
-    block = block_of(channels, 64)
+    block = block_of(channels, 32)
     if tokens < 1024:
-        return Tiles(min(side, 32), min(across, 64), block, block, block, min(side, 64), 4, 2)
+        return Tiles(
+            min(side, 32), min(across, 64), block, block_of(channels, 64), block, min(side, 32), 4, 2
+        )
     return Tiles(128, min(across, 64), block, block_of(channels, 128), block, 64, 8, 2)
 
 
