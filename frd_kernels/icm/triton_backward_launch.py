@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     channels: int
     inner: int
     warps: int
+    registers: int | None = None  # of a thread at most: left to itself the assembler may spill to save some
 
     def at_most(self, **sizes: int) -> Tiles:
         """With smaller blocks; the interpreter pays for programs, not for elements."""
@@ -39,7 +40,8 @@ class Tiles(NamedTuple):
     def options(self, *names: str, stages: int = 2) -> dict[str, int]:
         """stages: of the loops' loads; a second one takes registers."""
         chosen = {name: getattr(self, name.lower()) for name in names}
-        return chosen | {"num_warps": self.warps, "num_stages": stages}
+        chosen |= {"num_warps": self.warps, "num_stages": stages}
+        return chosen if self.registers is None else chosen | {"maxnreg": self.registers}
 
 
 def tiles(
@@ -51,7 +53,7 @@ def tiles(
         block = min(256, most[3])
         return Tiles(min(512, most[0]), min(1024, most[1]), min(256, most[2]), block, block, 4)
     if dtype == torch.float64:
-        return Tiles(16, 16, 16, block_of(channels, 32), 16, 4)
+        return Tiles(16, 16, 16, block_of(channels, 32), 16, 4, 255)
     narrow = 32 if dtype == torch.float32 else 64
     return Tiles(
         narrow,

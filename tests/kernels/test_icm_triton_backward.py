@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import frd_kernels as fk
 from frd_kernels import _triton
 from frd_kernels.icm.reference import compute_dtype
 
+from . import backends
 from .icm_cases import PROJECTIONS, Grid, laid_out, map_projections, projections
 
 pytestmark = pytest.mark.skipif(
@@ -66,13 +68,16 @@ CLUSTERS: list[tuple[Grid, Grid, int]] = [
 ]
 
 
-@pytest.mark.parametrize(("hw", "grid", "channels"), CLUSTERS)
-@pytest.mark.parametrize("layout", ["tokens", "image"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("aggregate", [0, 1])
-def test_cluster(
-    aggregate: int, dtype: torch.dtype, layout: str, hw: Grid, grid: Grid, channels: int
-) -> None:
+def some(*axes: Any) -> Any:
+    """Combinations of the axes: a few of them, or with FRD_TEST_ALL=1 all."""
+    return backends.share("triton", list(itertools.product(*axes)), *axes)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "dtype", "layout", "case"), some([0, 1], DTYPES, ["tokens", "image"], CLUSTERS)
+)
+def test_cluster(aggregate: int, dtype: torch.dtype, layout: str, case: tuple[Grid, Grid, int]) -> None:
+    hw, grid, channels = case
     shape = (2, hw[0] * hw[1], channels)
     k, v = laid_out(shape, dtype, layout), laid_out(shape, dtype, "tokens")
     if hw == (1, 1):  # its cosine is 1 whatever it is: the gradient is what roundings leave
@@ -148,13 +153,11 @@ def flat(grads: Any) -> list[torch.Tensor]:
     return [grads[0], *grads[1], *grads[2:]]
 
 
-@pytest.mark.parametrize(("hw", "grids", "channels", "projected"), ICMS)
-@pytest.mark.parametrize("layout", ["tokens", "image"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("variant", [0, 1], ids=["paper", "released"])
-def test_icm(
-    variant: int, dtype: torch.dtype, layout: str, hw: Grid, grids: list[int], channels: int, projected: str
-) -> None:
+@pytest.mark.parametrize(
+    ("variant", "dtype", "layout", "case"), some([0, 1], DTYPES, ["tokens", "image"], ICMS)
+)
+def test_icm(variant: int, dtype: torch.dtype, layout: str, case: tuple[Grid, list[int], int, str]) -> None:
+    hw, grids, channels, projected = case
     x = laid_out((2, hw[0] * hw[1], channels), dtype, layout)
     arguments = icm_arguments(x, hw, grids, projected, variant)
     assert_close(flat(TRITON.icm_backward(*arguments)), flat(CPU.icm_backward(*arguments)), dtype)
@@ -206,10 +209,12 @@ def dispatched(centres: torch.Tensor, labels: torch.Tensor, similarity: torch.Te
     return torch.where((labels >= 0).unsqueeze(2), similarity.unsqueeze(2) * own, 0.0)
 
 
-@pytest.mark.parametrize("channels_first", [False, True])
-@pytest.mark.parametrize(("tokens", "count", "channels"), [(35, 4, 6), (340, 70, 33), (1, 1, 3)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_dispatch(dtype: torch.dtype, tokens: int, count: int, channels: int, channels_first: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "channels_first"),
+    some(DTYPES, [(35, 4, 6), (340, 70, 33), (1, 1, 3)], [False, True]),
+)
+def test_dispatch(dtype: torch.dtype, sizes: tuple[int, int, int], channels_first: bool) -> None:
+    tokens, count, channels = sizes
     centres = torch.randn(2, count, channels).to(dtype)
     labels = torch.randint(-1, count, (2, tokens), dtype=torch.int32)
     similarity = torch.randn(2, tokens, dtype=compute_dtype(dtype))
