@@ -8,24 +8,24 @@ namespace frd {
 // Everything of round t that follows from the gradients of its centres and cosines.
 template <class T, int kBlocks>
 FRD_DEVICE void round_grads(const GradItem<T, kBlocks>& g, int t) {
-  mean_grads(g, t);
+  mean_grads(g.renewed(), t);
   forget(t);
   if (!g.a.dense) {
     Team<kBlocks>::sync();
-    token_pulls(g, t);
+    token_pulls(g.renewed(), t);
     forget(t);
     Team<kBlocks>::sync();
-    sum_pulls(g, t);
+    sum_pulls(g.renewed(), t);
     forget(t);
     Team<kBlocks>::sync();
   }
   if (g.a.round[t].key_weight != nullptr)
-    projected_grads(g, t);
+    projected_grads(g.renewed(), t);
   else
-    centre_grads(g, t);
+    centre_grads(g.renewed(), t);
   forget(t);
   Team<kBlocks>::sync();
-  token_grads(g, t);
+  token_grads(g.renewed(), t);
 }
 
 // Block blockIdx.x % kBlocks of the team of item blockIdx.x / kBlocks.
@@ -39,7 +39,8 @@ FRD_DEVICE void item_grads(const IcmGradArgs& a) {
   A* rows = a.block_memory != nullptr ? static_cast<A*>(a.block_memory) + int64_t{blockIdx.x} * a.block_rows
                                       : scratch + (a.projected ? kProductScratch : 0);
   const GradItem<T, kBlocks> g{a,
-                               item,
+                               static_cast<int>(item),
+                               a.channels,
                                static_cast<A*>(a.saved) + item * a.saved_stride,
                                static_cast<A*>(a.workspace) + item * a.workspace_stride,
                                a.labels + item * a.label_stride,
@@ -50,9 +51,9 @@ FRD_DEVICE void item_grads(const IcmGradArgs& a) {
                                pitch};
   if (a.dispatch) {
     if (a.dense)
-      dense_dispatch_grad(g);
+      dense_dispatch_grad(g.renewed());
     else
-      masked_dispatch_grad(g);
+      masked_dispatch_grad(g.renewed());
     Team<kBlocks>::sync();
   }
 #pragma unroll 1

@@ -32,7 +32,7 @@ FRD_DEVICE void follow_tokens(const GradItem<T, kBlocks>& g) {
   const RoundArgs& r = g.a.round[0];
   const RoundWork& w = g.a.work[0];
   const A* centres = g.saved + g.a.round[g.a.count - 1].saved.result;
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   g.for_tiles(g.own(r.tokens()), [&](int first, int m) {
     g.grad().tile(first, m, g.rows, g.pitch);
     __syncthreads();
@@ -99,7 +99,7 @@ FRD_DEVICE void dense_tokens(const GradItem<T, kBlocks>& g) {
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[0];
   const RoundWork& w = g.a.work[0];
-  const int channels = g.a.channels, columns = g.a.columns;
+  const int channels = g.channels, columns = g.a.columns;
   const A *projected = g.saved + r.saved.projected, *offset = g.saved + r.saved.offset,
           *centres = g.saved + g.a.round[g.a.count - 1].saved.result;
   const A alpha = g.gate(g.a.alpha, 0), beta = g.gate(g.a.beta, 0);
@@ -183,7 +183,7 @@ template <class T, int kBlocks>
 FRD_DEVICE void lift_query_grad(const GradItem<T, kBlocks>& g, int t, int parts) {
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
-  const int channels = g.a.channels, columns = g.a.columns;
+  const int channels = g.channels, columns = g.a.columns;
   g.for_tiles({0, columns}, [&](int first, int m) {
     for_rows(m, [&](int i) {
       for_runs(channels, [&](int c) {
@@ -214,7 +214,7 @@ FRD_DEVICE void lift_query_grad(const GradItem<T, kBlocks>& g, int t, int parts)
 template <class T, int kBlocks>
 FRD_DEVICE void dense_centres(const GradItem<T, kBlocks>& g) {
   using A = compute_t<T>;
-  const int channels = g.a.channels, columns = g.a.columns;
+  const int channels = g.channels, columns = g.a.columns;
   lift_query_grad(g, 0, g.a.dispatch_parts);
 #pragma unroll 1
   for (int t = 1; t < g.a.count; ++t) {
@@ -239,7 +239,7 @@ FRD_DEVICE void dense_centres(const GradItem<T, kBlocks>& g) {
 
 template <class T, int kBlocks>
 FRD_DEVICE void dense_dispatch_grad(const GradItem<T, kBlocks>& g) {
-  const int tokens = g.a.round[0].tokens(), channels = g.a.channels;
+  const int tokens = g.a.round[0].tokens(), channels = g.channels;
   const int warp = warp_of_team<kBlocks>(), warps = kTeamWarps * kBlocks;
   dense_tokens(g);
   Team<kBlocks>::sync();

@@ -9,13 +9,21 @@ template <class T, int kBlocks>
 struct GradItem {
   using A = compute_t<T>;
   const IcmGradArgs& a;
-  int64_t item;
+  int item, channels;
   A *saved, *work;
   const int32_t* labels;
   A *rows, *outs, *scratch;  // [tile, pitch] twice; for a product
   double* sums;              // [kTeamWarps, 2]
   int pitch;
 
+  // The same; what the compiler derives from it, as addresses, takes no registers beyond its scope.
+  __device__ GradItem renewed() const {
+    GradItem g = *this;
+    forget(g.item), forget(g.channels), forget(g.pitch);
+    forget(g.saved), forget(g.work), forget(g.labels);
+    forget(g.rows), forget(g.outs), forget(g.scratch);
+    return g;
+  }
   __device__ const int32_t* labels_of(int t) const { return labels + a.round[t].labels; }
   __device__ A gate(const void* gates, int t) const { return static_cast<const A*>(gates)[t]; }
   __device__ A weight_of(int t, A cosine) const {
@@ -24,26 +32,26 @@ struct GradItem {
   __device__ Range own(int count) const {
     return rows_of_block(count, kBlocks, Team<kBlocks>::rank(), a.row_step);
   }
-  __device__ Rows<T> copy(int64_t at) const { return {reinterpret_cast<T*>(work + at), a.channels, 1}; }
+  __device__ Rows<T> copy(int64_t at) const { return {reinterpret_cast<T*>(work + at), channels, 1}; }
   // Tokens whose values round t gathers, and the gradient of the output, as they came.
   __device__ TokenRows<T> values(int t) const {
-    if (t > 0) return {{}, saved + a.round[t - 1].saved.result, a.channels};
-    return TokenRows<T>::of(a.values, item, a.channels);
+    if (t > 0) return {{}, saved + a.round[t - 1].saved.result, channels};
+    return TokenRows<T>::of(a.values, item, channels);
   }
-  __device__ TokenRows<T> grad() const { return TokenRows<T>::of(a.grad, item, a.channels); }
+  __device__ TokenRows<T> grad() const { return TokenRows<T>::of(a.grad, item, channels); }
   // Tokens whose keys round t compares, and that gradient, once the team has copied them.
   __device__ TokenRows<T> keys(int t) const {
     if (t > 0) return values(t);
-    if (a.copies_keys) return {copy(a.keys_copy), nullptr, a.channels};
-    return TokenRows<T>::of(a.keys, item, a.channels);
+    if (a.copies_keys) return {copy(a.keys_copy), nullptr, channels};
+    return TokenRows<T>::of(a.keys, item, channels);
   }
   __device__ TokenRows<T> copied_grad() const {
-    if (a.copies_grad) return {copy(a.grad_copy), nullptr, a.channels};
+    if (a.copies_grad) return {copy(a.grad_copy), nullptr, channels};
     return grad();
   }
   // Keeps the tile at `from`: rows first .. first + m of the copy.
   __device__ void keep(const A* from, int first, int m, int64_t at) const {
-    store_tile(from, pitch, first, m, a.channels, copy(at));
+    store_tile(from, pitch, first, m, channels, copy(at));
   }
   // f(first, m) for the tiles of a range
   template <class F>
@@ -61,7 +69,8 @@ struct GradItem {
     if (threadIdx.x < 2) {
       double sum = 0;
       for (int w = 0; w < kTeamWarps; ++w) sum += sums[2 * w + threadIdx.x];
-      a.gate_parts[((item * a.gates + t) * kGradBlocks + Team<kBlocks>::rank()) * 2 + threadIdx.x] = sum;
+      a.gate_parts[((int64_t{item} * a.gates + t) * kGradBlocks + Team<kBlocks>::rank()) * 2 + threadIdx.x] =
+          sum;
     }
     __syncthreads();
   }
@@ -71,7 +80,7 @@ struct GradItem {
 template <class T, int kBlocks>
 FRD_DEVICE void load_result_grad(const GradItem<T, kBlocks>& g, int t, int first, int m) {
   using A = compute_t<T>;
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   A* kept = g.work + g.a.work[t].result_grad;
   if (t < g.a.count - 1) {
     TokenRows<T>{{}, kept, channels}.tile(first, m, g.rows, g.pitch);
@@ -99,7 +108,7 @@ FRD_DEVICE void mean_grads(const GradItem<T, kBlocks>& g, int t) {
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
   const RoundWork& w = g.a.work[t];
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   g.for_tiles(g.own(r.centres()), [&](int first, int m) {
     load_result_grad(g, t, first, m);
     __syncthreads();
@@ -133,7 +142,7 @@ FRD_DEVICE void token_pulls(const GradItem<T, kBlocks>& g, int t) {
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
   const RoundWork& w = g.a.work[t];
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   double alpha_grad = 0, beta_grad = 0;
   g.for_tiles(g.own(r.tokens()), [&](int first, int m) {
     if (g.a.weighted) g.values(t).tile(first, m, g.rows, g.pitch);
@@ -200,7 +209,7 @@ struct TokenPull {
     columns = g.a.dense ? g.a.columns : 0;
     if (!g.a.dense) {
       const int label = g.labels_of(t)[n];
-      unit = g.saved + r.saved.unit + int64_t{label} * g.a.channels;
+      unit = g.saved + r.saved.unit + int64_t{label} * g.channels;
       product_grad = nullptr;
       pull = is_live(scale) ? g.work[w.pull + n] : A(0);
       back = -pull * g.saved[r.saved.cosine + n] * scale;
@@ -218,13 +227,13 @@ struct TokenPull {
 
   // v: of the key at channel c, turned into its gradient
   __device__ void turn(int c, A (&v)[kRun]) const {
-    const int left = g.a.channels - c;
+    const int left = g.channels - c;
     FRD_UNROLL
     for (int e = 0; e < kRun; ++e) v[e] *= back;
     if (product_grad == nullptr) add_run(pull, unit + c, left, v);
 #pragma unroll 1
     for (int j = 0; j < columns; ++j)
-      add_run(pull * product_grad[j], unit + int64_t{j} * g.a.channels + c, left, v);
+      add_run(pull * product_grad[j], unit + int64_t{j} * g.channels + c, left, v);
   }
 };
 
@@ -234,7 +243,7 @@ FRD_DEVICE void centre_key_grad(const GradItem<T, kBlocks>& g, int t, int o, con
                                 compute_t<T>* out) {
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   const A* unit = g.saved + r.saved.unit + int64_t{o} * channels;
   const A scale = g.saved[r.saved.unit_scale + o], live = is_live(scale) ? scale : A(0);
   A along = 0;
@@ -260,7 +269,7 @@ FRD_DEVICE void centre_key_grad(const GradItem<T, kBlocks>& g, int t, int o, con
 template <class T, int kBlocks>
 FRD_DEVICE void give_pooled_grad(const GradItem<T, kBlocks>& g, int t, int o, const compute_t<T>* from) {
   using A = compute_t<T>;
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   const int64_t row = int64_t{o} * channels;
   for_runs(channels, [&](int c) {
     A v[kRun];
@@ -275,7 +284,7 @@ FRD_DEVICE void give_pooled_grad(const GradItem<T, kBlocks>& g, int t, int o, co
 template <class T, int kBlocks>
 FRD_DEVICE void unit_grad_run(const GradItem<T, kBlocks>& g, int t, int o, int c, compute_t<T> (&v)[kRun]) {
   using A = compute_t<T>;
-  const int channels = g.a.channels, left = channels - c;
+  const int channels = g.channels, left = channels - c;
   const RoundWork& w = g.a.work[t];
   if (!g.a.dense) {
     const int64_t size = int64_t{g.a.round[t].centres()} * channels;
@@ -298,7 +307,7 @@ FRD_DEVICE void unit_grad_run(const GradItem<T, kBlocks>& g, int t, int o, int c
 template <class T, int kBlocks>
 FRD_DEVICE void centre_grads(const GradItem<T, kBlocks>& g, int t) {
   using A = compute_t<T>;
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   g.for_tiles(g.own(g.a.round[t].centres()), [&](int first, int m) {
     for_rows(m, [&](int i) {
       A* row = g.rows + i * g.pitch;

@@ -24,7 +24,7 @@ FRD_DEVICE void turn_keys(const GradItem<T, kBlocks>& g, int t, const MixedTile&
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
   const RoundWork& w = g.a.work[t];
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   const T* bias = static_cast<const T*>(r.key_bias);
   for_rows(tile.rows, [&](int i) {
     const A* from = g.outs + i * g.pitch;
@@ -72,7 +72,7 @@ template <class T, int kBlocks>
 FRD_DEVICE void projected_grads(const GradItem<T, kBlocks>& g, int t) {
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   const T* weight = static_cast<const T*>(r.key_weight);
   const Range tokens = g.own(r.tokens()), centres = g.own(r.centres());
   g.for_tiles({0, tokens.size() + centres.size()}, [&](int first, int m) {
@@ -138,7 +138,7 @@ FRD_DEVICE void value_grads(const GradItem<T, kBlocks>& g, int t, int first, int
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
   const A* mean_grad = g.work + g.a.work[t].mean_grad;
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   for_rows(m, [&](int i) {
     const int n = first + i, label = g.labels_of(t)[n];
     const A weight = label < 0 ? A(0) : g.weight_of(t, g.saved[r.saved.cosine + n]);
@@ -161,7 +161,7 @@ FRD_DEVICE void key_side_grads(const GradItem<T, kBlocks>& g, int t, int first, 
   using A = compute_t<T>;
   const RoundArgs& r = g.a.round[t];
   const RoundWork& w = g.a.work[t];
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   const bool projected = r.key_weight != nullptr;
   for_rows(m, [&](int i) {
     const int n = first + i, label = g.labels_of(t)[n];
@@ -190,7 +190,7 @@ FRD_DEVICE void key_side_grads(const GradItem<T, kBlocks>& g, int t, int first, 
 // The gradients of the block's tokens: stored, or token_grad [N, C] in later rounds.
 template <class T, int kBlocks>
 FRD_DEVICE void token_grads(const GradItem<T, kBlocks>& g, int t) {
-  const int channels = g.a.channels;
+  const int channels = g.channels;
   g.for_tiles(g.own(g.a.round[t].tokens()), [&](int first, int m) {
     if (g.a.round[t].key_weight == nullptr) g.keys(t).tile(first, m, g.rows, g.pitch);
     __syncthreads();
