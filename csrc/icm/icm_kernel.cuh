@@ -27,7 +27,7 @@ FRD_DEVICE BlockArrays<A> block_arrays(const IcmArgs& a, A* shared) {
 }
 
 template <class T, int kBlocks>
-__global__ void __launch_bounds__(kTeamThreads, 1) icm_kernel(const __grid_constant__ IcmArgs a) {
+FRD_DEVICE void run_item(const IcmArgs& a) {
   using A = compute_t<T>;
   using Blocks = Team<kBlocks>;
   FRD_DYNAMIC_SHARED(uint4, shared_groups);  // aligned for vectors
@@ -48,6 +48,20 @@ __global__ void __launch_bounds__(kTeamThreads, 1) icm_kernel(const __grid_const
     dispatch.dense();
   else
     dispatch.masked();
+}
+
+// plan_icm gives teams of eight blocks to sm_90 and later, of one to the others: a kernel that is never
+// launched is not worth its compilation.
+template <class T, int kBlocks>
+__global__ void __launch_bounds__(kTeamThreads, 1) icm_kernel(const __grid_constant__ IcmArgs a) {
+#if defined(__CUDA_ARCH__)
+  if constexpr ((kBlocks > 1) == (__CUDA_ARCH__ >= 900))
+    run_item<T, kBlocks>(a);
+  else
+    __trap();
+#else
+  run_item<T, kBlocks>(a);
+#endif
 }
 
 }  // namespace frd
