@@ -21,7 +21,7 @@ def saved_size(tokens: int, centres: int, channels: int) -> int:
     return 2 * tokens + 4 * centres * channels + 3 * centres
 
 
-def _strided(like: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
+def strided_tokens(like: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
     """Uninitialised tokens [B, N, C], as a permuted image where channels_first."""
     batch, tokens, channels = shape
     if channels_first:
@@ -29,10 +29,10 @@ def _strided(like: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor
     return like.new_empty((batch, tokens, channels))
 
 
-def _like_tokens(x: Tensor) -> Tensor:
+def like_tokens(x: Tensor) -> Tensor:
     """Uninitialised, in the layout of x: a permuted image stays one."""
     tokens = x.shape[1]
-    return _strided(x, x.shape, tokens > 1 and x.stride(1) == 1 and x.stride(2) >= tokens)
+    return strided_tokens(x, x.shape, tokens > 1 and x.stride(1) == 1 and x.stride(2) >= tokens)
 
 
 def _fake_cluster(
@@ -66,12 +66,12 @@ def _fake_cluster_backward(
     beta: Tensor,
     *_rest: Any,
 ) -> tuple[Tensor, ...]:
-    return _like_tokens(k), _like_tokens(v), torch.empty_like(alpha), torch.empty_like(beta)
+    return like_tokens(k), like_tokens(v), torch.empty_like(alpha), torch.empty_like(beta)
 
 
 def _fake_dispatch(centres: Tensor, labels: Tensor, similarity: Tensor, channels_first: bool) -> Tensor:
     torch._check(centres.dim() == 3 and labels.dim() == 2)
-    return _strided(centres, (*labels.shape, centres.shape[2]), channels_first)
+    return strided_tokens(centres, (*labels.shape, centres.shape[2]), channels_first)
 
 
 def _fake_dispatch_backward(
@@ -106,7 +106,7 @@ def _fake_icm(
     torch._check(x.dim() == 3)
     labels, saved = saved_layout((1, x.shape[1]), grids, x.shape[2], variant)
     return (
-        _like_tokens(x),
+        like_tokens(x),
         x.new_empty((x.shape[0], labels), dtype=torch.int32),
         x.new_empty((x.shape[0], saved), dtype=compute_dtype(x.dtype)),
     )
@@ -116,7 +116,7 @@ def _fake_icm_backward(
     grad: Tensor, x: Tensor, projections: Sequence[Tensor], alpha: Tensor, beta: Tensor, *_rest: Any
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     grads = [p.new_empty(p.shape) for p in projections]
-    return _like_tokens(x), grads, torch.empty_like(alpha), torch.empty_like(beta)
+    return like_tokens(x), grads, torch.empty_like(alpha), torch.empty_like(beta)
 
 
 def _cluster_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

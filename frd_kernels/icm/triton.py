@@ -13,7 +13,7 @@ import triton
 from . import ops
 from .reference import compute_dtype
 from .triton_dense import chain_dispatch, dense_dispatch, queries
-from .triton_round import Round, ticket_count
+from .triton_round import MOST_REGISTERS, Round, ticket_count
 from .triton_tiles import INTERPRETED, RoundLayout, block_of, on_device, precision, round_layouts
 
 Tensor = torch.Tensor
@@ -72,7 +72,7 @@ def icm(
     Wv, bv of each round, empty where it has none."""
     batch, _, channels = x.shape
     layouts, label_count, length = round_layouts(hw, grids, channels, variant)
-    out = ops._like_tokens(x)
+    out = ops.like_tokens(x)
     labels = x.new_empty((batch, label_count), dtype=torch.int32)
     saved = x.new_empty((batch, length), dtype=compute_dtype(x.dtype))
     if batch == 0:
@@ -157,7 +157,7 @@ def _query(maps: list[list[Tensor] | None], layouts: list[RoundLayout], channels
         PRECISION=precision(saved.dtype),
         num_warps=4,
         num_stages=2,
-        maxnreg=255,  # left to itself the assembler spills a value to fit one more block of threads
+        maxnreg=MOST_REGISTERS,
     )
 
 
@@ -195,7 +195,7 @@ def _dense(
         PRECISION=precision(saved.dtype),
         num_warps=4,
         num_stages=2,
-        maxnreg=255,  # left to itself the assembler spills a value to fit one more block of threads
+        maxnreg=MOST_REGISTERS,
     )
 
 

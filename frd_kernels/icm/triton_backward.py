@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .ops import _like_tokens
+from .ops import like_tokens
 from .triton_backward_icm import IcmBackward
 from .triton_backward_launch import (
     Round,
@@ -41,7 +41,7 @@ def cluster_backward(
     aggregate: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_centres [B, O, C], grad_similarity [B, N] -> gradients of k, v [B, N, C], of alpha, beta [1]."""
-    grad_k, grad_v = _like_tokens(k), _like_tokens(v)
+    grad_k, grad_v = like_tokens(k), like_tokens(v)
     if not k.shape[0]:
         return grad_k, grad_v, torch.zeros_like(alpha), torch.zeros_like(beta)
     layouts, _, _ = round_layouts(hw, grid, k.shape[2], 1)

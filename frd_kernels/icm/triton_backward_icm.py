@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from .ops import _like_tokens
+from .ops import like_tokens
 from .triton_backward_dense import chain_gradients, dense_sums, query_gradients
 from .triton_backward_launch import (
     WALKED,
@@ -58,7 +58,7 @@ class IcmBackward:
         for layout in self.layouts:
             tokens = self.rounds[-1].matrix(self.rounds[-1].result) if self.rounds else x
             self.rounds.append(Round(layout, self.saved, self.labels, tokens))
-        self.dx = _like_tokens(x)
+        self.dx = like_tokens(x)
         self.result_grads = [r.rows() for r in self.rounds]
         self.unit_grads = [r.rows() for r in self.rounds]
         self.projections = projections

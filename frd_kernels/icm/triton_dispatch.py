@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..pdc.triton_stencil import narrow, widen
-from .ops import _strided
+from .ops import strided_tokens
 from .triton_backward_launch import rows_of, sum_by_label, tiles, vector_of, view_of
 from .triton_backward_tiles import load_labels, load_rows, load_vector, store_rows, store_vector
 from .triton_tiles import on_device
@@ -71,7 +71,7 @@ def cluster_dispatch(
 ) -> torch.Tensor:
     """centres [B, O, C], labels [B, N], similarity [B, N] -> [B, N, C], its memory [B, C, N] if channels_first."""
     batch, tokens, channels = *labels.shape, centres.shape[2]
-    out = _strided(centres, (batch, tokens, channels), channels_first)
+    out = strided_tokens(centres, (batch, tokens, channels), channels_first)
     if batch:
         tile = tiles(centres.dtype, tokens, centres.shape[1], 1, channels)
         grid = batch * triton.cdiv(tokens, tile.tokens) * triton.cdiv(channels, tile.channels)

@@ -16,6 +16,8 @@ from .triton_tiles import INTERPRETED, block_of, part_count, precision
 
 Tensor = torch.Tensor
 
+# Of a thread: left to itself the assembler spills a value or two to fit one more block of threads.
+MOST_REGISTERS = 255
 _MOST_CHUNKS = 4 if INTERPRETED.value else 16
 # Centres whose keys, and whose means, one program makes.
 ROWS = 256 if INTERPRETED.value else 16
@@ -171,6 +173,7 @@ class Round:
             PRECISION=self.precision,
             num_warps=4,
             num_stages=2,
+            maxnreg=MOST_REGISTERS,
         )
 
     def _assign(self, chunks: int, fused: bool, together: bool, sums: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -228,7 +231,7 @@ class Round:
             PRECISION=self.precision,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
-            maxnreg=255,  # left to itself the assembler spills a value to fit one more block of threads
+            maxnreg=MOST_REGISTERS,
         )
 
     def _aggregate(self, sums: Tensor, masses: Tensor, numbers: Tensor) -> None:

@@ -122,7 +122,10 @@ def test_backends_agree(backend: str, variant: str) -> None:
 
 def test_a_backend_of_another_device_is_refused() -> None:
     layer, x = (value.cpu() for value in layer_and_image("paper"))
-    with fk.use_backend("cuda"), pytest.raises(NotImplementedError, match="icm: backend 'cuda' was requested"):
+    with (
+        fk.use_backend("cuda"),
+        pytest.raises(NotImplementedError, match="icm: backend 'cuda' was requested"),
+    ):
         layer(x)
 
 
