@@ -210,30 +210,37 @@ FRD_DEVICE void lift_query_grad(const GradItem<T, kBlocks>& g, int t, int parts)
   });
 }
 
-// query_grad of every round and product_grad of the later ones, by one block. g.a.pull is overwritten.
+// product_grad of round t > 0 and the sums of its tokens that query_grad takes; returns their parts. By one
+// block. g.a.pull is overwritten.
+template <class T, int kBlocks>
+FRD_DEVICE int query_sums(const GradItem<T, kBlocks>& g, int t) {
+  using A = compute_t<T>;
+  const RoundArgs& r = g.a.round[t];
+  const int channels = g.channels, columns = g.a.columns;
+  const A *query_grad = g.work + g.a.work[t - 1].query_grad, *unit = g.saved + g.a.round[t - 1].saved.unit;
+  A* pulls = g.work + g.a.pull;
+  for_rows(r.tokens() * columns, [&](int at) {
+    const int n = at / columns, j = at - n * columns;
+    const A grad = warp_dot(unit + int64_t{n} * channels, query_grad + int64_t{j} * channels, channels);
+    if (lane_of_warp() != 0) return;
+    g.work[g.a.work[t].product_grad + at] = grad;
+    pulls[at] = g.saved[r.saved.scale + n] * grad;
+  });
+  __syncthreads();
+  const int most = (r.tokens() + 15) / 16, parts = most < g.a.dispatch_parts ? most : g.a.dispatch_parts;
+  weighted_sums(g.values(t), pulls, r.tokens(), columns, parts, g.work + g.a.query_sums,
+                g.work + g.a.query_pulls, warp_of_block(), kTeamWarps);
+  __syncthreads();
+  return parts;
+}
+
+// query_grad of every round and product_grad of the later ones, by one block.
 template <class T, int kBlocks>
 FRD_DEVICE void dense_centres(const GradItem<T, kBlocks>& g) {
-  using A = compute_t<T>;
-  const int channels = g.channels, columns = g.a.columns;
-  lift_query_grad(g, 0, g.a.dispatch_parts);
 #pragma unroll 1
-  for (int t = 1; t < g.a.count; ++t) {
-    const RoundArgs& r = g.a.round[t];
-    const A *query_grad = g.work + g.a.work[t - 1].query_grad, *unit = g.saved + g.a.round[t - 1].saved.unit;
-    A* pulls = g.work + g.a.pull;
-    for_rows(r.tokens() * columns, [&](int at) {
-      const int n = at / columns, j = at - n * columns;
-      const A grad = warp_dot(unit + int64_t{n} * channels, query_grad + int64_t{j} * channels, channels);
-      if (lane_of_warp() != 0) return;
-      g.work[g.a.work[t].product_grad + at] = grad;
-      pulls[at] = g.saved[r.saved.scale + n] * grad;
-    });
-    __syncthreads();
-    const int most = (r.tokens() + 15) / 16, parts = most < g.a.dispatch_parts ? most : g.a.dispatch_parts;
-    weighted_sums(g.values(t), pulls, r.tokens(), columns, parts, g.work + g.a.query_sums,
-                  g.work + g.a.query_pulls, warp_of_block(), kTeamWarps);
-    __syncthreads();
-    lift_query_grad(g, t, parts);
+  for (int t = 0; t < g.a.count; ++t) {
+    const int parts = t == 0 ? g.a.dispatch_parts : query_sums(g.renewed(), t);
+    lift_query_grad(g.renewed(), t, parts);
   }
 }
 

@@ -67,43 +67,63 @@ FRD_DEVICE void turn_keys(const GradItem<T, kBlocks>& g, int t, const MixedTile&
   });
 }
 
+// g.rows [m, pitch] = the tile's tokens and sums of pull * token.
+template <class T, int kBlocks>
+FRD_DEVICE void load_mixed(const GradItem<T, kBlocks>& g, int t, const MixedTile& tile) {
+  const int channels = g.channels;
+  g.keys(t).tile(tile.first_token, tile.of_tokens, g.rows, g.pitch);
+  if (g.a.dense) return;
+  for_rows(tile.rows - tile.of_tokens, [&](int i) {
+    const int row = tile.of_tokens + i;
+    for_runs(channels, [&](int c) {
+      compute_t<T> v[kRun];
+      unit_grad_run(g, t, tile.first_centre + row, c, v);
+      store_run(g.rows + row * g.pitch + c, channels - c, v);
+    });
+  });
+}
+
+// token_grad and pooled_grad from g.outs [m, pitch], the gradients of the keys times Wk.
+template <class T, int kBlocks>
+FRD_DEVICE void give_mixed(const GradItem<T, kBlocks>& g, int t, const MixedTile& tile) {
+  using A = compute_t<T>;
+  const int channels = g.channels;
+  for_rows(tile.rows, [&](int i) {
+    const A* from = g.outs + i * g.pitch;
+    if (i >= tile.of_tokens) {
+      give_pooled_grad(g, t, tile.first_centre + i, from);
+      return;
+    }
+    A* to = g.work + g.a.work[t].token_grad + int64_t{tile.first_token + i} * channels;
+    for_runs(channels, [&](int c) {
+      A v[kRun];
+      load_run(from + c, channels - c, v);
+      store_run(to + c, channels - c, v);
+    });
+  });
+}
+
 // Through Wk and back: token_grad [N, C] and pooled_grad [O, C] of the block's tokens and centres.
 template <class T, int kBlocks>
 FRD_DEVICE void projected_grads(const GradItem<T, kBlocks>& g, int t) {
-  using A = compute_t<T>;
-  const RoundArgs& r = g.a.round[t];
-  const int channels = g.channels;
-  const T* weight = static_cast<const T*>(r.key_weight);
-  const Range tokens = g.own(r.tokens()), centres = g.own(r.centres());
+  const Range tokens = g.own(g.a.round[t].tokens()), centres = g.own(g.a.round[t].centres());
   g.for_tiles({0, tokens.size() + centres.size()}, [&](int first, int m) {
     const MixedTile tile(tokens, centres, first, m);
-    g.keys(t).tile(tile.first_token, tile.of_tokens, g.rows, g.pitch);
-    if (!g.a.dense)
-      for_rows(m - tile.of_tokens, [&](int i) {
-        const int row = tile.of_tokens + i;
-        for_runs(channels, [&](int c) {
-          A v[kRun];
-          unit_grad_run(g, t, tile.first_centre + row, c, v);
-          store_run(g.rows + row * g.pitch + c, channels - c, v);
-        });
-      });
-    rows_times_weight<true, T, kGradParts>(g.rows, g.pitch, g.a.dense ? tile.of_tokens : m, weight, channels,
-                                           g.outs, g.pitch, g.scratch);
-    turn_keys(g, t, tile);
-    rows_times_weight<false, T, kGradParts>(g.rows, g.pitch, m, weight, channels, g.outs, g.pitch, g.scratch);
-    for_rows(m, [&](int i) {
-      const A* from = g.outs + i * g.pitch;
-      if (i >= tile.of_tokens) {
-        give_pooled_grad(g, t, tile.first_centre + i, from);
-        return;
-      }
-      A* to = g.work + g.a.work[t].token_grad + int64_t{tile.first_token + i} * channels;
-      for_runs(channels, [&](int c) {
-        A v[kRun];
-        load_run(from + c, channels - c, v);
-        store_run(to + c, channels - c, v);
-      });
-    });
+    int round = t;
+    forget(round);
+    load_mixed(g.renewed(), round, tile);
+    const auto multiply = [&](auto transposed, int rows) {
+      const GradItem<T, kBlocks> h = g.renewed();
+      rows_times_weight<decltype(transposed)::value, T, kGradParts>(
+          h.rows, h.pitch, rows, static_cast<const T*>(h.a.round[t].key_weight), h.channels, h.outs, h.pitch,
+          h.scratch);
+    };
+    multiply(std::true_type{}, g.a.dense ? tile.of_tokens : m);
+    forget(round);
+    turn_keys(g.renewed(), round, tile);
+    multiply(std::false_type{}, m);
+    forget(round);
+    give_mixed(g.renewed(), round, tile);
   });
 }
 
