@@ -18,8 +18,7 @@ from . import _library, _triton
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-_PDC = frozenset({"pdc_weight", "pdc2d", "pdc_block"})
-_ALL = _PDC | {"cluster", "icm"}
+_ALL = frozenset({"pdc_weight", "pdc2d", "pdc_block", "cluster", "cluster_dispatch", "icm"})
 _INT32 = 2**31 - 1
 
 
@@ -58,9 +57,9 @@ def _cuda_problem() -> str:
 
 PROVIDERS = {
     "cpu": Provider("frd", "cpu", _ALL, _ALL),
-    "triton": Provider(_triton.NAMESPACE, _triton.DEVICE, _PDC, frozenset(), _triton.problem(), _INT32),
+    "triton": Provider(_triton.NAMESPACE, _triton.DEVICE, _ALL, frozenset(), _triton.problem(), _INT32),
     "cuda": Provider(
-        "frd", "cuda", _PDC, frozenset(), _cuda_problem(), _INT32, without_float64=frozenset({"pdc_block"})
+        "frd", "cuda", _ALL, frozenset(), _cuda_problem(), _INT32, without_float64=frozenset({"pdc_block"})
     ),
 }
 

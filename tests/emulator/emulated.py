@@ -23,6 +23,8 @@ NAMESPACE = "frd_emulated"
 OPS = (
     *("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
     *("pdc_block", "pdc_block_backward"),
+    *("cluster", "cluster_backward", "cluster_dispatch", "cluster_dispatch_backward"),
+    *("icm", "icm_backward"),
 )
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from frd_kernels import _triton, backend
+from frd_kernels.icm import ops as icm_ops
 from frd_kernels.pdc import ops as pdc_ops
 from frd_kernels.pdc_block import ops as pdc_block_ops
 
@@ -29,7 +30,7 @@ def _declare_emulated() -> None:
     """The emulated kernels as one more backend: operators of their own namespace on CPU tensors."""
     global _library  # keeps the declarations alive
     _library = backend._library.declare(emulated.NAMESPACE, emulated.OPS)
-    for family in (pdc_ops, pdc_block_ops):
+    for family in (pdc_ops, pdc_block_ops, icm_ops):
         family.register(emulated.NAMESPACE)
     backend.PROVIDERS[EMULATED] = backend.PROVIDERS["cuda"]._replace(
         namespace=emulated.NAMESPACE, device="cpu", problem=""
@@ -58,6 +59,12 @@ def prepare(name: str) -> None:
 def is_slow(name: str) -> bool:
     """Whether a backend takes tenths of a second for the smallest call."""
     return name == "triton" and _triton.INTERPRETED
+
+
+def thinning(name: str, op: str) -> int:
+    """Of how many cases of `op` a backend runs one; FRD_TEST_ALL=1 runs all."""
+    clusters = name == EMULATED and op in ("cluster", "icm")  # of eight blocks, 2048 fibers
+    return 6 if (is_slow(name) or clusters) and not os.environ.get("FRD_TEST_ALL") else 1
 
 
 def share(name: str, cases: Sequence[Case], *key: object) -> Sequence[Case]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -27,17 +26,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out three quarters of the cases of a slow backend, not the same for each test; FRD_TEST_ALL=1 runs all."""
-    if os.environ.get("FRD_TEST_ALL"):
-        return
+    """Leaves out most cases of a backend that is slow for the op, not the same for each test."""
     rank: Counter[str] = Counter()
     dropped = set()
     for item in items:
         spec = getattr(item, "callspec", None)
-        if spec is None or not backends.is_slow(spec.params.get("backend", "")):
+        name = spec.params.get("backend", "") if spec else ""
+        step = backends.thinning(name, getattr(item.module, "OP", ""))  # type: ignore[attr-defined]
+        if step == 1:
             continue
-        test = item.nodeid.partition("[")[0]
-        if (rank[test] + zlib.crc32(test.encode())) % 4 and rank[test]:
+        test = f"{item.nodeid.partition('[')[0]} {name}"
+        if (rank[test] + zlib.crc32(test.encode())) % step and rank[test]:
             dropped.add(item.nodeid)
         rank[test] += 1
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])

@@ -28,6 +28,10 @@ from frd_kernels.pdc import triton as pdc
 from frd_kernels.pdc_block import triton as block
 from frd_kernels.pdc_block import triton_backward, triton_dense
 
+# Run as a script: its folder is on the path.
+from triton_aot_icm import launches as icm_launches  # isort: skip
+from triton_aot_icm_backward import launches as icm_backward_launches  # isort: skip
+
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 # How often each SASS instruction stands in a kernel.
 COUNTED = {
@@ -151,6 +155,8 @@ def launches() -> dict[str, Launch]:
         "block backward f16 nchw central": block_backward(f16, "nchw", Kind.CENTRAL),
         "block dense bf16 channels_last angular": block_dense(bf16, "channels_last", Kind.ANGULAR),
         "block dense f16 nchw central": block_dense(f16, "nchw", Kind.CENTRAL, 128),
+        **icm_launches(),
+        **icm_backward_launches(),
     }
 
 
