@@ -6,6 +6,7 @@
 
 #include "core/cuda_launch.h"
 #include "icm/icm_op.h"
+#include "icm/team_cuda.h"
 
 namespace frd {
 namespace {
@@ -60,11 +61,11 @@ class Call {
     labels = torch::stable::new_empty(tokens_, Sizes{args_.batch, args_.label_stride}, ScalarType::Int);
     saved = torch::stable::new_empty(tokens_, Sizes{args_.batch, args_.saved_stride}, compute_type(tokens_));
     if (args_.batch == 0) return;
-    int device = 0, capability = 0, limit = 0;
+    int device = 0, team = 0, limit = 0;
     STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device));
+    STD_CUDA_CHECK(team_blocks(&team));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    args_.plan = plan_icm(args_, capability, limit);
+    args_.plan = plan_icm(args_, team, limit);
     args_.workspace_stride = args_.plan.workspace;
     const Tensor workspace = torch::stable::new_empty(
         tokens_, Sizes{args_.batch * args_.plan.team, args_.workspace_stride}, compute_type(tokens_));

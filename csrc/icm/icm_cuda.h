@@ -89,13 +89,13 @@ FRD_HD static inline int64_t tile_elements(int channels) {
 FRD_HD static inline int64_t sums_elements(int centres, int channels) {
   return (static_cast<int64_t>(centres) * (channels + 2) + 3) / 4 * 4;
 }
-// For a GPU of that compute capability with so many bytes of shared memory for a block.
-inline IcmPlan plan_icm(const IcmArgs& a, int capability, int shared_limit) {
+// For teams of so many blocks with so many bytes of shared memory each.
+inline IcmPlan plan_icm(const IcmArgs& a, int team, int shared_limit) {
   const int64_t size = a.dtype == DType::f64 ? 8 : 4, room = shared_limit / size - kBlockElements;
   IcmPlan plan{};
   for (int t = 0; t < a.count; ++t) plan.centres = std::max(plan.centres, a.round[t].centres());
   const int64_t tiles = tile_elements(a.channels), sums = sums_elements(plan.centres, a.channels);
-  plan.team = capability >= 9 ? 8 : 1;
+  plan.team = team;
   plan.tiles_shared = tiles <= room;
   plan.sums_shared = sums <= (plan.tiles_shared ? room - tiles : room);
   const int64_t shared = (plan.tiles_shared ? tiles : 0) + (plan.sums_shared ? sums : 0);

@@ -5,6 +5,7 @@
 #include "core/cuda_launch.h"
 #include "icm/icm_grad_plan.h"
 #include "icm/icm_op.h"
+#include "icm/team_cuda.h"
 
 namespace frd {
 namespace {
@@ -24,11 +25,11 @@ cudaError_t launch(const IcmGradArgs& a, cudaStream_t stream) {
 
 // Allocates what the kernels need beyond inputs and outputs, and runs them.
 void run(IcmGradArgs& a, const Tensor& like, cudaStream_t stream) {
-  int device = 0, capability = 0, shared_bytes = 0;
+  int device = 0, team = 0, shared_bytes = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device));
+  STD_CUDA_CHECK(team_blocks(&team));
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  plan_grads(a, capability, shared_bytes);
+  plan_grads(a, team, shared_bytes);
   const ScalarType type = compute_type(like);
   const Tensor workspace = torch::stable::new_empty(like, Sizes{a.batch, a.workspace_stride}, type);
   const Tensor block_memory = torch::stable::new_empty(like, Sizes{a.batch * a.team, a.block_rows}, type);

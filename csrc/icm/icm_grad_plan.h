@@ -118,10 +118,10 @@ inline void count_parts(IcmGradArgs& a) {
   a.first_part[2 * a.count] = parts;
 }
 
-// For a GPU of that compute capability with so many bytes of shared memory for a block, from the shapes and
+// For teams of so many blocks with so many bytes of shared memory each, from the shapes and
 // views of the arguments.
-inline void plan_grads(IcmGradArgs& a, int capability, int shared_bytes) {
-  a.team = capability >= 9 ? kGradBlocks : 1;
+inline void plan_grads(IcmGradArgs& a, int team, int shared_bytes) {
+  a.team = team;
   choose_tile(a, shared_bytes);
   Layout layout;
   for (int t = 0; t < a.count; ++t) layout_round(a, t, layout);

@@ -5,20 +5,29 @@
 #include <cstdlib>
 #include <cstring>
 
+namespace {
+
+bool is_ampere() {
+  const char* gpu = std::getenv("FRD_EMULATED_GPU");
+  return gpu != nullptr && std::strcmp(gpu, "A100") == 0;
+}
+
+}  // namespace
+
 extern "C" {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = is_ampere() ? 80 : 90;
+  return cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const char* gpu = std::getenv("FRD_EMULATED_GPU");
-  const bool ampere = gpu != nullptr && std::strcmp(gpu, "A100") == 0;
+  const bool ampere = is_ampere();
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = ampere ? 8 : 9;
-      return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       *value = ampere ? 108 : 132;
       return cudaSuccess;

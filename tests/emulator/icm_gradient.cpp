@@ -49,7 +49,7 @@ class Call {
 
  public:
   // x, weights: rounded to T in place
-  Call(std::vector<Inputs>& items, const std::vector<Numbers>& grads, bool channel_major, int capability,
+  Call(std::vector<Inputs>& items, const std::vector<Numbers>& grads, bool channel_major, int team,
        int shared_bytes) {
     Inputs& in = items[0];
     a_.dtype = sizeof(T) == 8 ? DType::f64 : sizeof(T) == 4 ? DType::f32 : DType::bf16;
@@ -80,7 +80,7 @@ class Call {
     a_.keys = a_.values = view(keep(x), n, c, channel_major);
     a_.grad = view(keep(grad), n, c, channel_major);
     a_.keys_grad = view(room(x.size()), n, c, channel_major);
-    plan_grads(a_, capability, shared_bytes);
+    plan_grads(a_, team, shared_bytes);
     for (int t = 0; t < 3; ++t) {
       gates_.push_back(static_cast<A>(in.alpha[t])), gate_offsets_.push_back(static_cast<A>(in.beta[t]));
     }
@@ -210,13 +210,13 @@ int compare(Call<T>& call, std::vector<Inputs>& items, const std::vector<Kept>& 
 
 template <class T>
 int check(bool dense, bool projected, int height, int width, const std::vector<int>& grids, int channels,
-          int capability, int shared_bytes = 160 * 1024) {
+          int team, int shared_bytes = 160 * 1024) {
   std::vector<Inputs> items{make_inputs(dense, projected, height, width, grids, channels)};
   items.push_back(items[0]);
   items[1].x = normal(items[0].x.size());
   std::vector<Numbers> grads{normal(items[0].x.size()), normal(items[0].x.size())};
   for (Numbers& grad : grads) rounded<T>(grad);
-  Call<T> call(items, grads, capability == 8, capability, shared_bytes);
+  Call<T> call(items, grads, team == 1, team, shared_bytes);
   std::vector<Kept> kept;
   for (const Inputs& in : items) kept.push_back(forward(in));
   int wrong = 0;
@@ -225,8 +225,8 @@ int check(bool dense, bool projected, int height, int width, const std::vector<i
     if (repeat == 0) wrong += compare(call, items, kept, grads);
   }
   if (wrong)
-    std::printf("%zu bytes, dense %d, projected %d, %d x %d, %d channels, capability %d: %d wrong\n",
-                sizeof(T), dense, projected, height, width, channels, capability, wrong);
+    std::printf("%zu bytes, dense %d, projected %d, %d x %d, %d channels, team of %d: %d wrong\n", sizeof(T),
+                dense, projected, height, width, channels, team, wrong);
   return wrong;
 }
 
@@ -236,11 +236,11 @@ int main() {
   int wrong = 0;
   const std::vector<int> three{3, 3, 2, 2, 2, 1}, two{2, 3, 1, 2};
   for (const bool dense : {false, true})
-    for (const int capability : {9, 8}) {
-      wrong += check<float>(dense, true, 5, 4, three, 7, capability);
-      wrong += check<float>(dense, false, 7, 9, two, 6, capability);
-      wrong += check<bf16>(dense, true, 5, 7, three, 16, capability);
-      wrong += check<double>(dense, true, 4, 4, two, 5, capability, 44 * 1024);  // rows in global memory
+    for (const int team : {8, 1}) {
+      wrong += check<float>(dense, true, 5, 4, three, 7, team);
+      wrong += check<float>(dense, false, 7, 9, two, 6, team);
+      wrong += check<bf16>(dense, true, 5, 7, three, 16, team);
+      wrong += check<double>(dense, true, 4, 4, two, 5, team, 44 * 1024);  // rows in global memory
     }
   std::printf("%d wrong\n", wrong);
   return wrong != 0;

@@ -56,15 +56,15 @@ def prepare(name: str) -> None:
         emulated.load()
 
 
-def is_slow(name: str) -> bool:
-    """Whether a backend takes tenths of a second for the smallest call."""
-    return name == "triton" and _triton.INTERPRETED
+def is_slow(name: str, op: str = "") -> bool:
+    """Whether a backend takes tenths of a second for the smallest call: Triton's interpreter, and emulated clusters of
+    eight blocks, 2048 fibers."""
+    return (name == "triton" and _triton.INTERPRETED) or (name == EMULATED and op in ("cluster", "icm"))
 
 
 def thinning(name: str, op: str) -> int:
     """Of how many cases of `op` a backend runs one; FRD_TEST_ALL=1 runs all."""
-    clusters = name == EMULATED and op in ("cluster", "icm")  # of eight blocks, 2048 fibers
-    return 6 if (is_slow(name) or clusters) and not os.environ.get("FRD_TEST_ALL") else 1
+    return 6 if is_slow(name, op) and not os.environ.get("FRD_TEST_ALL") else 1
 
 
 def share(name: str, cases: Sequence[Case], *key: object) -> Sequence[Case]:

@@ -12,6 +12,7 @@ import torch
 import frd_kernels as fk
 from frd_kernels.icm.reference import cosines
 
+from .backends import is_slow
 from .icm_cases import (
     CLEAR,
     Grid,
@@ -275,7 +276,7 @@ def test_gradcheck(backend: str, aggregate: str) -> None:
         found = fk.cluster(k, v, (2, 2), (3, 4), aggregate=aggregate, alpha=alpha, beta=beta, mask=mask)
         return found.centres, found.similarity
 
-    assert torch.autograd.gradcheck(differentiable, (k, v, *gates), fast_mode=backend == "triton")
+    assert torch.autograd.gradcheck(differentiable, (k, v, *gates), fast_mode=is_slow(backend, OP))
 
 
 @pytest.mark.kernels

@@ -8,6 +8,7 @@ from torch.autograd import gradcheck
 
 import frd_kernels as fk
 
+from .backends import is_slow
 from .icm_cases import (
     VARIANTS,
     Case,
@@ -39,7 +40,9 @@ def test_cluster_gradcheck(backend: str, aggregate: str, hw: Grid, grid: Grid) -
         found = fk.cluster(k, v, grid, hw, aggregate=aggregate, **options)
         return found.centres, found.similarity
 
-    assert gradcheck(f, [t.requires_grad_() for t in (k, v, *gates[: 2 * weighted])])
+    assert gradcheck(
+        f, [t.requires_grad_() for t in (k, v, *gates[: 2 * weighted])], fast_mode=is_slow(backend, OP)
+    )
 
 
 ICMS = [
@@ -64,7 +67,7 @@ def test_icm_gradcheck(backend: str, variant: str, case: Case) -> None:
         made = map_projections(lambda _: next(rest), maps)
         return fk.icm(x, made, **options | {"alpha": next(rest), "beta": next(rest)})
 
-    assert gradcheck(f, [t.requires_grad_() for t in inputs])
+    assert gradcheck(f, [t.requires_grad_() for t in inputs], fast_mode=is_slow(backend, OP))
 
 
 def run_cluster(
