@@ -60,17 +60,6 @@ FRD_DEVICE void item_grads(const IcmGradArgs& a) {
   for (int t = a.count - 1; t >= 0; --t) round_grads(g, t);
 }
 
-// The launcher takes teams of one block where there are no clusters of blocks, and only there: the other
-// kernel is not worth its compilation.
-template <int kBlocks>
-FRD_DEVICE constexpr bool is_launched() {
-#if defined(__CUDA_ARCH__)
-  return (kBlocks > 1) == (__CUDA_ARCH__ >= 900);
-#else
-  return true;
-#endif
-}
-
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(kTeamThreads, 1) icm_grad_kernel(const __grid_constant__ IcmGradArgs a) {
   if constexpr (is_launched<kBlocks>()) {

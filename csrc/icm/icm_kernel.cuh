@@ -50,18 +50,15 @@ FRD_DEVICE void run_item(const IcmArgs& a) {
     dispatch.masked();
 }
 
-// plan_icm gives teams of eight blocks to sm_90 and later, of one to the others: a kernel that is never
-// launched is not worth its compilation.
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(kTeamThreads, 1) icm_kernel(const __grid_constant__ IcmArgs a) {
-#if defined(__CUDA_ARCH__)
-  if constexpr ((kBlocks > 1) == (__CUDA_ARCH__ >= 900))
+  if constexpr (is_launched<kBlocks>()) {
     run_item<T, kBlocks>(a);
-  else
+  } else {
+#if defined(__CUDACC__)
     __trap();
-#else
-  run_item<T, kBlocks>(a);
 #endif
+  }
 }
 
 }  // namespace frd

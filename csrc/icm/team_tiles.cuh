@@ -21,6 +21,17 @@ FRD_DEVICE void forget(V*& v) {
 #endif
 }
 
+// Whether a kernel of such teams is ever launched in this code: those of eight blocks in code for sm_90 and
+// later, those of one in the other (team_cuda.h). One that is not is not worth its compilation.
+template <int kBlocks>
+FRD_DEVICE constexpr bool is_launched() {
+#if defined(__CUDA_ARCH__)
+  return (kBlocks > 1) == (__CUDA_ARCH__ >= 900);
+#else
+  return true;
+#endif
+}
+
 FRD_DEVICE int warp_of_block() { return static_cast<int>(threadIdx.x) / 32; }
 FRD_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % 32; }
 
