@@ -69,8 +69,8 @@ def usage(source: pathlib.Path, architecture: int, out: pathlib.Path) -> dict[st
 
 
 def others(source: pathlib.Path) -> list[int]:
-    """The architectures to compile a source for beside the library's: all, but of the long kernels of the clustering one,
-    not the same for each; with FRD_TEST_ALL=1 all of them."""
+    """The architectures to compile a source for beside the library's: all, but for the long kernels of the clustering
+    one, not the same for each; with FRD_TEST_ALL=1 all of them."""
     missing = [architecture for architecture in ARCHITECTURES if architecture not in in_library()]
     if not missing or not source.name.startswith("icm_") or os.environ.get("FRD_TEST_ALL"):
         return missing
