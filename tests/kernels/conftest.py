@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         spec = getattr(item, "callspec", None)
         name = spec.params.get("backend", "") if spec else ""
-        step = backends.thinning(name, getattr(item.module, "OP", ""))  # type: ignore[attr-defined]
-        if step == 1:
+        module: Any = item.module  # type: ignore[attr-defined]
+        if not backends.is_thinned(name, getattr(module, "OP", "")):
             continue
+        step = getattr(module, "THINNING", 12)
         test = f"{item.nodeid.partition('[')[0]} {name}"
         if (rank[test] + zlib.crc32(test.encode())) % step and rank[test]:
             dropped.add(item.nodeid)
