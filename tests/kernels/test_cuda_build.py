@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import zlib
 from typing import Any
 
 import pytest
@@ -69,8 +68,8 @@ def usage(source: pathlib.Path, architecture: int, out: pathlib.Path) -> dict[st
 
 
 def others(source: pathlib.Path) -> list[int]:
-    """The architectures to compile a source for beside the library's. The kernels of the clustering take minutes: of them
-    only those of bfloat16, on one architecture each; with FRD_TEST_ALL=1 all on all."""
+    """The architectures to compile a source for beside the library's. The kernels of the clustering take minutes: of
+    them only those of bfloat16, on one architecture each; with FRD_TEST_ALL=1 all on all."""
     missing = [architecture for architecture in ARCHITECTURES if architecture not in in_library()]
     if not missing or not source.name.startswith("icm_") or os.environ.get("FRD_TEST_ALL"):
         return missing
