@@ -29,9 +29,7 @@ Round<A> make_round(const Tensor& k, const Tensor& v, const Tensor& alpha, const
 // Labels the tokens that take no part -1, the others 0. mask [B, N] bool, labels [B, N] contiguous
 void mark(const Tensor& mask, Tensor& labels) {
   const int64_t batch = labels.size(0), tokens = labels.size(1);
-  FRD_CHECK_VALUE(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == tokens &&
-                      mask.scalar_type() == ScalarType::Bool,
-                  "frd: mask must be bool [", batch, ", ", tokens, "]");
+  check_mask(mask, batch, tokens);
   const bool* in = static_cast<const bool*>(mask.const_data_ptr());
   int32_t* out = static_cast<int32_t*>(labels.mutable_data_ptr());
   for (int64_t b = 0; b < batch; ++b)

@@ -10,21 +10,6 @@ namespace {
 const ClusterDispatchOps<float>& cluster_dispatch_ops(float) { return cluster_dispatch_kernels().f32; }
 const ClusterDispatchOps<double>& cluster_dispatch_ops(double) { return cluster_dispatch_kernels().f64; }
 
-// centres [B, O, C]; labels int32 [B, N]; similarity [B, N]
-void check(const Tensor& centres, const Tensor& labels, const Tensor& similarity) {
-  FRD_CHECK_VALUE(centres.dim() == 3 && centres.size(1) > 0 && centres.size(2) > 0,
-                  "frd: centres must be [B, O, C] with at least one centre and one channel");
-  dtype_of(centres, "centres");
-  FRD_CHECK_VALUE(labels.dim() == 2 && labels.size(0) == centres.size(0) && labels.size(1) > 0 &&
-                      labels.scalar_type() == ScalarType::Int,
-                  "frd: labels must be int32 [B, N] with the batch of centres");
-  FRD_CHECK_VALUE(similarity.dim() == 2 && similarity.size(0) == labels.size(0) &&
-                      similarity.size(1) == labels.size(1) &&
-                      similarity.scalar_type() == compute_type(centres),
-                  "frd: similarity must have the shape of labels in the compute dtype (float64 for float64, "
-                  "else float32)");
-}
-
 // labels [B, N], contiguous: they index memory
 void check_range(const Tensor& labels, int64_t centres) {
   const int32_t* at = static_cast<const int32_t*>(labels.const_data_ptr());
@@ -93,14 +78,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& centres, c
 
 Tensor cluster_dispatch(const Tensor& centres, const Tensor& labels, const Tensor& similarity,
                         bool channels_first) {
-  check(centres, labels, similarity);
+  check_dispatch(centres, labels, similarity);
   const auto run = compute_type(centres) == ScalarType::Double ? forward<double> : forward<float>;
   return run(centres, labels, similarity, channels_first);
 }
 
 std::tuple<Tensor, Tensor> cluster_dispatch_backward(const Tensor& grad, const Tensor& centres,
                                                      const Tensor& labels, const Tensor& similarity) {
-  check(centres, labels, similarity);
+  check_dispatch(centres, labels, similarity);
   FRD_CHECK_VALUE(grad.dim() == 3 && grad.size(0) == labels.size(0) && grad.size(1) == labels.size(1) &&
                       grad.size(2) == centres.size(2) && grad.scalar_type() == centres.scalar_type(),
                   "frd: grad must be [B, N, C] in the dtype of centres");

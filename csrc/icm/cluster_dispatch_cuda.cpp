@@ -12,15 +12,7 @@ namespace {
 
 // centres [B, O, C]; labels int32 [B, N]; similarity [B, N], both contiguous
 ClusterDispatchArgs checked(const Tensor& centres, const Tensor& labels, const Tensor& similarity) {
-  check_tokens(centres, "centres");
-  FRD_CHECK_VALUE(labels.dim() == 2 && labels.size(0) == centres.size(0) && labels.size(1) > 0 &&
-                      labels.scalar_type() == ScalarType::Int,
-                  "frd: labels must be int32 [B, N] with the batch of centres");
-  FRD_CHECK_VALUE(similarity.dim() == 2 && similarity.size(0) == labels.size(0) &&
-                      similarity.size(1) == labels.size(1) &&
-                      similarity.scalar_type() == compute_type(centres),
-                  "frd: similarity must have the shape of labels in the compute dtype (float64 for float64, "
-                  "else float32)");
+  check_dispatch(centres, labels, similarity);
   const int64_t batch = centres.size(0), tokens = labels.size(1), channels = centres.size(2);
   FRD_CHECK_VALUE(batch * tokens <= INT_MAX &&
                       batch * centres.size(1) * ((channels + 255) / 256) <= INT_MAX && channels <= INT_MAX,

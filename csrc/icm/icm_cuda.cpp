@@ -117,9 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cluster(const Tensor& k, cons
   call.set_gates(alpha, beta, 1);
   call.add_round(hw[0], hw[1], grid[0], grid[1]);
   if (mask.has_value()) {
-    FRD_CHECK_VALUE(mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == tokens &&
-                        mask->scalar_type() == ScalarType::Bool,
-                    "frd: mask must be bool [", batch, ", ", tokens, "]");
+    check_mask(*mask, batch, tokens);
     a.mask = static_cast<const bool*>(mask->const_data_ptr());
     a.mask_batch = mask->stride(0), a.mask_token = mask->stride(1);
   }

@@ -71,6 +71,28 @@ inline void check_cluster(const Tensor& k, const Tensor& v, const Sizes& grid, c
                   "frd: aggregate must be 0 (count) or 1 (similarity), got ", aggregate);
 }
 
+// mask: bool [B, N]
+inline void check_mask(const Tensor& mask, int64_t batch, int64_t tokens) {
+  FRD_CHECK_VALUE(mask.dim() == 2 && mask.size(0) == batch && mask.size(1) == tokens &&
+                      mask.scalar_type() == ScalarType::Bool,
+                  "frd: mask must be bool [", batch, ", ", tokens, "]");
+}
+
+// centres [B, O, C]; labels int32 [B, N]; similarity [B, N]
+inline void check_dispatch(const Tensor& centres, const Tensor& labels, const Tensor& similarity) {
+  FRD_CHECK_VALUE(centres.dim() == 3 && centres.size(1) > 0 && centres.size(2) > 0,
+                  "frd: centres must be [B, O, C] with at least one centre and one channel");
+  dtype_of(centres, "centres");
+  FRD_CHECK_VALUE(labels.dim() == 2 && labels.size(0) == centres.size(0) && labels.size(1) > 0 &&
+                      labels.scalar_type() == ScalarType::Int,
+                  "frd: labels must be int32 [B, N] with the batch of centres");
+  FRD_CHECK_VALUE(similarity.dim() == 2 && similarity.size(0) == labels.size(0) &&
+                      similarity.size(1) == labels.size(1) &&
+                      similarity.scalar_type() == compute_type(centres),
+                  "frd: similarity must have the shape of labels in the compute dtype (float64 for float64, "
+                  "else float32)");
+}
+
 // The arguments of `icm`.
 constexpr int64_t kPaper = 0, kReleased = 1;
 
