@@ -109,7 +109,7 @@ class CMakeBuild(build_ext):
         ]
         ninja = shutil.which("ninja")
         if ninja:
-            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={os.path.abspath(ninja)}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         subprocess.check_call(configure, env=env)
         subprocess.check_call([configure[0], "--build", str(build), "-j", jobs], env=env)
