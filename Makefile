@@ -1,11 +1,13 @@
 # make demo: set up, forge and localize the sample photos, a short kernel benchmark
-# make test: the same set-up, then the whole test-suite against the installed package
+# make test: the same set-up, then the whole test-suite against the installed package, in a process for each core;
+#            options of pytest go into PYTEST_ARGS, -n 0 for one process
 # make lint: ruff, mypy, clang-format, the pre-commit configuration
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --root-user-action=ignore --disable-pip-version-check -c constraints.txt
 STEP := tools/step.sh
+CORES := $(shell nproc 2>/dev/null || echo 1)
 SOURCES := $(shell find csrc frd_kernels frd_model benchmarks build_backend -type f ! -name '*.so' ! -name '*.pyc') \
            CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
@@ -16,7 +18,7 @@ demo: setup
 	@$(STEP) "demo" $(BIN)/python examples/demo.py --out demo_out
 
 test: setup
-	@$(STEP) "test-suite" env FRD_TEST_INSTALLED=1 $(BIN)/pytest -q $(PYTEST_ARGS)
+	@$(STEP) "test-suite" env FRD_TEST_INSTALLED=1 $(BIN)/pytest -q -n $(CORES) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/lint.stamp
 	@$(STEP) "ruff check" $(BIN)/ruff check .

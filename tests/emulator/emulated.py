@@ -7,6 +7,7 @@ launch configuration and argument checks alike.
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import functools
 import hashlib
 import pathlib
@@ -58,26 +59,44 @@ def _compile(source: pathlib.Path, flags: list[str], common: bytes, cache: pathl
     return out
 
 
-@functools.cache
-def load() -> None:
-    """Builds (objects of unchanged sources are kept in build/emulated) and loads the library."""
+def _link(objects: list[pathlib.Path], cache: pathlib.Path) -> pathlib.Path:
+    """Another process may have loaded an older library, which keeps its memory but not its name."""
+    key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = cache / f"libfrd_emulated-{key}.so"
+    if not library.exists():
+        partial = library.with_suffix(".partial")
+        libtorch = pathlib.Path(torch.__file__).parent / "lib" / "libtorch.so"
+        command = ["g++", "-shared", *map(str, objects), "-o", str(partial)]
+        command += ["-Wl,--no-as-needed", str(libtorch), "-Wl,-Bsymbolic"]
+        subprocess.run(command, check=True)
+        for old in cache.glob("libfrd_emulated*.so"):
+            old.unlink()
+        partial.rename(library)
+    return library
+
+
+def _build(cache: pathlib.Path) -> pathlib.Path:
     include = cuda_include()
     assert include is not None
-    cache = ROOT / "build" / "emulated"
-    cache.mkdir(parents=True, exist_ok=True)
-    torch_dir = pathlib.Path(torch.__file__).parent
     flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-attributes", "-DFRD_EMULATED"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
     flags += [f"-I{CSRC}", f"-I{HERE}"]
-    for system in (torch_dir / "include", include):
+    for system in (pathlib.Path(torch.__file__).parent / "include", include):
         flags += ["-isystem", str(system)]
     headers = sorted(p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in (".h", ".cuh"))
     common = b"".join(path.read_bytes() for path in headers)
     sources = sorted([*CSRC.glob("*/*_cuda.cu"), *CSRC.glob("*/*_cuda.cpp"), HERE / "emulated_runtime.cc"])
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _compile(source, flags, common, cache), sources))
-    library = cache / "libfrd_emulated.so"
-    command = ["g++", "-shared", *map(str, objects), "-o", str(library)]
-    command += ["-Wl,--no-as-needed", str(torch_dir / "lib" / "libtorch.so"), "-Wl,-Bsymbolic"]
-    subprocess.run(command, check=True)
-    torch.ops.load_library(str(library))
+    return _link(objects, cache)
+
+
+@functools.cache
+def load() -> None:
+    """Builds (objects of unchanged sources are kept in build/emulated) and loads the library; of several processes
+    one builds."""
+    cache = ROOT / "build" / "emulated"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.ops.load_library(str(_build(cache)))
