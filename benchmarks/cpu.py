@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib
 import json
 import os
 import pathlib
@@ -17,17 +16,13 @@ import torch
 
 from frd_kernels.info import collect
 
+from . import registry
 from .harness import Case, GateError, keep_memory, load_limit, run_case
-
-FAMILIES = ("pdc", "pdc_block", "icm", "cluster")
 
 
 def cases(only: str = "", short: bool = False) -> list[Case]:
     """The registered cases whose name holds `only`; with `short` those of the demo."""
-    found = []
-    for family in FAMILIES:
-        found += importlib.import_module(f".{family}", __package__).CASES
-    return [case for case in found if only in case.name and (case.short or not short)]
+    return registry.cases("cpu", only, short)
 
 
 def _target(target: float | None) -> str:

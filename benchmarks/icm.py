@@ -7,6 +7,7 @@ lets everything pass. So the tokens come in clusters that lie far apart, in ever
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,8 +17,9 @@ import torch.nn.functional as F
 import frd_kernels as fk
 
 from . import eager
-from .harness import Case, Providers, normal, providers, with_gradients
-from .pdc import SHAPES
+from .cases import MODES, Case, Providers, normal, with_gradients
+from .pdc import GPU_LARGE, GPU_SMALL, SHAPES
+from .providers import providers
 
 GRIDS = ((8, 8), (4, 4), (2, 1))
 RIVALS: dict[str, dict[str, Callable[..., torch.Tensor]]] = {
@@ -39,11 +41,12 @@ def build_icm(case: Case, *, variant: str) -> Providers:
         ours=functools.partial(over_tokens, fk.icm, variant),
         rivals={name: functools.partial(over_images, icm) for name, icm in RIVALS[variant].items()},
         reference=functools.partial(over_tokens, fk.reference.icm, variant),
+        ops=("icm",),
         squared=True,
     )
     # The norm of every key is needed, so one product of the tokens with a C x C matrix is, whoever computes it.
     image = inputs[0].to(memory_format=torch.channels_last)
-    grad = None if case.mode == "forward" else torch.ones_like(image)
+    grad = torch.ones_like(image) if case.backward else None
     sides.floors["keys of round 1 alone"] = with_gradients(
         F.conv2d, (image, inputs[1][:, :, None, None]), grad, case.mode
     )
@@ -58,7 +61,7 @@ def data(case: Case, variant: str) -> tuple[torch.Tensor, ...]:
         projections.append(normal((channels, channels), case, 10 + seed, scale=channels**-0.5))
         projections.append(normal((channels,), case, 20 + seed, scale=0.1))
     gates = 1 if variant == "paper" else len(GRIDS)
-    alpha, beta = (torch.full((gates,), value, dtype=case.dtype) for value in (1.0, 0.1))
+    alpha, beta = (torch.full((gates,), value, dtype=case.dtype, device=case.device) for value in (1.0, 0.1))
     return clustered(case), *projections, alpha, beta
 
 
@@ -67,13 +70,14 @@ def clustered(case: Case, grid: tuple[int, int] = GRIDS[0]) -> torch.Tensor:
     one about that of a bin drawn at random."""
     batch, channels, height, width = case.shape
     rows, columns = grid
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(case.device).manual_seed(0)
     prototypes = normal((batch, channels, rows * columns), case, seed=1)
-    row = torch.arange(height) * rows // height
-    column = torch.arange(width) * columns // width
+    row = torch.arange(height, device=case.device) * rows // height
+    column = torch.arange(width, device=case.device) * columns // width
     labels = (row[:, None] * columns + column).repeat(batch, 1, 1)
     strayed = labels[:, 1::2, 1::2]
-    strayed.copy_(torch.randint(rows * columns, strayed.shape, generator=generator))
+    strays = torch.randint(rows * columns, strayed.shape, generator=generator, device=case.device)
+    strayed.copy_(strays)
     index = labels.flatten(1)[:, None, :].expand(-1, channels, -1)
     image = prototypes.gather(2, index).unflatten(2, (height, width))
     return image + normal(case.shape, case, seed=2, scale=NOISE)
@@ -82,7 +86,8 @@ def clustered(case: Case, grid: tuple[int, int] = GRIDS[0]) -> torch.Tensor:
 def split(inputs: Sequence[torch.Tensor]) -> tuple[list[eager.Projection], torch.Tensor, torch.Tensor]:
     """What follows the image in `data`: a tuple for each round, alpha, beta."""
     *projections, alpha, beta = inputs
-    return [tuple(projections[i : i + 4]) for i in range(0, len(projections), 4)], alpha, beta
+    wk, bk, wv, bv = (projections[i::4] for i in range(4))
+    return list(zip(wk, bk, wv, bv, strict=True)), alpha, beta
 
 
 def over_tokens(
@@ -102,10 +107,27 @@ def over_images(icm: Callable[..., torch.Tensor], x: torch.Tensor, *inputs: torc
 def cases() -> Iterator[Case]:
     for variant in RIVALS:
         build = functools.partial(build_icm, variant=variant)
-        for mode in ("forward", "forward+backward"):
+        for mode in MODES:
             for shape in SHAPES:
-                short = (variant, shape, mode) == ("paper", SHAPES[0], "forward")
-                yield Case(f"icm {variant}", shape, mode, build, target=TARGET, short=short)
+                first = (variant, shape) == ("paper", SHAPES[0])
+                short = first and mode == "forward"
+                compiled = ("default",) if first else ()
+                yield Case(
+                    f"icm {variant}", shape, mode, build, target=TARGET, short=short, compiled=compiled
+                )
+
+
+def gpu_cases() -> Iterator[Case]:
+    """In bfloat16; 256 tokens are a photo of 512x512, 4096 one of 2048x2048."""
+    for variant in RIVALS:
+        build = functools.partial(build_icm, variant=variant)
+        for shape in (GPU_SMALL, (1, 256, 16, 16), GPU_LARGE):
+            case = Case(f"icm {variant}", shape, MODES[0], build, dtype=torch.bfloat16, device="cuda")
+            for mode in MODES:
+                short = variant == "paper" and (shape != GPU_LARGE or mode == "forward")
+                compiled = ("default", "max-autotune") if short and shape == GPU_SMALL else ()
+                yield dataclasses.replace(case, mode=mode, short=short, compiled=compiled)
 
 
 CASES = list(cases())
+GPU_CASES = list(gpu_cases())

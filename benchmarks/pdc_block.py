@@ -7,6 +7,7 @@ and the oracle rounds what passes from block to block, which has the dtype of th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -17,16 +18,18 @@ import torch.nn.functional as F
 import frd_kernels as fk
 
 from . import eager
-from .harness import Case, Providers, normal, providers, with_gradients
-from .pdc import LAYOUTS, SHAPES, SMALL, folded_rivals
+from .cases import MODES, Case, Providers, normal, with_gradients
+from .pdc import GPU_LARGE, GPU_SMALL, LAYOUTS, MEAN, SHAPES, SMALL
+from .providers import folded_rivals, providers
 
 TARGETS = {"forward": 1.8, "forward+backward": 2.0}
+GPU_SHAPES = (GPU_LARGE, (1, 256, 16, 16), GPU_SMALL, (64, 256, 64, 64))
 
 
 def build_dpm(case: Case) -> Providers:
     channels = case.shape[1]
-    steps = (1 / 8, 1 / 32) if case.mode == "forward+backward" else (0.0, 0.0)
-    x = normal(case.shape, case, seed=1, step=steps[0])
+    steps = (1 / 8, 1 / 32) if case.backward else (0.0, 0.0)
+    x = normal(case.shape, case, seed=1, step=steps[0], mean=case.mean)
     taps = [normal((channels, 1, 3, 3), case, seed, scale=1 / 3, step=steps[0]) for seed in (2, 3)]
     square, scale = (channels, channels, 1, 1), channels**-0.5
     points = [normal(square, case, seed, scale, step=steps[1]) for seed in (4, 5)]
@@ -37,13 +40,35 @@ def build_dpm(case: Case) -> Providers:
         ours=functools.partial(dpm, fk, case.dtype),
         rivals={"eager": eager.dpm},
         reference=functools.partial(dpm, fk.reference, case.dtype),
+        ops=("pdc_block",),
     )
     # Of a DPM this much is matrix product, in the layout in which the library runs it fastest.
     products = [x.to(memory_format=torch.channels_last), *points]
-    grad = None if case.mode == "forward" else torch.ones_like(x)
+    grad = torch.ones_like(x) if case.backward else None
     sides.floors["two 1x1 alone"] = with_gradients(two_products, products, grad, case.mode)
-    if case.mode == "forward":
+    if not case.backward:
         sides.rivals.update(folded_rivals(case, x, eager.folded_dpm(*weights)))
+    return sides
+
+
+def build_dense(case: Case) -> Providers:
+    """One block with a dense difference convolution, as PiDiNet's and DEA-Net's layers are, at inference."""
+    channels = case.shape[1]
+    x = normal(case.shape, case, seed=1, mean=case.mean)
+    weight = normal((channels, channels, 3, 3), case, seed=2, scale=(9 * channels) ** -0.5)
+    point = normal((channels, channels, 1, 1), case, seed=3, scale=channels**-0.5)
+    plain = eager.folded(weight, "angular", 1)
+    sides = providers(
+        case,
+        inputs=(x, weight, point),
+        ours=functools.partial(fk.pdc_block, kind="angular"),
+        rivals={"eager": lambda x, w, p: F.conv2d(F.relu(eager.angular(x, w, 1)), p)},
+        reference=functools.partial(fk.reference.pdc_block, kind="angular"),
+        ops=("pdc_block", "pdc2d", "pdc_weight"),
+    )
+    sides.rivals.update(folded_rivals(case, x, lambda x: F.conv2d(F.relu(plain(x)), point)))
+    alone = with_gradients(functools.partial(F.conv2d, padding=1), (x, weight), None, "forward")
+    sides.floors["plain F.conv2d"] = alone
     return sides
 
 
@@ -64,9 +89,33 @@ def cases() -> Iterator[Case]:
     for mode, target in TARGETS.items():
         for shape in SHAPES:
             for layout in LAYOUTS:
-                short = (shape, layout, mode) == (SHAPES[0], "nchw", "forward")
-                yield Case("dpm", shape, mode, build_dpm, layout, target=target, short=short)
-        yield Case("dpm", SMALL, mode, build_dpm, "channels_last", torch.bfloat16)
+                chosen = (shape, layout) == (SHAPES[0], "nchw")
+                short = chosen and mode == "forward"
+                compiled = () if not chosen else ("default", "max-autotune") if short else ("default",)
+                yield Case(
+                    "dpm", shape, mode, build_dpm, layout, target=target, short=short, compiled=compiled
+                )
+        sixteen = Case("dpm", SMALL, mode, build_dpm, "channels_last", torch.bfloat16)
+        yield sixteen
+    yield dataclasses.replace(sixteen, mode="forward", mean=MEAN)
+    yield Case("dpm", SMALL, "forward", build_dpm, mean=MEAN)
+
+
+def gpu_cases() -> Iterator[Case]:
+    """In bfloat16, the essential ones first: a run may be cut."""
+    for shape in GPU_SHAPES:
+        case = Case("dpm", shape, MODES[0], build_dpm, "channels_last", torch.bfloat16, device="cuda")
+        for mode in MODES:
+            short = shape != GPU_SHAPES[-1] and (mode == "forward" or shape != GPU_SMALL)
+            compiled = ("default", "max-autotune") if shape in GPU_SHAPES[:2] else ()
+            yield dataclasses.replace(case, mode=mode, short=short, compiled=compiled)
+            if shape == GPU_LARGE:
+                yield dataclasses.replace(case, mode=mode, layout="nchw")
+    large = Case("dpm", GPU_LARGE, MODES[0], build_dpm, "channels_last", torch.bfloat16, device="cuda")
+    yield dataclasses.replace(large, mean=MEAN)
+    dense = dataclasses.replace(large, op="pdc_block angular dense", build=build_dense)
+    yield dataclasses.replace(dense, short=True, compiled=("default", "max-autotune"))
 
 
 CASES = list(cases())
+GPU_CASES = list(gpu_cases())
