@@ -87,7 +87,9 @@ def own_backends(
     others are not among them."""
     if case.device == "cpu":
         return ["cpu"], {}, {}
-    names, contexts, left_out = [], {}, {}
+    names: list[str] = []
+    contexts: dict[str, Context] = {}
+    left_out: dict[str, str] = {}
     for name in GPU_BACKENDS:
         provider = fk.backend.PROVIDERS[name]
         refusals = [refusal for op in ops if (refusal := provider.refusal(op, image)) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -61,7 +62,7 @@ def alternate(
     `sample` takes one of `calls` and gives its seconds.
     """
     for call in calls.values():
-        warm_up(lambda call=call: sample(call), warmup)
+        warm_up(functools.partial(sample, call), warmup)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order, end = list(calls), time.perf_counter() + budget_s
     collecting = gc.isenabled()

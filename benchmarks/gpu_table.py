@@ -1,0 +1,118 @@
+"""The page that `python -m benchmarks.gpu` leaves beside its files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEAD = ("op", "shape", "dtype", "layout", "mode", "ours, us", "of", "rival, us", "rival", "ratio", "A/A")
+
+
+def _cells(*cells: Any) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def page(name: str, report: dict[str, Any], calibration: dict[str, Any]) -> str:
+    """Markdown: conditions, calibration, a table for each timing, and what has no time and why."""
+    parts = [f"# {name}", _conditions(report), _stages(report["stages"])]
+    if calibration:
+        parts.append(_calibration(calibration))
+    for timing in dict.fromkeys(record["timing"] for record in report["cases"]):
+        records = [record for record in report["cases"] if record["timing"] == timing]
+        parts += [f"## Kernels, {timing}", _table(records)]
+    parts += _left_out(report)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _conditions(report: dict[str, Any]) -> str:
+    state = report["state_before"]
+    versions = report["machine"].get("versions", {})
+    lines = [
+        f"{report['when']}, revision {report['revision'][:12]}, torch {versions.get('torch', '?')}, "
+        f"Triton {versions.get('triton', '?')}, Python {versions.get('python', '?')}."
+    ]
+    for label, facts in (("Before", state), ("After", report["state_after"])):
+        gpu = facts.get("gpu", {})
+        figures = {
+            key: gpu[key]
+            for key in ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w")
+            if key in gpu
+        }
+        if figures:
+            lines.append(f"{label}: " + ", ".join(f"{key} {value}" for key, value in figures.items()) + ".")
+    return "\n".join(lines)
+
+
+def _stages(stages: dict[str, dict[str, Any]]) -> str:
+    lines = [_cells("stage", "seconds", "outcome"), _cells(*["---"] * 3)]
+    for name, stage in stages.items():
+        outcome = stage.get("problem") or "done"
+        if summary := stage.get("summary"):
+            outcome = f"{outcome} ({summary.strip('= ')})"
+        lines.append(_cells(name, stage.get("seconds", "running"), outcome.replace("|", "/")))
+    return "\n".join(lines)
+
+
+def _calibration(calibration: dict[str, Any]) -> str:
+    lines = [
+        "## Calibration",
+        "",
+        f"- copy: {calibration['copy']['bytes_per_s'] / 1e9:.0f} GB/s, read and written",
+    ]
+    for dtype, entry in calibration["matrix"].items():
+        size = entry["size"]
+        lines.append(f"- {dtype} product {size}x{size}x{size}: {entry['flops_per_s'] / 1e12:.2f} TFLOP/s")
+    if launch := calibration.get("launch"):
+        graph, wall = (1e3 * launch[key]["median"] / launch["launches"] for key in ("graph_ms", "wall_ms"))
+        lines.append(
+            f"- an empty kernel: {graph:.2f} us as a node of a graph, {wall:.2f} us launched by the host"
+        )
+    return "\n".join(lines)
+
+
+def _table(records: list[dict[str, Any]]) -> str:
+    """The cases in which ours does worst come first."""
+    lines = [_cells(*HEAD, "other backends", "other rivals and floors"), _cells(*["---"] * (len(HEAD) + 2))]
+    for record in sorted(records, key=lambda record: record["ratio"]):
+        mean = f" (mean {record['mean']:g})" if record["mean"] else ""
+        backends = (
+            f"{name} {pair['ratio']:.2f}x"
+            for name, pair in record["backends"].items()
+            if name != record["backend"]
+        )
+        others = {n: p for n, p in record["rivals"].items() if n != record["rival"]} | record["floors"]
+        lines.append(
+            _cells(
+                record["op"] + mean,
+                "x".join(map(str, record["shape"])),
+                record["dtype"],
+                record["layout"],
+                record["mode"],
+                f"{1e3 * record['ours_ms']['median']:.1f}",
+                record["backend"],
+                f"{1e3 * record['rival_ms']['median']:.1f}",
+                record["rival"],
+                f"{record['ratio']:.2f}x",
+                f"{100 * record['aa_spread']:.1f}%",
+                ", ".join(backends) or "-",
+                ", ".join(f"{name} {pair['ratio']:.2f}x" for name, pair in others.items()) or "-",
+            )
+        )
+    return "\n".join(lines)
+
+
+def _left_out(report: dict[str, Any]) -> list[str]:
+    parts = []
+    if report["problems"]:
+        lines = (f"- {case}: {reason}" for case, reason in report["problems"].items())
+        parts += ["## Cases without a time", "\n".join(lines)]
+    reasons: dict[tuple[str, str], set[str]] = {}
+    for record in report["cases"]:
+        for side, reason in record["left_out"].items():
+            reasons.setdefault((side, reason), set()).add(record["name"])
+    if reasons:
+        lines = (
+            f"- {side}, {len(names)} cases ({min(names)}{', ...' if len(names) > 1 else ''}): {reason}"
+            for (side, reason), names in reasons.items()
+        )
+        parts += ["## Sides left out", "\n".join(lines)]
+    return parts

@@ -1,0 +1,167 @@
+"""The stages of `python -m benchmarks.gpu` that need the GPU, each in a process of its own: a kernel that hangs or
+spoils the GPU's state then ends no more than its case.
+
+    python -m benchmarks.gpu_worker calibrate|compile|kernels|model|plots --out PATH ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import torch
+
+from frd_kernels.info import collect
+
+from . import calibrate, conditions, registry
+from .cases import Case
+from .clock import machine_state
+from .gate import GateError, errors_of, one_line
+from .measure import measure
+
+REPEATS = 30
+SPOILED = 3  # exit status: the GPU's state is lost to this process
+
+
+def chosen_cases(device: str, only: str, short: bool) -> list[Case]:
+    """The GPU's cases; on the CPU, to rehearse, on data of a few kilobytes and without compilers. The short run leaves
+    out the compiler's search."""
+    cases = registry.cases("cuda", only, short)
+    if short:
+        cases = [
+            dataclasses.replace(c, compiled=tuple(m for m in c.compiled if m == "default")) for c in cases
+        ]
+    if device == "cuda":
+        return cases
+    return list({case.name: case for case in map(rehearsed, cases)}.values())
+
+
+def rehearsed(case: Case) -> Case:
+    channels = 128 if case.op.startswith("icm") else 16
+    shape = (8, 8, 3, 3) if case.op.startswith("pdc_weight") else (1, channels, 16, 16)
+    return dataclasses.replace(case, shape=shape, device="cpu", compiled=())
+
+
+class Log:
+    """One JSON object a line, each written out at once."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, **value: Any) -> None:
+        print(json.dumps(value, allow_nan=False), file=self.file, flush=True)
+        os.fsync(self.file.fileno())
+
+
+def run_kernels(options: argparse.Namespace) -> int:
+    """Measures the cases whose names `--done` does not hold, in order; a line for each start and each outcome."""
+    log = Log(options.out)
+    done = set(json.loads(options.done.read_text())) if options.done else set()
+    rates = None
+    if options.calibration and options.calibration.exists():
+        rates = calibrate.rates(json.loads(options.calibration.read_text()))
+    log.write(conditions={"machine": collect(), "state": machine_state(options.device)})
+    gc.freeze()  # what importing torch left behind need not be looked at before each comparison
+    for case in chosen_cases(options.device, options.only, options.short):
+        if case.name in done:
+            continue
+        log.write(start=case.name)
+        began = time.monotonic()
+        try:
+            log.write(records=measure(case, REPEATS, rates))
+        except GateError as error:
+            log.write(red=case.name, reason=str(error))
+        except Exception as error:  # the next case can still be measured, if the GPU is all right
+            log.write(failed=case.name, reason=one_line(error))
+        print(f"{time.monotonic() - began:6.1f} s  {case.name}", flush=True)
+        if not usable(options.device):
+            return SPOILED
+    log.write(end=machine_state(options.device))
+    return 0
+
+
+def run_compile(options: argparse.Namespace) -> int:
+    """Every `--of`-th case from the `--part`-th: fills the compilers' caches on disk, and nothing else."""
+    for case in chosen_cases(options.device, options.only, options.short)[options.part :: options.of]:
+        plain = dataclasses.replace(case, compiled=tuple(m for m in case.compiled if m == "default"))
+        try:
+            sides = plain.build(plain)
+            _errors, wrong = errors_of(plain, sides)
+            print(f"{case.name}: {wrong or 'green'}", flush=True)
+        except Exception as error:  # it is measured, and told of, later
+            print(f"{case.name}: {one_line(error)}", flush=True)
+        if not usable(options.device):
+            return SPOILED
+    return 0
+
+
+def usable(device: str) -> bool:
+    """Lets go of a case's memory; False where the GPU's state is lost to this process."""
+    if device == "cpu":
+        return True
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        print(one_line(error), file=sys.stderr)
+        return False
+    return True
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    scale = 1.0 if options.device == "cuda" else 1 / 64
+    conditions.write(options.out, calibrate.calibrate(options.device, scale))
+    return 0
+
+
+def run_model(options: argparse.Namespace) -> int:
+    """`benchmarks.model.gpu_records`, which keeps to its limit itself."""
+    model = importlib.import_module(".model", __package__)
+    before = machine_state(options.device)
+    found = model.gpu_records(options.limit)
+    conditions.write(options.out, found | {"before": before, "after": machine_state(options.device)})
+    return 0
+
+
+def run_plots(options: argparse.Namespace) -> int:
+    importlib.import_module(".plots", __package__).write_all(options.out)
+    return 0
+
+
+STAGES = {
+    "calibrate": run_calibrate,
+    "compile": run_compile,
+    "kernels": run_kernels,
+    "model": run_model,
+    "plots": run_plots,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_worker", description=__doc__)
+    parser.add_argument("stage", choices=tuple(STAGES))
+    parser.add_argument("--out", type=pathlib.Path, help="file, or for plots the folder, to write")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--done", type=pathlib.Path, help="kernels: JSON list of names to pass over")
+    parser.add_argument("--calibration", type=pathlib.Path, help="kernels: file of the stage calibrate")
+    parser.add_argument("--part", type=int, default=0, help="compile: which of the processes this is")
+    parser.add_argument("--of", type=int, default=1, help="compile: number of processes")
+    parser.add_argument("--limit", type=float, default=60.0, help="model: seconds")
+    options = parser.parse_args(argv)
+    return STAGES[options.stage](options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
