@@ -52,7 +52,7 @@ def revision() -> str:
 
 
 def gpu_state(device: torch.device | str = "cuda") -> dict[str, Any]:
-    """Name, memory, clocks, temperature and power of a GPU as nvidia-smi reads them; changes no setting."""
+    """Name, memory, clocks, temperature and power of a GPU as its driver reads them; changes no setting."""
     device = torch.device(device)
     properties = torch.cuda.get_device_properties(device)
     state: dict[str, Any] = {
@@ -64,22 +64,35 @@ def gpu_state(device: torch.device | str = "cuda") -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-    return state | _nvidia_smi(str(properties.uuid))
+    return state | (_nvidia_smi(str(properties.uuid)) or _nvml(device))
 
 
 def _nvidia_smi(uuid: str) -> dict[str, Any]:
+    """Empty where the program is missing or does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return {"nvidia_smi": "not found"}
+        return {}
     query = [f"--query-gpu={','.join(_GPU_FIGURES)}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     try:
         answer = subprocess.run([program, *query], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"nvidia_smi": str(error)}
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
     values = [value.strip() for value in answer.stdout.strip().split(",")]
     if answer.returncode or len(values) != len(_GPU_FIGURES):
-        return {"nvidia_smi": (answer.stderr or answer.stdout).strip()}
+        return {}
     return dict(zip(_GPU_FIGURES.values(), map(_number, values), strict=True))
+
+
+def _nvml(device: torch.device) -> dict[str, Any]:
+    """What torch reads by way of pynvml, where that is installed."""
+    try:
+        return {
+            "sm_clock_mhz": torch.cuda.clock_rate(device),
+            "temperature_c": torch.cuda.temperature(device),
+            "power_w": torch.cuda.power_draw(device) / 1e3,
+        }
+    except Exception as error:  # pynvml's own kinds, and torch's where it is missing
+        return {"unread": f"clocks, temperature and power: {error}"}
 
 
 def _number(text: str) -> float | str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -18,10 +19,9 @@ from .cases import Call, Case, Providers
 from .gate import CAP, one_line, relative_error
 from .timing import CannotTime, Sample, alternate, compare_samples, pair
 
-NODES = 20  # calls in a graph
-GARBAGE = (
-    0.1  # relative difference of two runs that sums in another order do not explain, not in 16 bit either
-)
+CALLS, CALLS_OF_LARGE = 20, 4  # in a graph
+LARGE = 1 << 26  # bytes of an image from which a call takes so long that few of them do
+GARBAGE = 0.1  # relative difference of two runs that sums in another order do not explain, in 16 bit either
 WARM_UPS = 3
 BUDGET_S = 0.25  # of one comparison; five turns are taken in any case
 BATCH_S = 2e-3  # a wall-clock sample lasts about as long, so that the wait at its end weighs little
@@ -66,30 +66,32 @@ class CudaWall:
 
 
 class CudaGraph:
-    """GPU seconds of a graph of NODES calls, over their number: no host time, data in the cache where it fits."""
+    """GPU seconds of a graph of CALLS calls, over their number: no host time, data in the cache where it fits."""
 
     name = "graph"
 
     def __init__(self, case: Case, sides: Providers) -> None:
         self.case, self.sides = case, sides
+        image_bytes = math.prod(case.shape) * case.dtype.itemsize
+        self.calls = CALLS if image_bytes < LARGE else CALLS_OF_LARGE
         self.stream = side_stream()
         self.pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run at the same time
         self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def sample(self, side: str, call: Call) -> Sample:
         graph = self.capture(side, call)
-        return lambda: event_seconds(graph.replay) / NODES
+        return lambda: event_seconds(graph.replay) / self.calls
 
     def capture(self, side: str, call: Call, before: Any = None) -> torch.cuda.CUDAGraph:
-        """A graph of NODES calls, with `before()` in front of each; its last result is checked against a call's."""
+        """A graph of these calls, with `before()` in front of each; its last result is checked against a call's."""
         try:
             graph, expected, result = self._record(side, call, before)
         except Exception as failure:  # whatever the library of a side does that a graph cannot hold
             torch.cuda.synchronize()
-            self.pool = (
-                torch.cuda.graph_pool_handle()
-            )  # the allocator may still count the other one as in use
-            raise CannotTime(f"no CUDA graph: {one_line(failure)}") from failure
+            # The allocator may still count the other pool as in use.
+            self.pool = torch.cuda.graph_pool_handle()
+            cause = failure.__context__ or failure  # ending the capture fails as well, and says less
+            raise CannotTime(f"no CUDA graph: {one_line(cause)}") from failure
         self.graphs.append(graph)
         graph.replay()
         torch.cuda.synchronize()
@@ -112,7 +114,7 @@ class CudaGraph:
             try:
                 graph.capture_begin(pool=self.pool)
                 try:
-                    for _ in range(NODES):
+                    for _ in range(self.calls):
                         if before is not None:
                             before()
                         result = call()
@@ -144,16 +146,16 @@ class ColdGraph(CudaGraph):
     def __init__(self, case: Case, sides: Providers) -> None:
         super().__init__(case, sides)
         l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.buffer = torch.empty(2 * l2_bytes // 4, dtype=torch.int32, device="cuda")
+        self.buffer = torch.empty(2 * l2_bytes // 4, dtype=torch.int32, device=case.device)
         flush = super().capture("", lambda: (), before=self.flush)
-        self.flush_sample: Sample = lambda: event_seconds(flush.replay) / NODES
+        self.flush_sample: Sample = lambda: event_seconds(flush.replay) / self.calls
 
     def flush(self) -> None:
         self.buffer.fill_(1)
 
     def sample(self, side: str, call: Call) -> Sample:
         graph = self.capture(side, call, before=self.flush)
-        return lambda: event_seconds(graph.replay) / NODES
+        return lambda: event_seconds(graph.replay) / self.calls
 
     def compare(self, ours: Sample, other: Sample, repeats: int) -> dict[str, Any]:
         series = {"ours": ours, "other": other, "flush": self.flush_sample}

@@ -28,20 +28,28 @@ from .gate import GateError, errors_of, one_line
 from .measure import measure
 
 REPEATS = 30
+SEARCH, SEARCHED = "max-autotune", ", with the compiler's search"
+LIMITS = {False: 60.0, True: 150.0}  # seconds of a case, without and with the search
 SPOILED = 3  # exit status: the GPU's state is lost to this process
 
 
-def chosen_cases(device: str, only: str, short: bool) -> list[Case]:
-    """The GPU's cases; on the CPU, to rehearse, on data of a few kilobytes and without compilers. The short run leaves
-    out the compiler's search."""
-    cases = registry.cases("cuda", only, short)
-    if short:
-        cases = [
-            dataclasses.replace(c, compiled=tuple(m for m in c.compiled if m == "default")) for c in cases
-        ]
-    if device == "cuda":
-        return cases
-    return list({case.name: case for case in map(rehearsed, cases)}.values())
+def chosen_cases(device: str, only: str, short: bool) -> dict[str, Case]:
+    """The GPU's cases, by what to call them in the log: the essential ones first, all without the compiler's search,
+    which takes long. Then, not in the short run, those that have it once more with it.
+
+    On the CPU, to rehearse, on data of a few kilobytes and without compilers.
+    """
+    cases = sorted(registry.cases("cuda", only, short), key=lambda case: not case.short)
+    if device == "cpu":
+        return {case.name: case for case in map(rehearsed, cases)}
+    chosen = {case.name: without_search(case) for case in cases}
+    if not short:
+        chosen |= {f"{case.name}{SEARCHED}": case for case in cases if SEARCH in case.compiled}
+    return chosen
+
+
+def without_search(case: Case) -> Case:
+    return dataclasses.replace(case, compiled=tuple(mode for mode in case.compiled if mode != SEARCH))
 
 
 def rehearsed(case: Case) -> Case:
@@ -70,18 +78,18 @@ def run_kernels(options: argparse.Namespace) -> int:
         rates = calibrate.rates(json.loads(options.calibration.read_text()))
     log.write(conditions={"machine": collect(), "state": machine_state(options.device)})
     gc.freeze()  # what importing torch left behind need not be looked at before each comparison
-    for case in chosen_cases(options.device, options.only, options.short):
-        if case.name in done:
+    for name, case in chosen_cases(options.device, options.only, options.short).items():
+        if name in done:
             continue
-        log.write(start=case.name)
+        log.write(start=name, limit=LIMITS[name.endswith(SEARCHED)])
         began = time.monotonic()
         try:
             log.write(records=measure(case, REPEATS, rates))
         except GateError as error:
-            log.write(red=case.name, reason=str(error))
+            log.write(red=name, reason=str(error))
         except Exception as error:  # the next case can still be measured, if the GPU is all right
-            log.write(failed=case.name, reason=one_line(error))
-        print(f"{time.monotonic() - began:6.1f} s  {case.name}", flush=True)
+            log.write(failed=name, reason=one_line(error))
+        print(f"{time.monotonic() - began:6.1f} s  {name}", flush=True)
         if not usable(options.device):
             return SPOILED
     log.write(end=machine_state(options.device))
@@ -90,11 +98,14 @@ def run_kernels(options: argparse.Namespace) -> int:
 
 def run_compile(options: argparse.Namespace) -> int:
     """Every `--of`-th case from the `--part`-th: fills the compilers' caches on disk, and nothing else."""
-    for case in chosen_cases(options.device, options.only, options.short)[options.part :: options.of]:
-        plain = dataclasses.replace(case, compiled=tuple(m for m in case.compiled if m == "default"))
+    cases = [
+        c
+        for c in chosen_cases(options.device, options.only, options.short).values()
+        if SEARCH not in c.compiled
+    ]
+    for case in cases[options.part :: options.of]:
         try:
-            sides = plain.build(plain)
-            _errors, wrong = errors_of(plain, sides)
+            _errors, wrong = errors_of(case, case.build(case))
             print(f"{case.name}: {wrong or 'green'}", flush=True)
         except Exception as error:  # it is measured, and told of, later
             print(f"{case.name}: {one_line(error)}", flush=True)

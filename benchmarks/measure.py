@@ -80,6 +80,7 @@ def _time(case: Case, sides: Providers, kind: Any, repeats: int) -> dict[str, An
         "timing": timing.name,
         "target": case.target,
         **record,
+        "graph_calls": getattr(timing, "calls", None),
         "load": load,
         "quiet": load <= load_limit(),
     }

@@ -107,7 +107,9 @@ def gpu_cases() -> Iterator[Case]:
         case = Case("dpm", shape, MODES[0], build_dpm, "channels_last", torch.bfloat16, device="cuda")
         for mode in MODES:
             short = shape != GPU_SHAPES[-1] and (mode == "forward" or shape != GPU_SMALL)
-            compiled = ("default", "max-autotune") if shape in GPU_SHAPES[:2] else ()
+            compiled: tuple[str, ...] = ("default",) if shape in GPU_SHAPES[:2] else ()
+            if compiled and mode == "forward":
+                compiled += ("max-autotune",)
             yield dataclasses.replace(case, mode=mode, short=short, compiled=compiled)
             if shape == GPU_LARGE:
                 yield dataclasses.replace(case, mode=mode, layout="nchw")
