@@ -1,98 +1,31 @@
-"""Writes the tables of docs/ and README.md from the result files: `python -m benchmarks.report`.
+"""Writes the tables of docs/ and README.md from the result files: `python -m benchmarks.report [--check]`.
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; what is outside the marks is left alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 import re
 import sys
 from typing import Any
 
-from . import demo_tables
+from . import demo_tables, gpu_section, model_tables
+from .kernel_tables import (
+    behind,
+    compiled,
+    left_out,
+    overall,
+)
+from .kernel_tables import by_op as cpu_summary
+from .kernel_tables import conditions as cpu_conditions
+from .kernel_tables import every_case as cpu_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def _cells(*cells: Any) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def _shape(record: dict[str, Any]) -> str:
-    return "[" + ", ".join(map(str, record["shape"])) + "]"
-
-
-def _verdict(record: dict[str, Any]) -> str:
-    """Whether the target is reached; a ratio closer to 1 than two series of our own call are is no result."""
-    if abs(record["ratio"] - 1) <= record["aa_spread"]:
-        return "within noise"
-    if record["target"] is None:
-        return "-"
-    return "yes" if record["ratio"] >= record["target"] else "**no**"
-
-
-def _others(record: dict[str, Any]) -> str:
-    """The ratios against the rivals behind the first one, and against the floors."""
-    others = {name: pair for name, pair in record["rivals"].items() if name != record["rival"]} | record[
-        "floors"
-    ]
-    return ", ".join(f"{name} {pair['ratio']:.2f}x" for name, pair in others.items()) or "-"
-
-
-def cpu_table(report: dict[str, Any]) -> str:
-    """Every case, the ones that miss their target included."""
-    head = ("op", "shape", "dtype", "layout", "mode", "ours, ms", "eager, ms", "ratio", "A/A", "target")
-    lines = [_cells(*head, "reached", "other rivals and floors"), _cells(*["---"] * (len(head) + 2))]
-    for record in report["cases"]:
-        target = record["target"]
-        lines.append(
-            _cells(
-                record["op"],
-                _shape(record),
-                record["dtype"],
-                record["layout"],
-                record["mode"],
-                f"{record['ours_ms']['median']:.3f}",
-                f"{record['rival_ms']['median']:.3f}",
-                f"{record['ratio']:.2f}x",
-                f"{100 * record['aa_spread']:.1f}%",
-                "-" if target is None else f"{target:.1f}x",
-                _verdict(record),
-                _others(record),
-            )
-        )
-    return "\n".join(lines)
-
-
-def cpu_summary(report: dict[str, Any]) -> str:
-    """One row for each op and mode: the worst and the best ratio over shapes and layouts, in float32."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for record in report["cases"]:
-        if record["dtype"] == "float32":
-            groups.setdefault((record["op"], record["mode"]), []).append(record["ratio"])
-    lines = [_cells("op", "mode", "worst ratio", "best ratio"), _cells(*["---"] * 4)]
-    for (op, mode), ratios in groups.items():
-        lines.append(_cells(op, mode, f"{min(ratios):.1f}x", f"{max(ratios):.1f}x"))
-    return "\n".join(lines)
-
-
-def cpu_conditions(report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    versions, load = machine["versions"], report["load_before"][0]
-    busy = sum(not record["quiet"] for record in report["cases"])
-    warning = (
-        f" **Something else ran on the machine during {busy} of {len(report['cases'])} cases.**"
-        if busy
-        else ""
-    )
-    return (
-        f"{machine['machine']['cpu']}, {report['threads']} threads, {machine['build']['cpu_isa']} kernels, "
-        f"torch {versions['torch']}, Python {versions['python']}, float32 unless said, {report['when'][:10]}, "
-        f"load average before the run {load:.1f}.{warning}"
-    )
+DOCUMENTS = ("docs/performance.md", "docs/model-card.md", "README.md")
 
 
 def replace_table(text: str, name: str, table: str) -> str:
@@ -106,12 +39,29 @@ def _result(name: str) -> dict[str, Any]:
     return report
 
 
+def _optional(name: str) -> dict[str, Any] | None:
+    return _result(name) if (RESULTS / name).exists() else None
+
+
 def cpu_tables() -> dict[str, str]:
     report = _result("cpu/kernels.json")
     return {
         "cpu": cpu_table(report),
         "cpu-summary": cpu_summary(report),
         "cpu-conditions": cpu_conditions(report),
+        "cpu-overall": overall(report),
+        "cpu-behind": behind(report),
+        "cpu-compiled": compiled(report),
+        "cpu-left-out": left_out(report),
+    }
+
+
+def net_tables() -> dict[str, str]:
+    model = _optional("cpu/model.json")
+    return {
+        "model": model_tables.latency(model),
+        "model-conditions": model_tables.conditions(model),
+        "model-components": model_tables.shares(model),
     }
 
 
@@ -124,14 +74,41 @@ def demo_model_tables() -> dict[str, str]:
     }
 
 
-def main() -> int:
-    """Returns the exit status."""
-    tables = cpu_tables() | demo_model_tables()
-    for name in ("docs/performance.md", "docs/model-card.md", "README.md"):
-        text = (ROOT / name).read_text()
-        for table, content in tables.items():
-            text = replace_table(text, table, content)
-        (ROOT / name).write_text(text)
+def filled(text: str, tables: dict[str, str], name: str) -> str:
+    """A document with its tables replaced.
+
+    Raises:
+        ValueError: it has a mark that is no table's.
+    """
+    unknown = set(re.findall(r"<!-- /?table:(\S+) -->", text)) - set(tables)
+    if unknown:
+        raise ValueError(f"{name}: a mark must name a table, got {', '.join(sorted(unknown))}")
+    for table, content in tables.items():
+        text = replace_table(text, table, content)
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 where `--check` finds a document that differs from what the files give."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="write the tables of the documents from the result files",
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing, name the documents that differ")
+    options = parser.parse_args(argv)
+    tables = cpu_tables() | net_tables() | demo_model_tables() | {"gpu": gpu_section.all_gpus(RESULTS)}
+    differing = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        before = path.read_text()
+        after = filled(before, tables, name)
+        if before != after:
+            differing.append(name)
+            if not options.check:
+                path.write_text(after)
+    if options.check and differing:
+        print(f"not what the result files give: {', '.join(differing)}; run python -m benchmarks.report")
+        return 1
     return 0
 
 

@@ -1,0 +1,53 @@
+"""The section of docs/performance.md about GPUs: one part for each whose results lie in benchmarks/results/."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+from . import gpu_table, kernel_tables, model_tables
+
+NOTHING = (
+    "No kernel of this project has been measured on a GPU: there is no result file, so there is no figure."
+)
+
+
+def all_gpus(results: pathlib.Path) -> str:
+    parts = [one_gpu(path.parent) for path in sorted(results.glob("*/kernels.json")) if _is_gpu(path)]
+    return "\n\n".join(parts) or NOTHING
+
+
+def _is_gpu(path: pathlib.Path) -> bool:
+    return any(record.get("device") == "cuda" for record in json.loads(path.read_text())["cases"])
+
+
+def one_gpu(folder: pathlib.Path) -> str:
+    """The page that the run left in the folder, with the worst cases of each timing before it and the nets behind."""
+    report = json.loads((folder / "kernels.json").read_text())
+    calibration = _optional(folder / "calibration.json") or {}
+    name = report.get("state_before", {}).get("gpu", {}).get("name", folder.name)
+    page = gpu_table.page(name, report, calibration)
+    title, _, body = page.partition("\n\n")
+    parts = [title, *_summaries(report), body.rstrip()]
+    if model := _optional(folder / "model.json"):
+        parts += ["## Nets", model_tables.latency(model), model_tables.shares(model)]
+    parts += [f"![{plot.stem}](../{_from_root(plot)})" for plot in sorted(folder.glob("*.png"))]
+    return re.sub(r"^#", "###", "\n\n".join(parts), flags=re.MULTILINE)
+
+
+def _summaries(report: dict[str, Any]) -> list[str]:
+    parts = []
+    for timing in dict.fromkeys(record["timing"] for record in report["cases"]):
+        chosen = report | {"cases": [record for record in report["cases"] if record["timing"] == timing]}
+        parts += [f"## Worst cases, {timing}", kernel_tables.overall(chosen), kernel_tables.behind(chosen)]
+    return parts
+
+
+def _optional(path: pathlib.Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _from_root(path: pathlib.Path) -> str:
+    return "/".join(path.parts[-4:])
