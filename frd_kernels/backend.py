@@ -64,6 +64,8 @@ PROVIDERS = {
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("frd_backend", default=None)
+# The same for the whole process, which is what torch.compile traces: torch 2.11 has no guard for a ContextVar.
+_traced: str | None = None
 
 
 @contextlib.contextmanager
@@ -79,11 +81,14 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES and name not in PROVIDERS:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
-    token = _requested.set(name)
+    global _traced
+    token, traced = _requested.set(name), _traced
+    _traced = name
     try:
         yield
     finally:
         _requested.reset(token)
+        _traced = traced
 
 
 def backends() -> dict[str, tuple[bool, str]]:
@@ -111,7 +116,7 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
     Raises:
         NotImplementedError: a backend was requested with `use_backend` that cannot run the op on this tensor.
     """
-    requested = _requested.get()
+    requested = _traced if torch.compiler.is_compiling() else _requested.get()
     if requested == "reference":
         return None
     if requested is None:

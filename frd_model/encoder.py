@@ -44,7 +44,7 @@ def tokens(x: Tensor) -> Tensor:
 
 def image(x: Tensor, h: int, w: int) -> Tensor:
     """[B, h * w, C] -> [B, C, h, w], a view in channels_last strides."""
-    return x.transpose(1, 2).unflatten(2, (h, w))
+    return torch.unflatten(x.transpose(1, 2), 2, (h, w))
 
 
 class PatchEmbed(nn.Module):

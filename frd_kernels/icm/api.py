@@ -8,6 +8,7 @@ from typing import TypeVar, cast
 import torch
 
 from .. import backend
+from .._autocast import autocast_dtype
 from . import ops, reference
 from .reference import ClusterResult, Projection, Scalar
 
@@ -175,10 +176,10 @@ def icm(
 
 def _autocast(tensor: _TensorOrNone, like: torch.Tensor) -> _TensorOrNone:
     """The tensor as autocast wants it on the device of `like`: alpha, beta and the sums stay out of this."""
-    device = like.device.type
-    if tensor is None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(like.device.type)
+    if tensor is None or dtype is None or tensor.dtype == torch.float64:
         return tensor
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(dtype)
 
 
 def _describe(tensor: torch.Tensor) -> str:

@@ -48,7 +48,7 @@ class _Split(NamedTuple):
             return regions
         batch, channels, h, w = regions.shape
         batch, height, width = batch // self.regions, self.rows * h, self.columns * w
-        parts = regions.unflatten(0, (batch, self.rows, self.columns))
+        parts = torch.unflatten(regions, 0, (batch, self.rows, self.columns))
         if self.channels_last:
             parts = parts.permute(0, 1, 4, 2, 5, 3)
             return parts.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -67,7 +67,7 @@ class _Split(NamedTuple):
         """[b * heads, h * w, C] -> [b, heads * C, h, w]"""
         batch, channels = tokens.size(0) // self.heads, tokens.size(2) * self.heads
         if self.channels_last:
-            rows = tokens.unflatten(0, (batch, self.heads)).transpose(1, 2)
+            rows = torch.unflatten(tokens, 0, (batch, self.heads)).transpose(1, 2)
             return rows.reshape(batch, h, w, channels).permute(0, 3, 1, 2)
         return tokens.transpose(1, 2).reshape(batch, channels, h, w)
 
@@ -81,7 +81,7 @@ class _Split(NamedTuple):
     def by_image(self, found: ClusterResult) -> ClusterResult:
         """The results of the tokens' batch as [B, regions, heads, ...]."""
         images = found.labels.size(0) // (self.regions * self.heads)
-        return ClusterResult(*(t.unflatten(0, (images, self.regions, self.heads)) for t in found))
+        return ClusterResult(*(torch.unflatten(t, 0, (images, self.regions, self.heads)) for t in found))
 
 
 def _split(x: torch.Tensor, fold_w: int, fold_h: int, heads: int) -> _Split:

@@ -98,4 +98,4 @@ class ICM(nn.Module):
             grids=self.grids,
             hw=(height, width),
         )
-        return out.transpose(1, 2).unflatten(2, (height, width))
+        return torch.unflatten(out.transpose(1, 2), 2, (height, width))

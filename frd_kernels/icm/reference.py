@@ -12,6 +12,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 
+from .._autocast import has_autocast
+
 EPS = 1e-12  # a norm below it counts as zero
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -60,7 +62,7 @@ def pool(
 
     mask [B, H*W]: of the tokens where it is true; the others are zeros already. A bin without any gives 0.
     """
-    image = tokens.transpose(1, 2).unflatten(2, tuple(hw))
+    image = torch.unflatten(tokens.transpose(1, 2), 2, tuple(hw))
     means = F.adaptive_avg_pool2d(image, (grid[0], grid[1])).flatten(2).transpose(1, 2)
     if mask is None:
         return means
@@ -126,7 +128,7 @@ def _outside_autocast(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def wrapped(x: torch.Tensor, *args: object, **kwargs: object) -> object:
-        if not torch.amp.is_autocast_available(x.device.type):
+        if not has_autocast(x.device.type):
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from .. import backend
+from .._autocast import autocast_dtype
 from ..kinds import Kind, parse_kind
 from . import ops, reference
 from .arguments import (
     Geometry,
     IntOrPair,
-    autocast_dtype,
     check_tensors,
     check_weight,
     parse_geometry,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .._autocast import autocast_dtype
 from ..kinds import Kind, parse_kind
 
 IntOrPair = int | Sequence[int]
@@ -91,13 +92,6 @@ def parse_geometry(
     if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)) or groups < 1:
         raise ValueError(f"groups must be a positive int, got {groups!r}")
     return Geometry(parse_kind(kind), parse_theta(theta), stride_pair, padding_pair, dilation_pair, groups)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of the autocast region around the call; None outside one, and on devices without (meta)."""
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def check_weight(weight: torch.Tensor) -> None:

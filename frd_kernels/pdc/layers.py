@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import backend
+from .._autocast import autocast_dtype
 from ..kinds import Kind, parse_kind
 from . import api
-from .arguments import Geometry, IntOrPair, autocast_dtype, check_tensors, parse_geometry, parse_theta
+from .arguments import Geometry, IntOrPair, check_tensors, parse_geometry, parse_theta
 
 
 class PDC2d(nn.Conv2d):

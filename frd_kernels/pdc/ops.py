@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from .. import _triton
+from .._autocast import autocast_dtype
 from . import weight as _weight
-from .arguments import Geometry, autocast_dtype
+from .arguments import Geometry
 
 OptionalTensor = torch.Tensor | None
 

@@ -39,7 +39,7 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
         taps[index(minuend)] = taps[index(minuend)] + flat[..., k]
         if subtrahend is not None:
             taps[index(subtrahend)] = taps[index(subtrahend)] - theta * flat[..., k]
-    return torch.stack(taps, dim=-1).unflatten(-1, (side, side))
+    return torch.unflatten(torch.stack(taps, dim=-1), -1, (side, side))
 
 
 def pdc2d(
@@ -100,6 +100,6 @@ def _contract(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tenso
     """x [..., C, H, W], weight [O, C / groups] -> [..., O, H, W], a grouped 1x1 convolution."""
     if weight.shape[1] == 1 and weight.shape[0] == groups:
         return x * weight[:, 0, None, None]
-    split = x.unflatten(-3, (groups, -1))
-    out = torch.einsum("...gchw,goc->...gohw", split, weight.unflatten(0, (groups, -1)))
+    split = torch.unflatten(x, -3, (groups, -1))
+    out = torch.einsum("...gchw,goc->...gohw", split, torch.unflatten(weight, 0, (groups, -1)))
     return out.flatten(-4, -3)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import _triton, backend
+from .._autocast import autocast_dtype
 from ..pdc import api as pdc_api
-from ..pdc.arguments import Geometry, IntOrPair, autocast_dtype, check_tensors, parse_geometry
+from ..pdc.arguments import Geometry, IntOrPair, check_tensors, parse_geometry
 from . import ops, reference
 
 OptionalTensor = torch.Tensor | None

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import _triton
+from .._autocast import autocast_dtype
 from ..pdc import ops as _pdc_ops  # noqa: F401  registers the autograd of the ops the double backward uses
-from ..pdc.arguments import Geometry, autocast_dtype
+from ..pdc.arguments import Geometry
 
 OptionalTensor = torch.Tensor | None
 

@@ -88,3 +88,10 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32_is_float32() -> None:
+    """Convolutions of cuDNN take TF32 unless told; products of cuBLAS do not."""
+    if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False

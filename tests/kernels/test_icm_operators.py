@@ -117,7 +117,7 @@ def test_compile_icm(variant: str) -> None:
     assert_compiles(function, cases, backend="aot_eager")
 
 
-AUTOCAST = {"device_type": "cpu", "dtype": torch.bfloat16}
+AUTOCAST = {"device_type": "cuda" if torch.cuda.is_available() else "cpu", "dtype": torch.bfloat16}
 
 
 @pytest.mark.parametrize("aggregate", ["count", "similarity"])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import frd_kernels as fk
 
+from . import backends
 from .icm_cases import (
     VARIANTS,
     Case,
@@ -73,21 +74,34 @@ def measured(form: Form, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return results + [grad.double() for grad in grads]
 
 
-def compare(kernel: Form, eager: Form, exact: Form, inputs: list[torch.Tensor]) -> None:
+def compare(kernel: Form, eager: Form, exact: Form, inputs: list[torch.Tensor]) -> list[tuple[float, float]]:
+    """Squared errors of the kernel and of the eager form, for each result and gradient."""
     found, rival = measured(kernel, inputs), measured(eager, inputs)
     wanted = measured(exact, [t.double() for t in inputs])
+    errors = []
     for number, (a, b, c) in enumerate(zip(found, rival, wanted, strict=True)):
         ours, theirs = (a - c).norm().item(), (b - c).norm().item()
-        assert ours <= 2 * theirs, f"tensor {number}: error {ours}, of the eager form {theirs}"
+        errors.append((ours**2, theirs**2))
         if number < len(wanted) - len(inputs):
             assert theirs <= 0.05 * c.norm().item(), "the eager form mistakes a label"
+    return errors
+
+
+def assert_at_most_twice(draws: list[list[tuple[float, float]]]) -> None:
+    """Over all draws together: alpha's and beta's gradients are numbers, which one draw may get right by luck."""
+    for number, errors in enumerate(zip(*draws, strict=True)):
+        ours, theirs = (sum(part) ** 0.5 for part in zip(*errors, strict=True))
+        assert ours <= 2 * theirs, f"tensor {number}: error {ours}, of the eager form {theirs}"
+
+
+def draws_of(backend: str) -> range:
+    return range(1 if backends.is_slow(backend, OP) else 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("aggregate", ["count", "similarity"])
 def test_cluster(backend: str, aggregate: str, dtype: torch.dtype) -> None:
     hw, grid = (13, 11), (3, 2)
-    k, v = clear_tokens(hw, grid, 16, dtype, CLEAR, noise=0.5)
 
     def op(cluster: Callable[..., fk.ClusterResult]) -> Form:
         def form(k: torch.Tensor, v: torch.Tensor, alpha: Any, beta: Any) -> list[torch.Tensor]:
@@ -100,13 +114,22 @@ def test_cluster(backend: str, aggregate: str, dtype: torch.dtype) -> None:
         centres, similarity, mask = eager_round(k, v, hw, grid, form)
         return [centres, (similarity * mask).sum(2)]
 
-    compare(op(fk.cluster), eager, op(fk.reference.cluster), [k, v, torch.tensor(1.5), torch.tensor(-0.25)])
+    gate = [torch.tensor(1.5), torch.tensor(-0.25)]
+    draws = []
+    for _ in draws_of(backend):
+        tokens = clear_tokens(hw, grid, 16, dtype, CLEAR, noise=0.5)
+        draws.append(compare(op(fk.cluster), eager, op(fk.reference.cluster), [*tokens, *gate]))
+    assert_at_most_twice(draws)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("projected", ["none", "biases"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_icm(backend: str, variant: str, projected: str, dtype: torch.dtype) -> None:
+    assert_at_most_twice([icm_errors(variant, projected, dtype) for _ in draws_of(backend)])
+
+
+def icm_errors(variant: str, projected: str, dtype: torch.dtype) -> list[tuple[float, float]]:
     case = Case((12, 10), [(4, 2), (2, 2), (2, 1)], 32, projected)
     x, maps, options = clear_case(case, variant, dtype, clear=CLEAR, noise=0.5)
     inputs = [x, options["alpha"], options["beta"]]
@@ -120,4 +143,4 @@ def test_icm(backend: str, variant: str, projected: str, dtype: torch.dtype) -> 
 
         return form
 
-    compare(op(fk.icm), op(eager_icm), op(fk.reference.icm), inputs)
+    return compare(op(fk.icm), op(eager_icm), op(fk.reference.icm), inputs)

@@ -88,7 +88,9 @@ def test_export_of_a_block_is_one_operator(residual: bool) -> None:
 def test_autocast_is_a_cast_of_the_operands(
     device: torch.device, kind: str, dtype: torch.dtype, groups: int
 ) -> None:
-    operands = {n: t.requires_grad_() for n, t in block_operands(2, 4, 6, 7, 8, groups=groups).items()}
+    operands = {
+        n: t.requires_grad_() for n, t in block_operands(2, 4, 6, 7, 8, groups=groups, device=device).items()
+    }
     leaves = list(operands.values())
     with torch.autocast(device.type, dtype=dtype):
         out = fk.pdc_block(**operands, kind=kind)

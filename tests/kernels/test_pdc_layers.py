@@ -303,7 +303,8 @@ def test_frozen_weight_gets_no_gradient(device: torch.device) -> None:
     layer.weight.requires_grad_(False)
     layer(torch.randn(1, 4, 6, 6, device=device)).sum().backward()
     assert layer.weight.grad is None and layer.bias.grad is not None
-    assert not fk.PDC2d(4, 4).requires_grad_(False)(torch.randn(1, 4, 6, 6)).requires_grad
+    frozen = fk.PDC2d(4, 4, device=device).requires_grad_(False)
+    assert not frozen(torch.randn(1, 4, 6, 6, device=device)).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
