@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import json
+import dataclasses
 import os
 import pathlib
 import sys
@@ -14,15 +13,14 @@ from typing import Any
 
 import torch
 
-from frd_kernels.info import collect
-
-from . import registry
-from .harness import Case, GateError, keep_memory, load_limit, run_case
+from . import calibrate, conditions, registry
+from .harness import Case, GateError, Rates, keep_memory, run_case
 
 
 def cases(only: str = "", short: bool = False) -> list[Case]:
-    """The registered cases whose name holds `only`; with `short` those of the demo."""
-    return registry.cases("cpu", only, short)
+    """The registered cases whose name holds `only`; with `short` those of the demo, without compilers."""
+    found = registry.cases("cpu", only, short)
+    return [dataclasses.replace(case, compiled=()) for case in found] if short else found
 
 
 def _target(target: float | None) -> str:
@@ -49,9 +47,10 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def run(
-    only: str = "", short: bool = False, repeats: int = 40, threads: int = 2
+    only: str = "", short: bool = False, repeats: int = 40, threads: int = 2, rates: Rates | None = None
 ) -> tuple[list[dict[str, Any]], int]:
-    """Runs and prints the cases; returns the records and how many gates were red."""
+    """Runs and prints the cases; returns the records and how many gates were red. `rates`: of a calibration, for the
+    floors."""
     chosen = cases(only, short)
     width = max(len(case.name) for case in chosen) if chosen else 0
     print(
@@ -61,7 +60,7 @@ def run(
     with cpu_threads(threads):
         for case in chosen:
             try:
-                records.append(run_case(case, repeats))
+                records.append(run_case(case, repeats, rates))
             except GateError as error:
                 red += 1
                 print(f"RED GATE, no time shown: {error}", flush=True)
@@ -76,22 +75,21 @@ def write_report(
     threads: int,
     load_before: tuple[float, ...],
     memory_kept: bool,
+    calibration: dict[str, Any] | None = None,
 ) -> None:
     with cpu_threads(threads):
-        limit = load_limit()
-    report = {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "threads": threads,
-        "load_before": list(load_before),
-        "load_after": list(os.getloadavg()),
-        "load_limit": limit,
-        "memory_kept": memory_kept,
-        "quiet": all(record["quiet"] for record in records),
-        "machine": collect(),
-        "cases": records,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+        report = conditions.report(records, threads, load_before, memory_kept, calibration)
+    conditions.write(path, report)
+
+
+def _calibrate(threads: int) -> dict[str, Any]:
+    with cpu_threads(threads):
+        found = calibrate.calibrate("cpu")
+    copy, product = found["copy"]["bytes_per_s"], found["matrix"]["float32"]["flops_per_s"]
+    print(
+        f"copy {copy / 1e9:.0f} GB/s, float32 matrix product {product / 1e9:.0f} GFLOP/s, {threads} threads"
+    )
+    return found
 
 
 def _positive(text: str) -> int:
@@ -118,9 +116,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{case.name}  target {_target(case.target)}")
         return 0
     load, kept = os.getloadavg(), keep_memory()
-    records, red = run(options.only, options.short, options.repeats, options.threads)
+    calibration = _calibrate(options.threads) if options.out and not options.short else None
+    rates = calibrate.rates(calibration) if calibration else None
+    records, red = run(options.only, options.short, options.repeats, options.threads, rates)
     if options.out:
-        write_report(options.out, records, options.threads, load, kept)
+        write_report(options.out, records, options.threads, load, kept, calibration)
     if not all(record["quiet"] for record in records):
         print("Something else ran on this machine (load average): repeat the cases marked busy.")
     return 1 if red else 0

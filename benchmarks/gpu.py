@@ -294,7 +294,7 @@ def run_stages(run: Run) -> int:
         limit, began = run.limit(name), time.monotonic()
         run.stages[name] = {"limit_s": round(limit, 1)}
         if limit < 1:
-            problem = "left out: no time was left"
+            problem = "cut: no time was left"
         else:
             problem = RUNNERS[name](run, limit)
         seconds = time.monotonic() - began
