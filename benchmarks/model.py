@@ -1,0 +1,348 @@
+"""FRD-Net as a whole, with our layers against eager PyTorch: `python -m benchmarks.model --help`.
+
+Both nets have the same weights; every side runs in the memory layout that is faster for it, chosen by a pilot run.
+Latency by turns (A B B A), images a second, peak memory, a training step, the share of time of each component. On a
+CPU whatever no longer fits into `--limit` is listed under `left_out`, the large batches first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from frd_kernels.info import collect
+
+from . import components, model_memory
+from .clock import machine_state, revision
+from .gate import GateError, one_line
+from .harness import keep_memory
+from .measure import load_limit
+from .model_sides import VARIANTS, Subject
+from .model_timing import (
+    Setting,
+    Side,
+    build_sides,
+    case_of,
+    check_inference,
+    check_training,
+    compare_sides,
+    peak_bytes_on_gpu,
+    timings_of,
+)
+from .timing import CannotTime
+
+CPU_LIMIT_S = 300.0
+# Of one record, in calls of ours: gate, pilot, five turns of each pair and their warm-up.
+CALLS_OF_A_RECORD = 60
+
+
+class Run:
+    """The records of one run, its time limit, and what was left out for it."""
+
+    def __init__(self, limit_s: float, save: Callable[[Run], None] | None = None) -> None:
+        self.end = time.monotonic() + limit_s
+        self.limit_s, self.save = limit_s, save
+        self.records: list[dict[str, Any]] = []
+        self.components: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
+        self.red: dict[str, str] = {}
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def attempt(self, name: str, expected_s: float, job: Callable[[], None]) -> bool:
+        """Runs a job if its expected time is left; whatever it raises is noted, so that the next ones still run."""
+        if self.left() < expected_s:
+            self.left_out[name] = f"needs about {expected_s:.0f} s, {max(0.0, self.left()):.0f} s were left"
+            return False
+        try:
+            job()
+        except GateError as error:
+            self.red[name] = str(error)
+            print(f"RED GATE, no time shown: {name}: {error}", flush=True)
+            return False
+        except Exception as error:  # a compiler, a backend, the machine's memory
+            self.left_out[name] = one_line(error)
+            print(f"left out: {name}: {self.left_out[name]}", flush=True)
+            return False
+        finally:
+            if self.save is not None:
+                self.save(self)
+        return True
+
+
+def measure_net(
+    subject: Subject, setting: Setting, layouts: dict[str, str]
+) -> tuple[list[dict[str, Any]], dict[str, Side]]:
+    """Gate, then the records of one setting, one for each timing, and the sides that were measured.
+
+    Raises:
+        GateError: one of our backends is wrong.
+    """
+    before = os.getloadavg()[0]
+    ours, rivals, pilots, left_out = build_sides(subject, setting, layouts)
+    gate = check_inference if setting.mode == "forward" else check_training
+    errors, wrong = gate(subject, setting, ours, rivals)
+    left_out |= wrong
+    case, records = case_of(subject, setting), []
+    for kind in timings_of(subject, setting):
+        try:
+            compared = compare_sides(kind, case, ours, rivals, setting)
+        except CannotTime as reason:
+            left_out[kind.name] = str(reason)
+            continue
+        load = max(before, os.getloadavg()[0])
+        shape = "x".join(map(str, case.shape))
+        name = f"{case.op} {setting.execution} [{shape}] {case.dtype_name} {setting.mode}"
+        record = {
+            "name": name,
+            "op": case.op,
+            "variant": subject.variant,
+            "batch": setting.batch,
+            "size": subject.size,
+            "shape": list(case.shape),
+            "dtype": case.dtype_name,
+            "mode": setting.mode,
+            "execution": setting.execution,
+            "device": subject.device,
+            "target": None,
+            **compared,
+            "layouts": {name: side.layout for name, side in (ours | rivals).items()},
+            "pilot_ms": pilots,
+            "relative_errors": errors,
+            "load": load,
+            "quiet": load <= load_limit(),
+        }
+        record["layout"] = record["layouts"][record["backend"]]
+        record["images_per_s"] = {
+            side: 1e3 * setting.batch / record[key]["median"]
+            for side, key in (("ours", "ours_ms"), ("rival", "rival_ms"))
+        }
+        record["left_out"] |= left_out
+        records.append(record)
+    if not records:
+        raise CannotTime(f"{case.op}: {left_out}")
+    return records, ours | rivals
+
+
+def show(record: dict[str, Any]) -> None:
+    ours, rival = record["ours_ms"], record["rival_ms"]
+    busy = "" if record["quiet"] else f"  busy machine, load {record['load']:.1f}"
+    print(
+        f"{record['name']:62} {record['timing']:6} {ours['median']:9.2f} {rival['median']:9.2f} ms "
+        f"{record['ratio']:6.2f}x  A/A {100 * record['aa_spread']:4.1f}%  "
+        f"{record['images_per_s']['ours']:8.2f} images/s{busy}",
+        flush=True,
+    )
+
+
+def measure_into(run: Run, subject: Subject, setting: Setting, layouts: dict[str, str]) -> None:
+    """Adds the records of a setting, on a GPU with peak memory."""
+    records, sides = measure_net(subject, setting, layouts)
+    for record in records:
+        if subject.device == "cuda":
+            chosen = {"ours": record["backend"], "rival": record["rival"]}
+            record["peak_bytes"] = {key: peak_bytes_on_gpu(sides[name]) for key, name in chosen.items()}
+        show(record)
+    run.records += records
+
+
+def add_memory(run: Run, subject: Subject) -> None:
+    """Peak memory of every forward record of a subject on the CPU, by a fresh process."""
+    records = [
+        record
+        for record in run.records
+        if record["variant"] == subject.variant
+        and record["mode"] == "forward"
+        and record["execution"] == "eager"
+    ]
+    first = records[0]
+    layouts = {"ours": first["layout"], "rival": first["layouts"][first["rival"]]}
+    batches = sorted({record["batch"] for record in records})
+    found = model_memory.measure(subject.variant, subject.size, batches, layouts, max(1.0, run.left()))
+    for record in records:
+        record["peak_bytes"] = found[str(record["batch"])]
+
+
+def add_components(run: Run, subject: Subject, dtype: torch.dtype) -> None:
+    shares = components.measure(subject, dtype)
+    run.components.append(
+        {"variant": subject.variant, "size": subject.size, "device": subject.device, **shares}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run on the CPU measures."""
+
+    variants: tuple[str, ...] = ("lite", "paper", "released")
+    batches: tuple[int, ...] = (1, 8, 16)
+    size: int = 512
+    modes: tuple[str, ...] = ("eager", "compiled")
+    compiled: tuple[str, ...] = ("lite",)  # compiling a large net takes minutes on a CPU
+    budget_s: float = 5.0
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the configuration
+
+
+def run_on_cpu(plan: Plan, run: Run) -> None:
+    """One image of every variant first, then training steps, compiled nets, larger batches while time is left."""
+    subjects = {variant: Subject(variant, plan.size, **plan.overrides) for variant in plan.variants}
+    layouts: dict[str, dict[str, str]] = {variant: {} for variant in plan.variants}
+    first = plan.batches[0]
+
+    def net(variant: str, setting: Setting, expected_s: float) -> None:
+        name = f"{variant}, batch {setting.batch}, {setting.mode}, {setting.execution}"
+        subject, chosen = subjects[variant], layouts[variant]
+        if setting.mode == "training step":
+            chosen = {}
+        run.attempt(name, expected_s, lambda: measure_into(run, subject, setting, chosen))
+
+    for variant in plan.variants:
+        net(variant, Setting(first, budget_s=plan.budget_s), 0.0)
+    known = {r["variant"]: 1e-3 * max(r["ours_ms"]["median"], r["rival_ms"]["median"]) for r in run.records}
+    for variant, seconds in known.items():
+        subject = subjects[variant]
+        run.attempt(
+            f"{variant}, components",
+            20 * seconds,
+            lambda subject=subject: add_components(run, subject, torch.float32),  # type: ignore[misc]
+        )
+        net(variant, Setting(1, "training step", budget_s=plan.budget_s), 4 * 40 * seconds)
+    if "compiled" in plan.modes:
+        for variant in plan.compiled:
+            if variant in known:
+                setting = Setting(first, execution="compiled", budget_s=plan.budget_s)
+                net(variant, setting, 45 + CALLS_OF_A_RECORD * known[variant])
+    for batch, variant in sorted((batch, variant) for batch in plan.batches[1:] for variant in known):
+        setting = Setting(batch, budget_s=plan.budget_s)
+        net(variant, setting, CALLS_OF_A_RECORD * known[variant] * batch / first)
+    for variant in known:
+        expected_s = 15 + 4 * known[variant] * sum(plan.batches) / first
+        subject = subjects[variant]
+        run.attempt(f"{variant}, peak memory", expected_s, lambda subject=subject: add_memory(run, subject))  # type: ignore[misc]
+
+
+def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
+    """Variant, setting and the seconds it may take, the essential ones first."""
+    half, quick = torch.bfloat16, 0.5
+    for batch in (1, 8, 16):
+        for variant in ("paper", "released", "lite"):
+            yield variant, Setting(batch, dtype=half, budget_s=quick), 6
+    for variant in ("paper", "released", "lite"):
+        yield variant, Setting(8, "training step", dtype=half, budget_s=quick), 8
+    yield "paper", Setting(1, budget_s=quick), 6
+    yield "paper", Setting(1, execution="compiled", dtype=half, budget_s=quick), 60
+
+
+def gpu_records(limit_s: float, size: int = 512, device: str = "cuda") -> dict[str, Any]:
+    """What `python -m benchmarks.gpu` adds of whole nets, as far as `limit_s` seconds go: bf16 autocast at batches 1, 8
+    and 16, training steps at batch 8, float32 once, compiled once; ours against eager.
+
+    Returns the report of `report_of`; what was left out and why is part of it.
+    """
+    run = Run(limit_s)
+    subjects: dict[str, Subject] = {}
+    for variant, setting, expected_s in gpu_settings():
+        name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
+
+        def job(variant: str = variant, setting: Setting = setting) -> None:
+            subject = subjects.setdefault(variant, Subject(variant, size, device))
+            measure_into(run, subject, setting, {})
+            if setting.batch == 8 and setting.mode == "forward":
+                add_components(run, subject, setting.dtype)
+
+        run.attempt(name, expected_s, job)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return report_of(run, device, size)
+
+
+def report_of(
+    run: Run, device: str, size: int, load_before: tuple[float, ...] = (), kept: bool = False
+) -> dict[str, Any]:
+    """A report file: the machine, `records` as those of the kernels, `components`, `red` gates, `left_out`."""
+    return {
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "size": size,
+        "threads": torch.get_num_threads(),
+        "load_before": list(load_before),
+        "load_after": list(os.getloadavg()),
+        "load_limit": load_limit(),
+        "memory_kept": kept,
+        "quiet": all(record["quiet"] for record in run.records),
+        "limit_s": run.limit_s,
+        "machine": collect(),
+        "state": machine_state(device),
+        "revision": revision(),
+        "records": run.records,
+        "components": run.components,
+        "red": run.red,
+        "left_out": run.left_out,
+    }
+
+
+def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
+    return names
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        batches = tuple(sorted(int(part) for part in text.split(",")))
+    except ValueError:
+        batches = ()
+    if not batches or batches[0] < 1:
+        raise argparse.ArgumentTypeError(f"must be positive numbers such as 1,8,16, got {text!r}")
+    return batches
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 where a correctness gate was red."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.model", description="FRD-Net, our layers against eager PyTorch"
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--variants", type=lambda text: _names(text, tuple(VARIANTS)), default=Plan.variants)
+    parser.add_argument("--batches", type=_batches, default=Plan.batches, help="CPU; default 1,8,16")
+    parser.add_argument("--size", type=int, default=Plan.size, help="pixels of a side (default 512)")
+    parser.add_argument("--modes", type=lambda text: _names(text, Plan.modes), default=Plan.modes)
+    parser.add_argument("--compile", type=lambda text: _names(text, tuple(VARIANTS)), default=Plan.compiled)
+    parser.add_argument("--limit", type=float, default=CPU_LIMIT_S, metavar="SECONDS")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--out", type=pathlib.Path, help="write the report as JSON")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    load, kept = os.getloadavg(), keep_memory()
+
+    def save(report: dict[str, Any]) -> None:
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    if options.device == "cuda":
+        report = gpu_records(options.limit, options.size)
+        save(report)
+        return 1 if report["red"] else 0
+    run = Run(options.limit, lambda run: save(report_of(run, "cpu", options.size, load, kept)))
+    plan = Plan(options.variants, options.batches, options.size, options.modes, options.compile)
+    run_on_cpu(plan, run)
+    for name, reason in run.left_out.items():
+        print(f"left out: {name}: {reason}")
+    return 1 if run.red else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
