@@ -12,16 +12,7 @@ import re
 import sys
 from typing import Any
 
-from . import demo_tables, gpu_section, model_tables
-from .kernel_tables import (
-    behind,
-    compiled,
-    left_out,
-    overall,
-)
-from .kernel_tables import by_op as cpu_summary
-from .kernel_tables import conditions as cpu_conditions
-from .kernel_tables import every_case as cpu_table
+from . import demo_tables, gpu_section, kernel_tables, model_tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,13 +37,13 @@ def _optional(name: str) -> dict[str, Any] | None:
 def cpu_tables() -> dict[str, str]:
     report = _result("cpu/kernels.json")
     return {
-        "cpu": cpu_table(report),
-        "cpu-summary": cpu_summary(report),
-        "cpu-conditions": cpu_conditions(report),
-        "cpu-overall": overall(report),
-        "cpu-behind": behind(report),
-        "cpu-compiled": compiled(report),
-        "cpu-left-out": left_out(report),
+        "cpu": kernel_tables.every_case(report),
+        "cpu-summary": kernel_tables.by_op(report),
+        "cpu-conditions": kernel_tables.conditions(report),
+        "cpu-overall": kernel_tables.overall(report),
+        "cpu-behind": kernel_tables.behind(report),
+        "cpu-compiled": kernel_tables.compiled(report),
+        "cpu-left-out": kernel_tables.left_out(report),
     }
 
 
@@ -72,6 +63,11 @@ def demo_model_tables() -> dict[str, str]:
         "demo-alarms": demo_tables.alarm_table(trained, untrained),
         "demo-training": demo_tables.training_table(_result("demo/training.json")),
     }
+
+
+def all_tables() -> dict[str, str]:
+    """Name -> Markdown."""
+    return cpu_tables() | net_tables() | demo_model_tables() | {"gpu": gpu_section.all_gpus(RESULTS)}
 
 
 def filled(text: str, tables: dict[str, str], name: str) -> str:
@@ -96,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, name the documents that differ")
     options = parser.parse_args(argv)
-    tables = cpu_tables() | net_tables() | demo_model_tables() | {"gpu": gpu_section.all_gpus(RESULTS)}
+    tables = all_tables()
     differing = []
     for name in DOCUMENTS:
         path = ROOT / name
