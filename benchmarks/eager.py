@@ -7,13 +7,16 @@ beforehand, one convolution.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 Projection = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # Wk, bk, Wv, bv
-Convolution = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]  # x, weight, groups
+Convolution = Callable[..., torch.Tensor]  # x, weight, groups
+Index: TypeAlias = Sequence[int] | torch.Tensor
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 # The neighbour that each tap of a row-major 3x3 window is diminished by: the one before it, clockwise.
@@ -23,10 +26,19 @@ OUTER = [0, 2, 4, 10, 14, 20, 22, 24]
 INNER = [6, 7, 8, 11, 13, 16, 17, 18]
 
 
-def angular_weight(weight: torch.Tensor) -> torch.Tensor:
+def with_indices(function: Callable[..., Any], kind: str, device: str) -> Callable[..., Any]:
+    """On a GPU, `function` with its index lists as tensors there: as the published code writes it, each call copies
+    them from the host anew, which cannot be part of a CUDA graph."""
+    lists = {"angular": {"previous": PREVIOUS}, "radial": {"outer": OUTER, "inner": INNER}}.get(kind, {})
+    if device == "cpu" or not lists:
+        return function
+    return functools.partial(function, **{k: torch.tensor(v, device=device) for k, v in lists.items()})
+
+
+def angular_weight(weight: torch.Tensor, previous: Index = PREVIOUS) -> torch.Tensor:
     """[O, I, 3, 3] -> the plain kernel [O, I, 3, 3]."""
     flat = weight.flatten(2)
-    return (flat - flat[:, :, PREVIOUS]).view_as(weight)
+    return (flat - flat[:, :, previous]).view_as(weight)
 
 
 def central_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -36,12 +48,12 @@ def central_weight(weight: torch.Tensor) -> torch.Tensor:
     return flat.view_as(weight)
 
 
-def radial_weight(weight: torch.Tensor) -> torch.Tensor:
+def radial_weight(weight: torch.Tensor, outer: Index = OUTER, inner: Index = INNER) -> torch.Tensor:
     """[O, I, 3, 3] -> the plain kernel [O, I, 5, 5]."""
     used = weight.flatten(2)[:, :, 1:]
     buffer = weight.new_zeros(*weight.shape[:2], 25)
-    buffer[:, :, OUTER] = used
-    buffer[:, :, INNER] = -used
+    buffer[:, :, outer] = used
+    buffer[:, :, inner] = -used
     return buffer.unflatten(2, (5, 5))
 
 
@@ -50,8 +62,8 @@ def vanilla(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     return F.conv2d(x, weight, padding=1, groups=groups)
 
 
-def angular(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-    return F.conv2d(x, angular_weight(weight), padding=1, groups=groups)
+def angular(x: torch.Tensor, weight: torch.Tensor, groups: int, previous: Index = PREVIOUS) -> torch.Tensor:
+    return F.conv2d(x, angular_weight(weight, previous), padding=1, groups=groups)
 
 
 def central(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -59,12 +71,18 @@ def central(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     return F.conv2d(x, weight, padding=1, groups=groups) - centre
 
 
-def radial(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
-    return F.conv2d(x, radial_weight(weight), padding=2, groups=groups)
+def radial(
+    x: torch.Tensor, weight: torch.Tensor, groups: int, outer: Index = OUTER, inner: Index = INNER
+) -> torch.Tensor:
+    return F.conv2d(x, radial_weight(weight, outer, inner), padding=2, groups=groups)
 
 
 PDC: dict[str, Convolution] = {"vanilla": vanilla, "angular": angular, "central": central, "radial": radial}
-WEIGHT = {"angular": angular_weight, "central": central_weight, "radial": radial_weight}
+WEIGHT: dict[str, Callable[..., torch.Tensor]] = {
+    "angular": angular_weight,
+    "central": central_weight,
+    "radial": radial_weight,
+}
 
 
 def folded(weight: torch.Tensor, kind: str, groups: int) -> Layer:
@@ -80,11 +98,19 @@ def dpm(
     angular_point: torch.Tensor,
     central_taps: torch.Tensor,
     central_point: torch.Tensor,
+    previous: Index = PREVIOUS,
 ) -> torch.Tensor:
     """FRD-Net's detail branch. x [B, C, H, W]; taps [C, 1, 3, 3]; points [C, C, 1, 1]."""
     groups = x.shape[1]
-    y = F.conv2d(F.relu(angular(x, angular_taps, groups)), angular_point) + x
+    y = F.conv2d(F.relu(angular(x, angular_taps, groups, previous)), angular_point) + x
     return F.conv2d(F.relu(central(y, central_taps, groups)), central_point)
+
+
+def block(
+    x: torch.Tensor, weight: torch.Tensor, point: torch.Tensor, previous: Index = PREVIOUS
+) -> torch.Tensor:
+    """Dense angular difference convolution -> ReLU -> 1x1. weight [C, C, 3, 3]; point [C, C, 1, 1]."""
+    return F.conv2d(F.relu(angular(x, weight, 1, previous)), point)
 
 
 def folded_dpm(
@@ -163,13 +189,13 @@ def icm_dense(
 
     x [B, C, H, W] -> [B, C, H, W]; alpha, beta scalars.
     """
-    image, product = x, None
-    for projection, grid in zip(projections, grids, strict=True):
+    image, product = x, x
+    for t, (projection, grid) in enumerate(zip(projections, grids, strict=True)):
         keys, values, key_centres, centres = _project(image, projection, grid)
         cosine = _cosine(keys, key_centres)
         labels = cosine.max(dim=2).indices
         centres = _aggregate(centres, values, torch.ones_like(values[..., 0]), labels)
-        product = cosine if product is None else product @ cosine
+        product = product @ cosine if t else cosine
         image = _image(centres, grid)
     return _image(torch.sigmoid(alpha * product + beta) @ centres, x.shape[2:])
 

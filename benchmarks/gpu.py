@@ -63,6 +63,8 @@ class Run:
 
     def limit(self, stage: str) -> float:
         most, share = STAGES[stage]
+        if stage == self.options.stages[-1]:
+            share = 1.0
         return max(0.0, min(most, share * (self.end - time.monotonic())))
 
     def worker(self, stage: str, out: pathlib.Path, *more: str) -> list[str]:

@@ -14,7 +14,7 @@ import frd_kernels as fk
 
 from . import eager
 from .cases import MODES, Case, Providers, normal, with_gradients
-from .providers import folded_rivals, providers
+from .providers import eager_forms, folded_rivals, providers
 
 # The depthwise layers of FRD-Net (16x16 at a photo of 512x512), and a larger map.
 SHAPES = ((4, 256, 16, 16), (1, 256, 64, 64))
@@ -36,7 +36,7 @@ def build_conv(case: Case, *, kind: str, depthwise: bool) -> Providers:
         case,
         inputs=(x, weight),
         ours=lambda x, w: fk.pdc2d(x, w, **options),
-        rivals={"eager": lambda x, w: eager.PDC[kind](x, w, groups)},
+        rivals=eager_forms(case, functools.partial(eager.PDC[kind], groups=groups), kind),
         reference=lambda x, w: fk.reference.pdc2d(x, w, **options),
         ops=("pdc2d",) if depthwise else ("pdc2d", "pdc_weight"),
     )
@@ -55,7 +55,7 @@ def build_weight(case: Case, *, kind: str) -> Providers:
         case,
         inputs=(normal(case.shape, case, seed=1),),
         ours=lambda w: fk.pdc_weight(w, kind=kind),
-        rivals={"eager": eager.WEIGHT[kind]},
+        rivals=eager_forms(case, eager.WEIGHT[kind], kind),
         reference=lambda w: fk.reference.pdc_weight(w, kind=kind),
         ops=("pdc_weight",),
         convolves=False,

@@ -20,7 +20,7 @@ import frd_kernels as fk
 from . import eager
 from .cases import MODES, Case, Providers, normal, with_gradients
 from .pdc import GPU_LARGE, GPU_SMALL, LAYOUTS, MEAN, SHAPES, SMALL
-from .providers import folded_rivals, providers
+from .providers import eager_forms, folded_rivals, providers
 
 TARGETS = {"forward": 1.8, "forward+backward": 2.0}
 GPU_SHAPES = (GPU_LARGE, (1, 256, 16, 16), GPU_SMALL, (64, 256, 64, 64))
@@ -38,7 +38,7 @@ def build_dpm(case: Case) -> Providers:
         case,
         inputs=(x, *weights),
         ours=functools.partial(dpm, fk, case.dtype),
-        rivals={"eager": eager.dpm},
+        rivals=eager_forms(case, eager.dpm, "angular"),
         reference=functools.partial(dpm, fk.reference, case.dtype),
         ops=("pdc_block",),
     )
@@ -62,7 +62,7 @@ def build_dense(case: Case) -> Providers:
         case,
         inputs=(x, weight, point),
         ours=functools.partial(fk.pdc_block, kind="angular"),
-        rivals={"eager": lambda x, w, p: F.conv2d(F.relu(eager.angular(x, w, 1)), p)},
+        rivals=eager_forms(case, eager.block, "angular"),
         reference=functools.partial(fk.reference.pdc_block, kind="angular"),
         ops=("pdc_block", "pdc2d", "pdc_weight"),
     )

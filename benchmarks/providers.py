@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 
@@ -11,11 +12,13 @@ import torch
 
 import frd_kernels as fk
 
+from . import eager
 from .cases import Call, Case, Context, Providers, normal, with_gradients
 
 GPU_BACKENDS = ("cuda", "triton")
 AUTO = "auto"  # what a user gets who chooses nothing
 GRAPHS = ("graph", "graph, cold L2")
+PUBLISHED = "eager, index lists from the host"
 
 
 def providers(
@@ -52,6 +55,8 @@ def providers(
         contexts=contexts,
         left_out=left_out,
     )
+    if PUBLISHED in rivals:
+        sides.timings[PUBLISHED] = ("wall",)
     name, first = next(iter(rivals.items()))
     if convolves and case.layout == "nchw":
         converted = [channels_last(x) for x in inputs]
@@ -62,6 +67,14 @@ def providers(
         sides.contexts[f"{name}, cudnn.benchmark"] = cudnn_benchmark
     add_compiled(case, sides, first, inputs, grad)
     return sides
+
+
+def eager_forms(
+    case: Case, function: Callable[..., torch.Tensor], kind: str
+) -> dict[str, Callable[..., torch.Tensor]]:
+    """The eager form at its best and, where a GPU makes that another, as it is published."""
+    best = eager.with_indices(function, kind, case.device)
+    return {"eager": best} if best is function else {"eager": best, PUBLISHED: function}
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,6 +135,10 @@ def add_compiled(
     if not case.compiled:
         return
     torch._dynamo.reset()  # else it gives up after a few cases that share a function
+    if case.device == "cpu":
+        # Its caches do not know for how many threads the code was made; and its processes would make a machine busy.
+        inductor = importlib.import_module("torch._inductor.config")
+        inductor.force_disable_caches, inductor.compile_threads = True, 1
     for mode in case.compiled:
         forms: dict[str, tuple[str, ...]] = {mode: ()}
         if case.device == "cuda" and mode == "max-autotune":
