@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-Key = tuple[str, str, str]  # device, timing, name of the case
+Key = tuple[str, str, str, str]  # device, our backend, timing, name of the case
 Range = tuple[float, float, float]  # p10, median, p90
 
 WITHIN_NOISE = "within noise"
@@ -34,8 +34,8 @@ class Change:
 
     @property
     def name(self) -> str:
-        device, timing, name = self.key
-        return name if device == "cpu" else f"{name}, {timing}"
+        device, backend, timing, name = self.key
+        return name if device == "cpu" else f"{name}, {backend}, {timing}"
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -54,12 +54,17 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 
 
 def records(report: dict[str, Any], only: str = "") -> dict[Key, dict[str, Any]]:
-    """The records whose name holds `only`; files of earlier versions know the CPU alone."""
-    return {
-        (record.get("device", "cpu"), record.get("timing", "wall"), record["name"]): record
-        for record in report["cases"]
-        if only in record["name"]
-    }
+    """A record for each of our backends in the cases whose name holds `only`; files of earlier versions know the CPU
+    alone."""
+    found: dict[Key, dict[str, Any]] = {}
+    for record in report["cases"]:
+        if only not in record["name"]:
+            continue
+        backends = record.get("backends") or {record.get("backend", "cpu"): record}
+        for backend, pair in backends.items():
+            key = (record.get("device", "cpu"), backend, record.get("timing", "wall"), record["name"])
+            found[key] = record | pair
+    return found
 
 
 def _range(record: dict[str, Any]) -> Range:

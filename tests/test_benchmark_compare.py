@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import json
@@ -86,14 +85,14 @@ def compared(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Any:
     ],
 )
 def test_change_of_a_case(a: Any, b: Any, plain: float, normalised: float, verdict: str) -> None:
-    change = compare.change(("cpu", "wall", "x"), a, b, threshold=0.05)
+    change = compare.change(("cpu", "cpu", "wall", "x"), a, b, threshold=0.05)
     assert (change.plain, change.normalised) == pytest.approx((plain, normalised), abs=1e-3)
     assert change.verdict == verdict
 
 
 def test_another_rival_is_named() -> None:
     a, b = record("x", 1, 4), record("x", 1, 4) | {"rival": "folded"}
-    assert compare.change(("cpu", "wall", "x"), a, b, 0.05).verdict == (
+    assert compare.change(("cpu", "cpu", "wall", "x"), a, b, 0.05).verdict == (
         "within noise (another rival: eager / folded)"
     )
 
@@ -108,18 +107,25 @@ def test_compare_prints_the_worst_first_and_names_what_is_missing(compared: Any)
         assert f"WARNING: {expected}" in text
     cases = [line.split()[0] for line in lines if line.startswith(("pdc", "icm"))]
     assert cases == ["icm", "pdc"]
-    assert "only in A: cpu, wall, gone" in text
-    assert "only in B: cpu, wall, new" in text
+    assert "only in A: cpu, cpu, wall, gone" in text
+    assert "only in B: cpu, cpu, wall, new" in text
     assert lines[-1].startswith("2 cases: geomean 0.707x, normalised 0.707x; worst 0.500x (icm)")
 
 
-def test_timings_of_a_gpu_are_cases_of_their_own(compared: Any) -> None:
-    wall, graph = (record("dpm", ms, 4, device="cuda", timing=t) for ms, t in ((3, "wall"), (1, "graph")))
-    changed = copy.deepcopy(graph)
-    changed["ours_ms"]["median"] = 2
-    status, lines = compared(report(wall, graph), report(changed, wall))
-    assert [line.split("  ")[0] for line in lines if line.startswith("dpm")] == ["dpm, graph", "dpm, wall"]
-    assert lines[-1].endswith("worst 0.500x (dpm, graph)")
+def test_timings_and_backends_of_a_gpu_are_cases_of_their_own(compared: Any) -> None:
+    def both(cuda: float, triton: float, timing: str) -> Any:
+        backends = {
+            name: {"ours_ms": dict.fromkeys(("median", "p10", "p90"), ms)}
+            for name, ms in (("cuda", cuda), ("triton", triton))
+        }
+        return record("dpm", cuda, 4, device="cuda", timing=timing, backend="cuda", backends=backends)
+
+    status, lines = compared(
+        report(both(1, 2, "wall"), both(1, 2, "graph")), report(both(2, 2, "graph"), both(1, 1, "wall"))
+    )
+    changes = [line.split("  ")[0] for line in lines if line.startswith("dpm")]
+    assert changes == ["dpm, cuda, graph", "dpm, cuda, wall", "dpm, triton, graph", "dpm, triton, wall"]
+    assert "normalised 1.000x; worst 0.500x (dpm, cuda, graph)" in lines[-1]
     assert status == 0
 
 
