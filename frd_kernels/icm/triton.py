@@ -44,7 +44,7 @@ def cluster(
             Round(
                 keys=k,
                 values=v,
-                mask=None if mask is None else mask.view(torch.uint8),
+                mask=None if mask is None else _mask_of(mask, dtype),
                 hw=hw,
                 grid=grid,
                 alpha=alpha.contiguous(),
@@ -57,6 +57,11 @@ def cluster(
                 results=(similarity, out, counts),
             ).run()
     return out, labels, similarity, counts, saved
+
+
+def _mask_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """As integers: bytes would lead Triton 3.6 to a matrix product that float64 does not have."""
+    return mask.to(torch.int32) if dtype == torch.float64 else mask.view(torch.uint8)
 
 
 def icm(

@@ -122,6 +122,7 @@ def dense_sums(
     INNER: tl.constexpr,
 ):
     """Grid: (items * chunks * blocks of columns * blocks of channels,)."""
+    dense = dense[:]  # made anew, see triton_backward_tiles
     columns = dense[7]
     blocks = tl.cdiv(channels, CHANNELS)
     column_blocks = tl.cdiv(columns, COLUMNS)

@@ -118,6 +118,7 @@ def label_sums(
     """out [centres, C]: for each centre the sum of factor (SCALED: times scale) * row of its tokens. GATHER: then
     `centre_rows` of `round`, its arguments from `unit` to `bias`. PARTS, CHUNKS: at least the chunks.
     Grid: (items * chunks * blocks of centres * blocks of channels,)."""
+    round = round[:]  # made anew, see triton_backward_tiles
     blocks = tl.cdiv(channels, CHANNELS)
     centre_blocks = tl.cdiv(centres, CENTRES)
     block = tl.program_id(0) % blocks
@@ -212,6 +213,7 @@ def chains(
     """Of each token the weight of its last centre, that centre, the gradient of its own similarity, and that of the
     product of the similarities behind it. alpha, beta: [T]; saved and labels: vectors that begin with the cosines and
     labels of round 1. Grid: (items * tiles of tokens,)."""
+    steps = steps[:]  # made anew, see triton_backward_tiles
     tiles = tl.cdiv(tokens, TOKENS)
     item = tl.program_id(0) // tiles
     token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
@@ -250,6 +252,7 @@ def chain_scalars(
 ):
     """The last two of `chains` for the tokens of a later round, from those of the round before. alpha, beta: of this
     round on. Grid: (items * tiles of tokens,)."""
+    steps = steps[:]  # made anew, see triton_backward_tiles
     tiles = tl.cdiv(tokens, TOKENS)
     item = tl.program_id(0) // tiles
     token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)

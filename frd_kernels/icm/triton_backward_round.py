@@ -268,6 +268,7 @@ def key_gradients(
     INNER: tl.constexpr,
 ):
     """Gradient of the projected keys [tokens, C]. Grid: (items * tiles of tokens * blocks of channels,)."""
+    own, dense = own[:], dense[:]  # made anew, see triton_backward_tiles
     blocks = tl.cdiv(channels, CHANNELS)
     tiles = tl.cdiv(tokens, TOKENS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -335,6 +336,7 @@ def token_gradients(
     SHARED: of the tokens that are keys and values; else of keys and values, mean_grad is that of the centres, still to
     be divided by the mass. PROJECTED: key_grads [tokens, C] are those of the projected keys.
     """
+    own, dense = own[:], dense[:]  # made anew, see triton_backward_tiles
     blocks = tl.cdiv(channels, CHANNELS)
     tiles = tl.cdiv(tokens, TOKENS)
     channel = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)

@@ -2,6 +2,8 @@
 
 A view of tokens or of rows [items, rows, C] is a tuple (pointer, strides of an item, of a row, of a channel); a vector
 of each item is (pointer, stride of an item). Tiles are [rows, channels] in the compute type once they are widened.
+
+A kernel makes a tuple of tuples that it is given anew, by a slice: Triton 3.6 forgets the inner strides of 1 otherwise.
 """
 
 # Triton functions take no annotations, and their tuples grow.

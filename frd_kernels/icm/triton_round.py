@@ -69,7 +69,7 @@ def chunk_count(tokens: int, centres: int) -> int:
 
 @dataclasses.dataclass
 class Round:
-    """keys, values [B, N, C] (one tensor: pooled once), mask [B, N] of bytes or None, labels [B, *] and saved [B, *]
+    """keys, values [B, N, C] (one tensor: pooled once), mask [B, N] of integers or None, labels [B, *] and saved [B, *]
     with the round's parts at `label_at` and `record_at`. alpha, beta [1]. projection: Wk, bk, Wv, bv or None."""
 
     keys: Tensor

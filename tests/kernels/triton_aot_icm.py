@@ -61,6 +61,7 @@ def launches() -> dict[str, Launch]:
         "cluster f16 image masked": cluster(f16, "image", masked=True),
         "cluster f32 image": cluster(f32, "image"),
         "cluster f64 tokens": cluster(f64, "tokens"),
+        "cluster f64 tokens masked": cluster(f64, "tokens", SMALL, masked=True),
         "cluster bf16 tokens count many centres": cluster(bf16, "tokens", grid=(32, 32), aggregate=0),
         "cluster f32 tokens 24 channels": cluster(f32, "tokens", (8, 64, 24), aggregate=0),
         "cluster f16 tokens 320 channels": cluster(f16, "tokens", (8, 16, 320), grid=(4, 4), aggregate=0),
