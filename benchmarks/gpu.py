@@ -267,8 +267,6 @@ class Lines:
 def model(run: Run, limit: float) -> str:
     if importlib.util.find_spec(f"{PACKAGE}.model") is None:
         return "left out: there is no benchmarks/model.py"
-    if run.options.device == "cpu":
-        return "left out: needs a GPU"
     command = run.worker("model", run.folder / "model.json", "--limit", f"{max(5.0, limit - 15):.0f}")
     return run_logged(command, run.folder / "logs" / "model.log", limit)
 

@@ -138,7 +138,9 @@ def run_model(options: argparse.Namespace) -> int:
     """`benchmarks.model.gpu_records`, which keeps to its limit itself."""
     model = importlib.import_module(".model", __package__)
     before = machine_state(options.device)
-    found = model.gpu_records(options.limit)
+    found = model.gpu_records(
+        options.limit, size=512 if options.device == "cuda" else 64, device=options.device
+    )
     conditions.write(options.out, found | {"before": before, "after": machine_state(options.device)})
     return 0
 

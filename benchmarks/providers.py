@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -137,7 +138,7 @@ def add_compiled(
     torch._dynamo.reset()  # else it gives up after a few cases that share a function
     if case.device == "cpu":
         # Its caches do not know for how many threads the code was made; and its processes would make a machine busy.
-        inductor = importlib.import_module("torch._inductor.config")
+        inductor: Any = importlib.import_module("torch._inductor.config")
         inductor.force_disable_caches, inductor.compile_threads = True, 1
     for mode in case.compiled:
         forms: dict[str, tuple[str, ...]] = {mode: ()}
