@@ -33,7 +33,12 @@ def one_gpu(folder: pathlib.Path) -> str:
     parts = [title, *_summaries(report), body.rstrip()]
     if model := _optional(folder / "model.json"):
         parts += ["## Nets", model_tables.latency(model), model_tables.shares(model)]
-    parts += [f"![{plot.stem}](../{_from_root(plot)})" for plot in sorted(folder.glob("*.png"))]
+    if growth := _optional(folder / "growth.json"):
+        parts += ["## Growth", model_tables.growth(growth)]
+    parts += [
+        f"![{plot.stem}](../benchmarks/results/{folder.name}/{plot.name})"
+        for plot in sorted(folder.glob("*.png"))
+    ]
     return re.sub(r"^#", "###", "\n\n".join(parts), flags=re.MULTILINE)
 
 
@@ -47,7 +52,3 @@ def _summaries(report: dict[str, Any]) -> list[str]:
 
 def _optional(path: pathlib.Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def _from_root(path: pathlib.Path) -> str:
-    return "/".join(path.parts[-4:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import components
+from . import components, table2
 from .kernel_tables import cells, header, times
 
 Report = dict[str, Any]
@@ -73,3 +73,47 @@ def shares(report: Report | None) -> str:
             components.table(entry),
         ]
     return "\n\n".join(parts) or NOTHING
+
+
+def growth(report: Report | None) -> str:
+    """A row for each series: the exponents, over which points, and the ratio at both ends."""
+    if report is None:
+        return NOTHING
+    lines = header(
+        *(
+            "series",
+            "over",
+            "from",
+            "to",
+            "points",
+            "exponent of ours",
+            "of eager",
+            "ratio at both ends",
+            "worst ratio",
+        )
+    )
+    for series in report["series"]:
+        points = series["points"]
+        if not points:
+            continue
+        ratios = [point["ratio"] for point in points]
+        ends = [str(points[i][series["over"]]) for i in (0, -1)]
+        fits = (_exponent(series["fits"].get(side)) for side in ("ours", "rival"))
+        both = f"{times(ratios[0])}, {times(ratios[-1])}"
+        lines.append(
+            cells(series["name"], series["over"], *ends, len(points), *fits, both, times(min(ratios)))
+        )
+    notes = [f"- left out: {name}: {reason}" for name, reason in report.get("left_out", {}).items()]
+    return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def _exponent(fit: dict[str, Any] | None) -> str:
+    return f"{fit['exponent']:.2f} (r² {fit['r_squared']:.3f})" if fit else "-"
+
+
+def published(counted: Report | None) -> str:
+    """Parameters and multiply-accumulates as `table2 --json` counted them, beside the published rows."""
+    if counted is None:
+        return NOTHING
+    quoted = tuple(table2.Quoted(**row) for row in counted["quoted"])
+    return str(table2.table(counted["counted"], counted["size"], quoted))

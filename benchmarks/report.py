@@ -47,12 +47,24 @@ def cpu_tables() -> dict[str, str]:
     }
 
 
+def plots(folder: pathlib.Path) -> str:
+    """The plots of a folder, as the documents in docs/ link to them."""
+    found = sorted(folder.glob("*.png"))
+    return (
+        "\n".join(f"![{plot.stem}](../benchmarks/results/{folder.name}/{plot.name})" for plot in found)
+        or "None."
+    )
+
+
 def net_tables() -> dict[str, str]:
     model = _optional("cpu/model.json")
     return {
         "model": model_tables.latency(model),
         "model-conditions": model_tables.conditions(model),
         "model-components": model_tables.shares(model),
+        "growth": model_tables.growth(_optional("cpu/growth.json")),
+        "table2": model_tables.published(_optional("cpu/table2.json")),
+        "plots": plots(RESULTS / "cpu"),
     }
 
 

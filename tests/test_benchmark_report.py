@@ -158,6 +158,32 @@ def test_nets() -> None:
     assert model_tables.latency(None) == model_tables.conditions(None) == model_tables.NOTHING
 
 
+def test_growth() -> None:
+    points = [{"x": 256**2, "size": 256, "ratio": 2.0}, {"x": 512**2, "size": 512, "ratio": 1.5}]
+    fit = {"exponent": 1.012, "r_squared": 0.9991}
+    series = {"name": "dpm", "over": "size", "points": points, "fits": {"ours": fit, "rival": fit}}
+    single = {"name": "icm", "over": "batch", "points": [{"x": 4, "batch": 4, "ratio": 0.9}], "fits": {}}
+    empty = {"name": "net", "over": "batch", "points": [], "fits": {}}
+    table = model_tables.growth({"series": [series, single, empty], "left_out": {"net, batch 1": "no time"}})
+    body, notes = table.split("\n\n")
+    assert rows(body) == [
+        ["dpm", "size", "256", "512", "2", *["1.01 (r² 0.999)"] * 2, "2.00x, 1.50x", "1.50x"],
+        ["icm", "batch", "4", "4", "1", "-", "-", "0.90x, 0.90x", "0.90x"],
+    ]
+    assert notes == "- left out: net, batch 1: no time"
+
+
+def test_published_rows_stand_beside_the_counted_ones() -> None:
+    macs = {"total": 3e9, "encoder": 2e9, "blocks": 0.75e9, "decoder": 0.25e9}
+    counted = {"variant": "lite", "parameters": 2_500_000, "macs": macs}
+    quoted = {"model": "A net", "parameters": "39 M", "macs": "25.6 G", "source": "its paper"}
+    table = model_tables.published({"size": 512, "counted": [counted], "quoted": [quoted]})
+    assert "2.50 M" in table
+    assert "3.00 G" in table
+    assert "| A net | 39 M | 25.6 G |" in table
+    assert model_tables.published(None) == model_tables.growth(None) == model_tables.NOTHING
+
+
 def test_a_section_for_each_gpu(tmp_path: pathlib.Path) -> None:
     assert gpu_section.all_gpus(tmp_path) == gpu_section.NOTHING
     for folder, device in (("a-gpu", "cuda"), ("cpu", "cpu")):
