@@ -89,8 +89,8 @@ class Run:
             "cases": list(self.records.values()),
         }
         write_text(self.folder / "kernels.json", json.dumps(report, indent=1) + "\n")
-        calibration = read_json(self.folder / "calibration.json")
-        write_text(self.folder / "README.md", gpu_table.page(self.options.name, report, calibration))
+        calibration, nets = (read_json(self.folder / f"{name}.json") for name in ("calibration", "model"))
+        write_text(self.folder / "README.md", gpu_table.page(self.options.name, report, calibration, nets))
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -11,15 +11,22 @@ def _cells(*cells: Any) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def page(name: str, report: dict[str, Any], calibration: dict[str, Any]) -> str:
-    """Markdown: conditions, calibration, a table for each timing, and what has no time and why."""
+def page(name: str, report: dict[str, Any], calibration: dict[str, Any], model: dict[str, Any]) -> str:
+    """Markdown: conditions, calibration, a table for each timing, the nets, and what has no time and why."""
     parts = [f"# {name}", _conditions(report), _stages(report["stages"])]
     if calibration:
         parts.append(_calibration(calibration))
     for timing in dict.fromkeys(record["timing"] for record in report["cases"]):
         records = [record for record in report["cases"] if record["timing"] == timing]
         parts += [f"## Kernels, {timing}", _table(records)]
-    parts += _left_out(report)
+    if model.get("records"):
+        parts += ["## FRD-Net", _nets(model["records"])]
+    parts += _left_out(report["cases"], report["problems"])
+    if missing := model.get("red", {}) | model.get("left_out", {}):
+        parts += [
+            "## Nets without a time",
+            "\n".join(f"- {name}: {reason}" for name, reason in missing.items()),
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -100,13 +107,49 @@ def _table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _left_out(report: dict[str, Any]) -> list[str]:
+def _nets(records: list[dict[str, Any]]) -> str:
+    head = (
+        "net",
+        "dtype",
+        "mode",
+        "timing",
+        "ours, ms",
+        "of",
+        "rival, ms",
+        "rival",
+        "ratio",
+        "A/A",
+        "images/s",
+    )
+    lines = [_cells(*head, "peak MiB, ours / rival"), _cells(*["---"] * (len(head) + 1))]
+    for record in sorted(records, key=lambda record: record["ratio"]):
+        peak = record.get("peak_bytes", {})
+        lines.append(
+            _cells(
+                f"{record['variant']}, batch {record['batch']}, {record['size']}, {record['execution']}",
+                record["dtype"],
+                record["mode"],
+                record["timing"],
+                f"{record['ours_ms']['median']:.2f}",
+                record["backend"],
+                f"{record['rival_ms']['median']:.2f}",
+                record["rival"],
+                f"{record['ratio']:.2f}x",
+                f"{100 * record['aa_spread']:.1f}%",
+                f"{record['images_per_s']['ours']:.1f}",
+                " / ".join(f"{peak[side] / 2**20:.0f}" for side in ("ours", "rival")) if peak else "-",
+            )
+        )
+    return "\n".join(lines)
+
+
+def _left_out(records: list[dict[str, Any]], problems: dict[str, str]) -> list[str]:
     parts = []
-    if report["problems"]:
-        lines = (f"- {case}: {reason}" for case, reason in report["problems"].items())
+    if problems:
+        lines = (f"- {case}: {reason}" for case, reason in problems.items())
         parts += ["## Cases without a time", "\n".join(lines)]
     reasons: dict[tuple[str, str], set[str]] = {}
-    for record in report["cases"]:
+    for record in records:
         for side, reason in record["left_out"].items():
             reasons.setdefault((side, reason), set()).add(record["name"])
     if reasons:
