@@ -244,7 +244,7 @@ def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
     yield "paper", Setting(1, execution="compiled", dtype=half, budget_s=quick), 60
 
 
-def gpu_records(limit_s: float, size: int = 512, device: str = "cuda") -> dict[str, Any]:
+def gpu_records(limit_s: float, size: int = 512, device: str = "cuda", **overrides: Any) -> dict[str, Any]:
     """What `python -m benchmarks.gpu` adds of whole nets, as far as `limit_s` seconds go: bf16 autocast at batches 1, 8
     and 16, training steps at batch 8, float32 once, compiled once; ours against eager.
 
@@ -256,7 +256,9 @@ def gpu_records(limit_s: float, size: int = 512, device: str = "cuda") -> dict[s
         name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
 
         def job(variant: str = variant, setting: Setting = setting) -> None:
-            subject = subjects.setdefault(variant, Subject(variant, size, device))
+            if variant not in subjects:
+                subjects[variant] = Subject(variant, size, device, **overrides)
+            subject = subjects[variant]
             measure_into(run, subject, setting, {})
             if setting.batch == 8 and setting.mode == "forward":
                 add_components(run, subject, setting.dtype)

@@ -39,7 +39,7 @@ TRIES = 64  # images drawn before giving up
 CAP = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
-def build_model(variant: str, seed: int = 0, **overrides: Any) -> FRDNet:
+def build_model(variant: str, seed: int = 0, /, **overrides: Any) -> FRDNet:
     """The preset with random weights, in eval mode, without stochastic depth; overrides as in `create_model`."""
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
@@ -132,9 +132,9 @@ class Subject:
     Below 256 pixels the first round of the presets has more centres than tokens, so that every image has ties.
     """
 
-    def __init__(self, variant: str, size: int, device: str = "cpu", **overrides: Any) -> None:
+    def __init__(self, variant: str, size: int, device: str = "cpu", /, **overrides: Any) -> None:
         self.variant, self.size, self.device = variant, size, device
-        self.model = build_model(variant, **overrides).to(device)
+        self.model = build_model(variant, 0, **overrides).to(device)
         self.exact_model = copy.deepcopy(self.model).double()
         self.images: list[Tensor] = []  # [1, 3, size, size], none with a near tie
         self.exact: list[tuple[Tensor, ...]] = []  # logits, then the output of each FRD block

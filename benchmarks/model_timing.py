@@ -33,7 +33,7 @@ from .providers import own_backends
 from .timing import CannotTime, Wall, compare_samples
 
 SLOW_S = 0.5
-LEARNING_RATE = 1e-6  # the step costs the same, and the net stays as it was
+LEARNING_RATE = 0.0  # a step costs the same, and the weights stay those that float64 has
 
 
 @dataclasses.dataclass
@@ -56,6 +56,7 @@ class Setting:
     execution: str = "eager"
     dtype: torch.dtype = torch.float32
     budget_s: float = 6.0  # of one comparison; five turns are taken in any case
+    rivals: int = 9  # at most
 
 
 def nothing(case: Case) -> Providers:
@@ -238,7 +239,8 @@ def build_sides(
     rivals = rivals_of(subject.model, training)
     if setting.execution == "compiled":
         rivals = dict(list(rivals.items())[:1])
-    if subject.device == "cuda":
+    rivals = dict(list(rivals.items())[: setting.rivals])
+    if subject.device == "cuda" and setting.rivals > 1:
         rivals["reference"] = subject.model  # what runs on a GPU as long as nothing is proven there
         contexts["reference"] = functools.partial(fk.use_backend, "reference")
     pilots: dict[str, Any] = {}

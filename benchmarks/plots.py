@@ -1,0 +1,197 @@
+"""Plots of the result files of a folder, as PNG: `python -m benchmarks.plots FOLDER`. Needs matplotlib."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from typing import Any
+
+OURS, RIVAL = "#1f6feb", "#8c959f"
+SLOWER = "#cf222e"
+BARS_OF_A_PLOT = 45
+DPI = 120
+SIDES = (("ours", "ours"), ("rival", "eager"))
+
+
+class PlotError(RuntimeError):
+    """Plots cannot be drawn, and why."""
+
+
+def pyplot() -> Any:
+    """matplotlib, drawing into files.
+
+    Raises:
+        PlotError: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise PlotError("the plots need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def growth_figure(series: dict[str, Any]) -> Any:
+    """Both sides over x, logarithmic, with the fitted power laws and their exponents."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.4))
+    x = [point["x"] for point in series["points"]]
+    for side, label, colour, marker in (("rival", "eager", RIVAL, "s"), ("ours", "ours", OURS, "o")):
+        times = [point[f"{side}_ms"] for point in series["points"]]
+        medians = [time["median"] for time in times]
+        low = [time["median"] - time["p10"] for time in times]
+        high = [time["p90"] - time["median"] for time in times]
+        fit = series["fits"].get(side)
+        if fit is not None:
+            label += f": exponent {fit['exponent']:.2f}, r² {fit['r_squared']:.3f}"
+            ends = [fit["least"], fit["most"]]
+            axes.plot(
+                ends, [fit["factor"] * e ** fit["exponent"] for e in ends], "--", color=colour, linewidth=1
+            )
+        axes.errorbar(x, medians, yerr=[low, high], fmt=marker, color=colour, label=label, capsize=2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    if series["over"] == "size":
+        sides = [point["size"] for point in series["points"]]
+        axes.set_xticks(x, [f"{side}²" for side in sides], rotation=45)
+        axes.set_xlabel("pixels of the image")
+    else:
+        axes.set_xticks(x, [str(value) for value in x])
+        axes.set_xlabel("images in the batch")
+    axes.minorticks_off()
+    axes.set_ylabel("milliseconds, median with p10 to p90")
+    axes.set_title(series["name"])
+    axes.legend()
+    figure.tight_layout()
+    return figure
+
+
+def label_of(record: dict[str, Any]) -> str:
+    timing = record.get("timing", "wall")
+    return record["name"] + ("" if timing == "wall" else f" ({timing})")
+
+
+def ratio_figure(records: list[dict[str, Any]], title: str) -> Any:
+    """Time of the headline rival over ours, the worst at the bottom; where ours is slower the bar is red."""
+    plt = pyplot()
+    ordered = sorted(records, key=lambda record: float(record["ratio"]))
+    ratios = [record["ratio"] for record in ordered]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.24 * len(ordered)))
+    colours = [OURS if ratio >= 1 else SLOWER for ratio in ratios]
+    bars = axes.barh(
+        range(len(ordered)), ratios, color=colours, xerr=[r["aa_spread"] * r["ratio"] for r in ordered]
+    )
+    axes.bar_label(bars, [f" {ratio:.2f}x" for ratio in ratios], fontsize=7)
+    axes.set_yticks(range(len(ordered)), [label_of(record) for record in ordered], fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, 0.8 * min(ratios)), 1.6 * max(ratios))
+    ticks = [
+        tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if 0.5 * min(ratios) <= tick <= 1.6 * max(ratios)
+    ]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(-0.6, len(ordered) - 0.4)
+    axes.set_xlabel("eager time over ours, with the spread of ours against itself")
+    axes.set_title(title)
+    figure.tight_layout()
+    return figure
+
+
+def component_figure(entries: list[dict[str, Any]]) -> Any:
+    """Milliseconds of each component, ours beside eager, a bar for each net."""
+    plt = pyplot()
+    bars = [
+        (f"{entry['variant']}, {side_name}", entry[side]) for entry in entries for side, side_name in SIDES
+    ]
+    names = list(dict.fromkeys(name for _, shares in bars for name in shares["parts"]))
+    colours = plt.get_cmap("tab20")
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.5 * len(bars)))
+    left = [0.0] * len(bars)
+    for number, name in enumerate(names):
+        widths = [100 * shares["parts"].get(name, {"share": 0.0})["share"] for _, shares in bars]
+        axes.barh(range(len(bars)), widths, left=left, color=colours(number % 20), label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(
+        range(len(bars)), [f"{label}\n{shares['whole_ms']:.1f} ms" for label, shares in bars], fontsize=8
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the forward pass, %")
+    axes.legend(
+        fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.25 / (1 + 0.3 * len(bars)) - 0.06)
+    )
+    figure.tight_layout()
+    return figure
+
+
+def load(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """A result file of the folder; empty where there is none."""
+    path = folder / name
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def write_all(folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """Draws what the folder's kernels.json, model.json and growth.json hold; returns the files written.
+
+    Raises:
+        PlotError: matplotlib is not installed.
+    """
+    plt, folder = pyplot(), pathlib.Path(folder)
+    written: list[pathlib.Path] = []
+
+    def save(figure: Any, name: str) -> None:
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=DPI, bbox_inches="tight")
+        plt.close(figure)
+        written.append(path)
+
+    for series in load(folder, "growth.json").get("series", []):
+        if len(series["points"]) > 1:
+            save(growth_figure(series), f"growth_{series['name'].replace(' ', '_')}_{series['over']}")
+    records = load(folder, "kernels.json").get("cases", [])
+    for name, chosen in by_plot(records).items():
+        save(ratio_figure(chosen, f"kernels, {name}"), f"ratio_{name.replace(' ', '_').replace(',', '')}")
+    model = load(folder, "model.json")
+    if model.get("records"):
+        save(ratio_figure(model["records"], "FRD-Net as a whole"), "ratio_model")
+    if model.get("components"):
+        save(component_figure(model["components"]), "components")
+    return written
+
+
+def by_plot(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The records by mode, and by timing where there are several; of very many, both ends: the worst are never cut."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    several = len({record.get("timing", "wall") for record in records}) > 1
+    for record in records:
+        name = record["mode"] + (f", {record['timing']}" if several else "")
+        groups.setdefault(name, []).append(record)
+    for name, group in groups.items():
+        ordered = sorted(group, key=lambda record: float(record["ratio"]))
+        if len(ordered) > BARS_OF_A_PLOT:
+            groups[name] = ordered[: BARS_OF_A_PLOT - BARS_OF_A_PLOT // 3] + ordered[-(BARS_OF_A_PLOT // 3) :]
+    return groups
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 without matplotlib."""
+    parser = argparse.ArgumentParser(prog="benchmarks.plots", description="plots of a folder of result files")
+    parser.add_argument("folder", type=pathlib.Path)
+    options = parser.parse_args(argv)
+    try:
+        for path in write_all(options.folder):
+            print(path)
+    except PlotError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
