@@ -28,11 +28,12 @@ def one_gpu(folder: pathlib.Path) -> str:
     report = json.loads((folder / "kernels.json").read_text())
     calibration = _optional(folder / "calibration.json") or {}
     name = report.get("state_before", {}).get("gpu", {}).get("name", folder.name)
-    page = gpu_table.page(name, report, calibration)
+    model = _optional(folder / "model.json") or {}
+    page = gpu_table.page(name, report, calibration, model)
     title, _, body = page.partition("\n\n")
     parts = [title, *_summaries(report), body.rstrip()]
-    if model := _optional(folder / "model.json"):
-        parts += ["## Nets", model_tables.latency(model), model_tables.shares(model)]
+    if model.get("components"):
+        parts += ["## Share of time of each component", model_tables.shares(model)]
     if growth := _optional(folder / "growth.json"):
         parts += ["## Growth", model_tables.growth(growth)]
     parts += [

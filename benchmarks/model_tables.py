@@ -115,5 +115,4 @@ def published(counted: Report | None) -> str:
     """Parameters and multiply-accumulates as `table2 --json` counted them, beside the published rows."""
     if counted is None:
         return NOTHING
-    quoted = tuple(table2.Quoted(**row) for row in counted["quoted"])
-    return str(table2.table(counted["counted"], counted["size"], quoted))
+    return table2.table(counted["counted"], counted["size"])

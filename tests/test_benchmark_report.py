@@ -176,11 +176,10 @@ def test_growth() -> None:
 def test_published_rows_stand_beside_the_counted_ones() -> None:
     macs = {"total": 3e9, "encoder": 2e9, "blocks": 0.75e9, "decoder": 0.25e9}
     counted = {"variant": "lite", "parameters": 2_500_000, "macs": macs}
-    quoted = {"model": "A net", "parameters": "39 M", "macs": "25.6 G", "source": "its paper"}
-    table = model_tables.published({"size": 512, "counted": [counted], "quoted": [quoted]})
+    table = model_tables.published({"size": 512, "counted": [counted], "quoted": []})
     assert "2.50 M" in table
     assert "3.00 G" in table
-    assert "| A net | 39 M | 25.6 G |" in table
+    assert "39 M" in table
     assert model_tables.published(None) == model_tables.growth(None) == model_tables.NOTHING
 
 
@@ -210,9 +209,17 @@ def test_a_section_for_each_gpu(tmp_path: pathlib.Path) -> None:
         }
         (tmp_path / folder / "kernels.json").write_text(json.dumps(written))
     (tmp_path / "a-gpu" / "ratios.png").write_bytes(b"")
+    part = {"whole_ms": 2.0, "batch": 1, "dtype": "bfloat16", "parts": {"DPM": {"ms": 2.0, "share": 1.0}}}
+    entry = {"variant": "lite", "size": 512, "device": "cuda", "ours": part, "rival": part}
+    nets = {"records": [], "red": {}, "left_out": {}, "components": [entry]}
+    (tmp_path / "a-gpu" / "model.json").write_text(json.dumps(nets))
     text = gpu_section.all_gpus(tmp_path)
     headings = [line for line in text.splitlines() if line.startswith("#")]
-    assert headings == ["### A GPU", "#### Worst cases, graph", "#### Kernels, graph"]
+    assert headings == [
+        *("### A GPU", "#### Worst cases, graph", "#### Kernels, graph"),
+        "#### Share of time of each component",
+    ]
+    assert "| DPM | 2.00 | 100.0 % | 2.00 | 100.0 % |" in text
     assert "| 0.90x | 2.0% | dpm [1, 2] nchw forward | float32 | eager |" in text
     assert text.count("A GPU") == 1
     assert "/a-gpu/ratios.png)" in text
