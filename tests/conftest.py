@@ -48,17 +48,21 @@ class Compilation:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self.path.exists():
                 self._compute()
-        outcome, error = pickle.loads(self.path.read_bytes())
+        outcome, error, skipped = pickle.loads(self.path.read_bytes())
         if error:
             raise error
+        if skipped:
+            pytest.skip(skipped)
         return outcome
 
     def _compute(self) -> None:
-        found: tuple[Any, BaseException | None]
+        found: tuple[Any, Exception | None, str]
         try:
-            found = self.compile_all(), None
-        except (Exception, pytest.skip.Exception) as error:
-            found = None, error
+            found = self.compile_all(), None, ""
+        except Exception as error:
+            found = None, error, ""
+        except pytest.skip.Exception as skip:  # cannot be pickled
+            found = None, None, str(skip)
         partial = self.path.with_suffix(".partial")
         partial.write_bytes(pickle.dumps(found))
         partial.rename(self.path)
