@@ -27,8 +27,9 @@ from typing import Any
 
 from . import gpu_table
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = __package__ or "benchmarks"
+# The tree that holds tests and tools; once installed, the one that the command is called in.
+ROOT = pathlib.Path(__file__).resolve().parents[1] if PACKAGE == "benchmarks" else pathlib.Path.cwd()
 TESTS = (
     *("tests/kernels", "-k", "cuda or triton"),
     *("--ignore=tests/kernels/test_cuda_build.py", "--ignore=tests/kernels/test_triton_build.py"),
