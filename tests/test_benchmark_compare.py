@@ -90,6 +90,14 @@ def test_change_of_a_case(a: Any, b: Any, plain: float, normalised: float, verdi
     assert change.verdict == verdict
 
 
+def test_a_busy_machine_decides_nothing(compared: Any) -> None:
+    a, b = record("x", 1, 4), record("x", 2, 4, quiet=False)
+    change = compare.change(("cpu", "cpu", "wall", "x"), a, b, 0.05)
+    assert change.verdict == "unsure on a busy machine, else slower"
+    assert compared(report(a), report(b), "--fail-below", "0.9")[0] == 0
+    assert compared(report(a), report(b | {"quiet": True}), "--fail-below", "0.9")[0] == 1
+
+
 def test_another_rival_is_named() -> None:
     a, b = record("x", 1, 4), record("x", 1, 4) | {"rival": "folded"}
     assert compare.change(("cpu", "cpu", "wall", "x"), a, b, 0.05).verdict == (
