@@ -26,6 +26,7 @@ WARM_UPS = 3
 BUDGET_S = 0.25  # of one comparison; five turns are taken in any case
 BATCH_S = 2e-3  # a wall-clock sample lasts about as long, so that the wait at its end weighs little
 SPIN_CYCLES = 400_000  # keeps the GPU busy while the host hands over what is to be timed
+CYCLES_PER_S = 2e9  # of the fastest clock
 
 
 class CudaWall:
@@ -79,8 +80,17 @@ class CudaGraph:
         self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def sample(self, side: str, call: Call) -> Sample:
-        graph = self.capture(side, call)
-        return lambda: event_seconds(graph.replay) / self.calls
+        return self.replays(self.capture(side, call))
+
+    def replays(self, graph: torch.cuda.CUDAGraph) -> Sample:
+        """Takes the time of one call of a captured graph. A graph of many nodes keeps the host busy for long."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        graph.replay()
+        host = time.perf_counter() - start
+        torch.cuda.synchronize()
+        spin = max(SPIN_CYCLES, round(3 * host * CYCLES_PER_S))
+        return lambda: event_seconds(graph.replay, spin) / self.calls
 
     def capture(self, side: str, call: Call, before: Any = None) -> torch.cuda.CUDAGraph:
         """A graph of these calls, with `before()` in front of each; its last result is checked against a call's."""
@@ -147,15 +157,13 @@ class ColdGraph(CudaGraph):
         super().__init__(case, sides)
         l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self.buffer = torch.empty(2 * l2_bytes // 4, dtype=torch.int32, device=case.device)
-        flush = super().capture("", lambda: (), before=self.flush)
-        self.flush_sample: Sample = lambda: event_seconds(flush.replay) / self.calls
+        self.flush_sample = self.replays(self.capture("", lambda: (), before=self.flush))
 
     def flush(self) -> None:
         self.buffer.fill_(1)
 
     def sample(self, side: str, call: Call) -> Sample:
-        graph = self.capture(side, call, before=self.flush)
-        return lambda: event_seconds(graph.replay) / self.calls
+        return self.replays(self.capture(side, call, before=self.flush))
 
     def compare(self, ours: Sample, other: Sample, repeats: int) -> dict[str, Any]:
         series = {"ours": ours, "other": other, "flush": self.flush_sample}
@@ -180,10 +188,10 @@ def side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def event_seconds(call: Callable[[], object]) -> float:
+def event_seconds(call: Callable[[], object], spin: int = SPIN_CYCLES) -> float:
     """GPU seconds of what `call` launches. The GPU spins first: it must not wait for the host between the events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(SPIN_CYCLES)
+    torch.cuda._sleep(spin)
     start.record()
     call()
     end.record()

@@ -29,7 +29,7 @@ from .measure import measure
 
 REPEATS = 30
 SEARCH, SEARCHED = "max-autotune", ", with the compiler's search"
-LIMITS = {False: 60.0, True: 150.0}  # seconds of a case, without and with the search
+LIMITS = {False: 90.0, True: 180.0}  # seconds of a case, without and with the search
 SPOILED = 3  # exit status: the GPU's state is lost to this process
 
 

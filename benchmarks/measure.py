@@ -10,7 +10,7 @@ import torch
 from . import floors
 from .calibrate import Rates
 from .cases import Call, Case, Providers
-from .gate import GateError, describe, errors_of
+from .gate import GateError, describe, errors_of, one_line
 from .timing import CannotTime, Sample, Wall
 
 
@@ -110,8 +110,8 @@ def _compare_all(sides: Providers, timing: Any, repeats: int) -> dict[str, Any]:
             continue
         try:
             pairs[name] = compare(name, headline) if pairs is backends else compare(best, name)
-        except CannotTime as reason:
-            left_out[name] = str(reason)
+        except Exception as failure:  # of a compiler's code, say: the other sides can still be timed
+            left_out[name] = why(failure)
     return {
         "backend": best,
         "rival": headline,
@@ -132,6 +132,10 @@ def _samples(sides: Providers, timing: Any, left_out: dict[str, str]) -> dict[st
             continue
         try:
             samples[name] = timing.sample(name, call)
-        except CannotTime as reason:
-            left_out[name] = str(reason)
+        except Exception as failure:
+            left_out[name] = why(failure)
     return samples
+
+
+def why(failure: Exception) -> str:
+    return str(failure) if isinstance(failure, CannotTime) else one_line(failure)
