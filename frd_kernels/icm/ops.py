@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import _triton
+from .. import _autograd, _triton
 from .reference import compute_dtype
 
 Tensor = torch.Tensor
@@ -156,23 +156,24 @@ class _Rules:
             grad_centres = v.new_zeros(ctx.centres)
         if grad_similarity is None:
             grad_similarity = saved.new_zeros(labels.shape)
-        grad_k, grad_v, *gates = self.ops.cluster_backward(
-            grad_centres, grad_similarity, k, v, alpha, beta, labels, saved, ctx.grid, ctx.hw, ctx.aggregate
+        saved_for = k, v, alpha, beta, labels, saved, ctx.grid, ctx.hw, ctx.aggregate
+        grad_k, grad_v, *gates = _autograd.call(
+            self.ops.cluster_backward.default, grad_centres, grad_similarity, *saved_for
         )
         return grad_k, grad_v, None, *gates, None, None, None
 
     def dispatch(self, ctx: Any, grad: Tensor) -> Any:
         centres, labels, similarity = ctx.saved_tensors
-        grad_centres, grad_similarity = self.ops.cluster_dispatch_backward(grad, centres, labels, similarity)
+        backward = self.ops.cluster_dispatch_backward.default
+        grad_centres, grad_similarity = _autograd.call(backward, grad, centres, labels, similarity)
         return grad_centres, None, grad_similarity, None
 
     def icm(self, ctx: Any, grad: Tensor | None, *_: None) -> Any:
         x, alpha, beta, labels, saved, *projections = ctx.saved_tensors
         if grad is None:
             return None, [None] * len(projections), None, None, None, None, None
-        grads = self.ops.icm_backward(
-            grad, x, projections, alpha, beta, labels, saved, ctx.grids, ctx.hw, ctx.variant
-        )
+        saved_for = x, projections, alpha, beta, labels, saved, ctx.grids, ctx.hw, ctx.variant
+        grads = _autograd.call(self.ops.icm_backward.default, grad, *saved_for)
         return *grads, None, None, None
 
 
@@ -223,7 +224,7 @@ def register(namespace: str) -> None:
         ("cluster_dispatch", rules.dispatch, _dispatch_setup),
         ("icm", rules.icm, _icm_setup),
     ):
-        torch.library.register_autograd(f"{namespace}::{name}", backward, setup_context=setup)
+        _autograd.register(f"{namespace}::{name}", backward, setup)
         torch.library.register_autograd(f"{namespace}::{name}_backward", _refuse(name))
     library = torch.library.Library(namespace, "FRAGMENT")
     _autocast.append(library)
@@ -257,15 +258,17 @@ def cluster(
     beta: float | Tensor,
 ) -> tuple[Tensor, ...]:
     """centres, labels (int32), similarity, counts."""
-    out: tuple[Tensor, ...] = ops.cluster(
-        k, v, mask, _gate(alpha, k, 1), _gate(beta, k, 1), list(grid), list(hw), aggregate
+    gates = _gate(alpha, k, 1), _gate(beta, k, 1)
+    out: tuple[Tensor, ...] = _autograd.call(
+        ops.cluster.default, k, v, mask, *gates, list(grid), list(hw), aggregate
     )
     return out[:4]
 
 
 def dispatch(ops: Any, centres: Tensor, labels: Tensor, similarity: Tensor, channels_first: bool) -> Tensor:
     dtype = compute_dtype(centres.dtype)
-    out: Tensor = ops.cluster_dispatch(centres, labels.to(torch.int32), similarity.to(dtype), channels_first)
+    inputs = centres, labels.to(torch.int32), similarity.to(dtype), channels_first
+    out: Tensor = _autograd.call(ops.cluster_dispatch.default, *inputs)
     return out
 
 
@@ -288,7 +291,6 @@ def icm(
             flat += [x.new_zeros(x.size(2)) if part is None else part for part in projection]
     size = 1 if variant == 0 else len(grids)
     sides = [side for grid in grids for side in grid]
-    out: tuple[Tensor, ...] = ops.icm(
-        x, flat, _gate(alpha, x, size), _gate(beta, x, size), sides, list(hw), variant
-    )
+    gates = _gate(alpha, x, size), _gate(beta, x, size)
+    out: tuple[Tensor, ...] = _autograd.call(ops.icm.default, x, flat, *gates, sides, list(hw), variant)
     return out[0]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import backend
+from .. import _autograd, backend
 from .._autocast import autocast_dtype
 from ..kinds import Kind, parse_kind
 from . import ops, reference
@@ -126,7 +126,7 @@ def plain_weight(ops: Any, weight: torch.Tensor, geometry: Geometry) -> torch.Te
         dtype = autocast_dtype(weight.device.type) or dtype
     if geometry.kind == Kind.VANILLA:
         return weight if weight.dtype == dtype else weight.to(dtype)  # an exported graph would keep the no-op
-    return ops.pdc_weight(weight, int(geometry.kind), geometry.theta, dtype)
+    return _autograd.call(ops.pdc_weight.default, weight, int(geometry.kind), geometry.theta, dtype)
 
 
 def _autocast_reference(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import _triton
+from .. import _autograd, _triton
 from .._autocast import autocast_dtype
 from . import weight as _weight
 from .arguments import Geometry
@@ -20,12 +20,13 @@ def pdc2d_depthwise(
     """x [B, C, H, W], weight [C, 1, 3, 3], bias [C], checked by the caller; ops: torch.ops.frd or its like."""
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.padding, geometry.dilation)
     device = x.device.type
-    if autocast_dtype(device) not in (None, torch.bfloat16):
-        # The op's autocast rule knows one dtype.
+    dtype = autocast_dtype(device)
+    if dtype is not None:
         x, weight, bias = autocast_operands(x, weight, bias)
-        with torch.autocast(device, enabled=False):
-            return ops.pdc2d_depthwise(x, weight, bias, *options)
-    return ops.pdc2d_depthwise(x, weight, bias, *options)
+        if dtype != torch.bfloat16:  # the only dtype of the op's own autocast rule
+            with torch.autocast(device, enabled=False):
+                return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)
+    return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)
 
 
 def autocast_operands(
@@ -105,9 +106,8 @@ class _Rules:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         need_bias = need_bias and ctx.has_bias
-        dx, dw, db = self.ops.pdc2d_depthwise_backward(
-            grad, x, weight, *ctx.options, need_x, need_weight or need_bias
-        )
+        backward = self.ops.pdc2d_depthwise_backward.default
+        dx, dw, db = _autograd.call(backward, grad, x, weight, *ctx.options, need_x, need_weight or need_bias)
         gradients = (dx if need_x else None, dw if need_weight else None, db if need_bias else None)
         return *gradients, None, None, None, None, None
 
@@ -135,8 +135,8 @@ def register(namespace: str) -> None:
     rules = _Rules(namespace)
     torch.library.register_fake(forward, _fake)
     torch.library.register_fake(backward, _fake_backward)
-    torch.library.register_autograd(forward, rules.backward, setup_context=_setup)
-    torch.library.register_autograd(backward, rules.double_backward, setup_context=_setup_backward)
+    _autograd.register(forward, rules.backward, _setup)
+    _autograd.register(backward, rules.double_backward, _setup_backward)
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(forward, device, torch.bfloat16)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import _autograd
 from ..kinds import Kind
 
 
@@ -38,10 +39,12 @@ class _Rules:
         self.ops = getattr(torch.ops, namespace)
 
     def backward(self, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return self.ops.pdc_weight_backward(grad, ctx.kind, ctx.theta, ctx.source_dtype), None, None, None
+        options = ctx.kind, ctx.theta, ctx.source_dtype
+        return _autograd.call(self.ops.pdc_weight_backward.default, grad, *options), None, None, None
 
     def double_backward(self, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return self.ops.pdc_weight(grad, ctx.kind, ctx.theta, ctx.source_dtype), None, None, None
+        options = ctx.kind, ctx.theta, ctx.source_dtype
+        return _autograd.call(self.ops.pdc_weight.default, grad, *options), None, None, None
 
 
 def register(namespace: str) -> None:
@@ -50,5 +53,5 @@ def register(namespace: str) -> None:
     rules = _Rules(namespace)
     torch.library.register_fake(forward, _fake)
     torch.library.register_fake(transposed, _fake_backward)
-    torch.library.register_autograd(forward, rules.backward, setup_context=_setup)
-    torch.library.register_autograd(transposed, rules.double_backward, setup_context=_setup)
+    _autograd.register(forward, rules.backward, _setup)
+    _autograd.register(transposed, rules.double_backward, _setup)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import _triton
+from .. import _autograd, _triton
 from .._autocast import autocast_dtype
 from ..pdc import ops as _pdc_ops  # noqa: F401  registers the autograd of the ops the double backward uses
 from ..pdc.arguments import Geometry
@@ -30,11 +30,13 @@ def pdc_block(
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
     tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
     device = x.device.type
-    if autocast_dtype(device) not in (None, torch.bfloat16):
-        # The op's autocast rule knows one dtype.
-        with torch.autocast(device, enabled=False):
-            return ops.pdc_block(*autocast_operands(*tensors), *options)
-    return ops.pdc_block(*tensors, *options)
+    dtype = autocast_dtype(device)
+    if dtype is not None:
+        tensors = autocast_operands(*tensors)
+        if dtype != torch.bfloat16:  # the only dtype of the op's own autocast rule
+            with torch.autocast(device, enabled=False):
+                return _autograd.call(ops.pdc_block.default, *tensors, *options)
+    return _autograd.call(ops.pdc_block.default, *tensors, *options)
 
 
 def autocast_operands(*tensors: OptionalTensor) -> tuple[Any, ...]:
@@ -114,8 +116,8 @@ class _Rules:
 
     def backward(self, ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
         x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
-        dx, d_pdc, d_pdc_bias, d_point, d_point_bias = self.ops.pdc_block_backward(
-            grad, x, pdc_weight, pdc_bias, point_weight, *ctx.options
+        dx, d_pdc, d_pdc_bias, d_point, d_point_bias = _autograd.call(
+            self.ops.pdc_block_backward.default, grad, x, pdc_weight, pdc_bias, point_weight, *ctx.options
         )
         has_pdc_bias, has_point_bias, has_residual = ctx.has
         return (
@@ -164,8 +166,8 @@ def register(namespace: str) -> None:
     rules = _Rules(namespace)
     torch.library.register_fake(forward, _fake)
     torch.library.register_fake(backward, _fake_backward)
-    torch.library.register_autograd(forward, rules.backward, setup_context=_setup)
-    torch.library.register_autograd(backward, rules.double_backward, setup_context=_setup_backward)
+    _autograd.register(forward, rules.backward, _setup)
+    _autograd.register(backward, rules.double_backward, _setup_backward)
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(forward, device, torch.bfloat16)
 

@@ -1,0 +1,68 @@
+"""Autograd of the operators: registered with torch, and a shorter way to the same rules for eager calls.
+
+The wrappers of torch.library take longer than many a kernel. So an eager call gets the rules from an
+`autograd.Function` of ours, and where nothing needs a gradient it goes to the kernel at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+_FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
+
+
+def register(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
+    """The derivative of the operator "namespace::op"; its arguments are as for torch.library.register_autograd."""
+    torch.library.register_autograd(name, backward, setup_context=setup)
+    namespace, _, op = name.partition("::")
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    if "Tensor[]" not in str(overload._schema):  # an autograd.Function does not look into lists
+        _FUNCTIONS[overload] = _function(overload, backward, setup)
+
+
+def call(op: Any, *inputs: Any) -> Any:
+    """op(*inputs) of an operator overload. Under autocast the caller has cast the inputs already, in a way that
+    autograd sees."""
+    if _has_observers():
+        return op(*inputs)
+    if torch.is_grad_enabled() and _any_requires_grad(inputs):
+        return _FUNCTIONS[op].apply(*inputs) if op in _FUNCTIONS else op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+def _has_observers() -> bool:
+    """Whether something has to see the operator itself: a compiler, a dispatch mode, functorch, forward-mode AD."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def _any_requires_grad(values: Any) -> bool:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, list) and _any_requires_grad(value):
+            return True
+    return False
+
+
+def _function(
+    op: Any, backward: Callable[..., Any], setup: Callable[..., None]
+) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(op._schema.name.partition("::")[2], (torch.autograd.Function,), rules)
