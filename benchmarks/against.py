@@ -24,7 +24,6 @@ from typing import Any
 import frd_kernels
 
 from .compare import geomean, judge
-from .cpu import _positive as positive
 from .timing import Timing, summarise
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent
@@ -221,8 +220,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--against", required=True, metavar="REV", help="a git revision")
     parser.add_argument("--only", default="", help="the cases whose name holds this text")
     parser.add_argument("--short", action="store_true", help="the few cases that the demo shows")
-    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     options = parser.parse_args(argv)
+    if options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
     package = pathlib.Path(frd_kernels.__file__).parent
     try:
         root = checkout()
