@@ -31,6 +31,9 @@ class Providers:
         default_factory=dict
     )  # of sides that have not all
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)  # side -> why it is not measured
+    # Rivals over copies of the tensors in another layout, so that their sums run in another order: checked and timed,
+    # but what our error may be is told by those over the same tensors.
+    converted: set[str] = dataclasses.field(default_factory=set)
 
     def context(self, side: str) -> contextlib.AbstractContextManager[object]:
         """The settings that a side runs under: a backend of ours, a flag of the library. Entered outside of what is

@@ -55,7 +55,8 @@ def poisoned() -> Iterator[None]:
 
 def errors_of(case: Case, sides: Providers) -> tuple[dict[str, float], dict[str, str]]:
     """Relative errors of every side against float64, and what is wrong with those backends of ours that are over twice
-    the best rival's, or the cap. The headline backend's error stands under "ours", another's under "ours, NAME".
+    that of the best rival over the same tensors, or the cap. The headline backend's error stands under "ours",
+    another's under "ours, NAME".
 
     A rival that raises, or computes no numbers, is left out with its reason.
     """
@@ -72,7 +73,8 @@ def errors_of(case: Case, sides: Providers) -> tuple[dict[str, float], dict[str,
             errors[name] = error
         else:
             sides.drop(name, "its result holds NaN or has another shape")
-    allowed = min(max(2 * min(errors.values(), default=math.inf), FLOOR[case.dtype]), CAP[case.dtype])
+    best = min((e for name, e in errors.items() if name not in sides.converted), default=math.inf)
+    allowed = min(max(2 * best, FLOOR[case.dtype]), CAP[case.dtype])
     ours, wrong = _errors_of_ours(sides, exact, allowed)
     return ours | errors, wrong
 

@@ -63,6 +63,7 @@ def providers(
         converted = [channels_last(x) for x in inputs]
         given = None if grad is None else channels_last(grad)
         sides.rivals[f"{name} channels_last"] = with_gradients(first, converted, given, case.mode)
+        sides.converted.add(f"{name} channels_last")
     if convolves and case.device == "cuda":
         sides.rivals[f"{name}, cudnn.benchmark"] = sides.rivals[name]
         sides.contexts[f"{name}, cudnn.benchmark"] = cudnn_benchmark

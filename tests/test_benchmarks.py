@@ -148,6 +148,17 @@ def test_a_failing_rival_does_not_let_us_through(case: Any) -> None:
         harness.gate(case, sides(nothing, nothing, exact))
 
 
+def test_a_rival_in_another_layout_is_no_yardstick(case: Any) -> None:
+    exact = torch.randn(50, dtype=torch.float64)
+    built = sides(exact * (1 + 1.9e-6), exact * (1 + 1e-6), exact)
+    built.rivals["converted"] = constant(exact)
+    built.converted.add("converted")
+    assert harness.gate(case, built)["converted"] == 0
+    built.converted.clear()
+    with pytest.raises(harness.GateError, match=r"at most 4\.70e-07"):
+        harness.gate(case, built)
+
+
 def test_a_rival_without_a_result_is_left_out(case: Any) -> None:
     exact = torch.ones(4, dtype=torch.float64)
     built = sides(exact, exact, exact)
