@@ -8,8 +8,11 @@ CPU whatever no longer fits into `--limit` is listed under `left_out`, the large
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
+import functools
+import gc
 import json
 import os
 import pathlib
@@ -42,8 +45,10 @@ from .model_timing import (
 from .timing import CannotTime
 
 CPU_LIMIT_S = 300.0
-# Of one record, in calls of ours: gate, pilot, five turns of each pair and their warm-up.
+# Of one record, in forward passes: gate, pilot, five turns of each pair and their warm-up.
 CALLS_OF_A_RECORD = 60
+CALLS_OF_A_STEP = 120
+COMPILE_S = 45
 
 
 class Run:
@@ -158,14 +163,16 @@ def measure_into(run: Run, subject: Subject, setting: Setting, layouts: dict[str
 
 
 def add_memory(run: Run, subject: Subject) -> None:
-    """Peak memory of every forward record of a subject on the CPU, by a fresh process."""
+    """Peak memory on the CPU, by a fresh process, for the forward records of a subject that have none yet."""
     records = [
         record
         for record in run.records
         if record["variant"] == subject.variant
-        and record["mode"] == "forward"
-        and record["execution"] == "eager"
+        and (record["mode"], record["execution"]) == ("forward", "eager")
+        and "peak_bytes" not in record
     ]
+    if not records:
+        return
     first = records[0]
     layouts = {"ours": first["layout"], "rival": first["layouts"][first["rival"]]}
     batches = sorted({record["batch"] for record in records})
@@ -190,82 +197,110 @@ class Plan:
     size: int = 512
     modes: tuple[str, ...] = ("eager", "compiled")
     compiled: tuple[str, ...] = ("lite",)  # compiling a large net takes minutes on a CPU
-    budget_s: float = 5.0
+    budget_s: float = 4.0
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the configuration
 
 
 def run_on_cpu(plan: Plan, run: Run) -> None:
-    """One image of every variant first, then training steps, compiled nets, larger batches while time is left."""
+    """One image of every variant first, then memory, components, training steps, compiled nets, and the larger batches
+    as long as time is left."""
     subjects = {variant: Subject(variant, plan.size, **plan.overrides) for variant in plan.variants}
     layouts: dict[str, dict[str, str]] = {variant: {} for variant in plan.variants}
     first = plan.batches[0]
 
     def net(variant: str, setting: Setting, expected_s: float) -> None:
         name = f"{variant}, batch {setting.batch}, {setting.mode}, {setting.execution}"
-        subject, chosen = subjects[variant], layouts[variant]
-        if setting.mode == "training step":
-            chosen = {}
-        run.attempt(name, expected_s, lambda: measure_into(run, subject, setting, chosen))
+        chosen = layouts[variant] if setting.mode == "forward" else {}
+        run.attempt(
+            name, expected_s, functools.partial(measure_into, run, subjects[variant], setting, chosen)
+        )
+
+    def memory(variant: str, images: int) -> None:
+        job = functools.partial(add_memory, run, subjects[variant])
+        run.attempt(f"{variant}, peak memory", 15 + 4 * known[variant] * images, job)
 
     for variant in plan.variants:
         net(variant, Setting(first, budget_s=plan.budget_s), 0.0)
-    known = {r["variant"]: 1e-3 * max(r["ours_ms"]["median"], r["rival_ms"]["median"]) for r in run.records}
+    known = {
+        record["variant"]: 1e-3 * max(record["ours_ms"]["median"], record["rival_ms"]["median"]) / first
+        for record in run.records
+    }
+    for variant in known:
+        memory(variant, first)
     for variant, seconds in known.items():
-        subject = subjects[variant]
-        run.attempt(
-            f"{variant}, components",
-            20 * seconds,
-            lambda subject=subject: add_components(run, subject, torch.float32),  # type: ignore[misc]
-        )
-        net(variant, Setting(1, "training step", budget_s=plan.budget_s), 4 * 40 * seconds)
+        job = functools.partial(add_components, run, subjects[variant], torch.float32)
+        run.attempt(f"{variant}, components", 25 * seconds, job)
+    for variant, seconds in known.items():
+        net(variant, Setting(1, "training step", budget_s=plan.budget_s), CALLS_OF_A_STEP * seconds)
     if "compiled" in plan.modes:
         for variant in plan.compiled:
             if variant in known:
                 setting = Setting(first, execution="compiled", budget_s=plan.budget_s)
-                net(variant, setting, 45 + CALLS_OF_A_RECORD * known[variant])
+                net(variant, setting, COMPILE_S + CALLS_OF_A_RECORD * known[variant] * first)
     for batch, variant in sorted((batch, variant) for batch in plan.batches[1:] for variant in known):
         setting = Setting(batch, budget_s=plan.budget_s)
-        net(variant, setting, CALLS_OF_A_RECORD * known[variant] * batch / first)
+        net(variant, setting, CALLS_OF_A_RECORD * known[variant] * batch)
     for variant in known:
-        expected_s = 15 + 4 * known[variant] * sum(plan.batches) / first
-        subject = subjects[variant]
-        run.attempt(f"{variant}, peak memory", expected_s, lambda subject=subject: add_memory(run, subject))  # type: ignore[misc]
+        memory(variant, sum(plan.batches[1:]))
 
 
 def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
     """Variant, setting and the seconds it may take, the essential ones first."""
-    half, quick = torch.bfloat16, 0.5
+    half, quick = torch.bfloat16, 0.25
     for batch in (1, 8, 16):
         for variant in ("paper", "released", "lite"):
-            yield variant, Setting(batch, dtype=half, budget_s=quick), 6
+            yield variant, Setting(batch, dtype=half, budget_s=quick, rivals=9 if batch == 1 else 1), 10
     for variant in ("paper", "released", "lite"):
-        yield variant, Setting(8, "training step", dtype=half, budget_s=quick), 8
-    yield "paper", Setting(1, budget_s=quick), 6
+        yield variant, Setting(8, "training step", dtype=half, budget_s=quick, rivals=1), 10
+    yield "paper", Setting(1, budget_s=quick, rivals=1), 8
     yield "paper", Setting(1, execution="compiled", dtype=half, budget_s=quick), 60
 
 
-def gpu_records(limit_s: float, size: int = 512, device: str = "cuda", **overrides: Any) -> dict[str, Any]:
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Without TF32: float32 then means the same on both sides, to the last bits of its mantissa."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def gpu_records(
+    limit_s: float,
+    size: int = 512,
+    device: str = "cuda",
+    save: Callable[[dict[str, Any]], None] | None = None,
+    **overrides: Any,
+) -> dict[str, Any]:
     """What `python -m benchmarks.gpu` adds of whole nets, as far as `limit_s` seconds go: bf16 autocast at batches 1, 8
-    and 16, training steps at batch 8, float32 once, compiled once; ours against eager.
+    and 16, training steps at batch 8, float32 (without TF32) once, compiled once; ours against eager.
 
-    Returns the report of `report_of`; what was left out and why is part of it.
+    Returns the report of `report_of`; what was left out and why is part of it. `save` gets it after each setting.
     """
-    run = Run(limit_s)
+
+    def keep(run: Run) -> None:
+        if save is not None:
+            save(report_of(run, device, size))
+
+    run = Run(limit_s, keep)
     subjects: dict[str, Subject] = {}
-    for variant, setting, expected_s in gpu_settings():
-        name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
 
-        def job(variant: str = variant, setting: Setting = setting) -> None:
-            if variant not in subjects:
-                subjects[variant] = Subject(variant, size, device, **overrides)
-            subject = subjects[variant]
-            measure_into(run, subject, setting, {})
-            if setting.batch == 8 and setting.mode == "forward":
-                add_components(run, subject, setting.dtype)
+    def job(variant: str, setting: Setting) -> None:
+        if variant not in subjects:
+            subjects[variant] = Subject(variant, size, device, **overrides)
+        measure_into(run, subjects[variant], setting, {})
+        if setting.batch == 1 and setting.execution == "eager" and setting.dtype != torch.float32:
+            add_components(run, subjects[variant], setting.dtype)
 
-        run.attempt(name, expected_s, job)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    with full_float32():
+        for variant, setting, expected_s in gpu_settings():
+            name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
+            run.attempt(name, expected_s, functools.partial(job, variant, setting))
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
     return report_of(run, device, size)
 
 
@@ -287,10 +322,10 @@ def report_of(
         "machine": collect(),
         "state": machine_state(device),
         "revision": revision(),
-        "records": run.records,
-        "components": run.components,
-        "red": run.red,
-        "left_out": run.left_out,
+        "records": list(run.records),
+        "components": list(run.components),
+        "red": dict(run.red),
+        "left_out": dict(run.left_out),
     }
 
 
@@ -335,8 +370,7 @@ def main(argv: list[str] | None = None) -> int:
             options.out.write_text(json.dumps(report, indent=1) + "\n")
 
     if options.device == "cuda":
-        report = gpu_records(options.limit, options.size)
-        save(report)
+        report = gpu_records(options.limit, options.size, save=save)
         return 1 if report["red"] else 0
     run = Run(options.limit, lambda run: save(report_of(run, "cpu", options.size, load, kept)))
     plan = Plan(options.variants, options.batches, options.size, options.modes, options.compile)

@@ -57,6 +57,7 @@ class Setting:
     dtype: torch.dtype = torch.float32
     budget_s: float = 6.0  # of one comparison; five turns are taken in any case
     rivals: int = 9  # at most
+    spread: bool = True  # also ours against itself
 
 
 def nothing(case: Case) -> Providers:
@@ -306,7 +307,8 @@ def compare_sides(
 
         best, headline = own[0], others[0]
         compared = {name: compare(best, name) for name in others}
-        spread = abs(compare(best, best, repeats=compared[headline]["turns"] // 2 + 1)["ratio"] - 1)
+        half = compared[headline]["turns"] // 2 + 1
+        spread = abs(compare(best, best, half)["ratio"] - 1) if setting.spread else None
         backends = {name: compare(name, headline) if name != best else compared[headline] for name in own}
     finally:
         timing.close()

@@ -35,6 +35,14 @@ def pyplot() -> Any:
     return plt
 
 
+def plain_ticks(limits: tuple[float, float]) -> tuple[list[float], list[str]]:
+    """1, 2, 5, 10, ... as far as they lie within the limits, and as text."""
+    decades = range(-4, 7)
+    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    shown = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
+    return shown, [f"{tick:g}" for tick in shown]
+
+
 def growth_figure(series: dict[str, Any]) -> Any:
     """Both sides over x, logarithmic, with the fitted power laws and their exponents."""
     plt = pyplot()
@@ -63,6 +71,7 @@ def growth_figure(series: dict[str, Any]) -> Any:
         axes.set_xticks(x, [str(value) for value in x])
         axes.set_xlabel("images in the batch")
     axes.minorticks_off()
+    axes.set_yticks(*plain_ticks(axes.get_ylim()))
     axes.set_ylabel("milliseconds, median with p10 to p90")
     axes.set_title(series["name"])
     axes.legend()
@@ -83,16 +92,18 @@ def ratio_figure(records: list[dict[str, Any]], title: str) -> Any:
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.24 * len(ordered)))
     colours = [OURS if ratio >= 1 else SLOWER for ratio in ratios]
     bars = axes.barh(
-        range(len(ordered)), ratios, color=colours, xerr=[r["aa_spread"] * r["ratio"] for r in ordered]
+        range(len(ordered)),
+        ratios,
+        color=colours,
+        xerr=[(r.get("aa_spread") or 0.0) * r["ratio"] for r in ordered],
     )
     axes.bar_label(bars, [f" {ratio:.2f}x" for ratio in ratios], fontsize=7)
     axes.set_yticks(range(len(ordered)), [label_of(record) for record in ordered], fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(min(0.5, 0.8 * min(ratios)), 1.6 * max(ratios))
-    ticks = [
-        tick for tick in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if 0.5 * min(ratios) <= tick <= 1.6 * max(ratios)
-    ]
+    limits = min(0.5, 0.8 * min(ratios)), 1.6 * max(ratios)
+    axes.set_xlim(*limits)
+    ticks = [2.0**power for power in range(-6, 10) if limits[0] <= 2.0**power <= limits[1]]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(-0.6, len(ordered) - 0.4)
@@ -122,9 +133,7 @@ def component_figure(entries: list[dict[str, Any]]) -> Any:
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the forward pass, %")
-    axes.legend(
-        fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.25 / (1 + 0.3 * len(bars)) - 0.06)
-    )
+    figure.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 0.0))
     figure.tight_layout()
     return figure
 

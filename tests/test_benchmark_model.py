@@ -23,19 +23,24 @@ components, growth, harness, memory, model, plots, sides, table2, timing = (
         *("plots", "model_sides", "table2", "model_timing"),
     )
 )
-# 64 pixels leave 2 x 2 tokens, which the presets' 64 centres would only tie.
-GRIDS = ((2, 2), (2, 1), (1, 1))
+# 64 pixels leave 4 x 4 tokens, which the presets' 64 centres would only tie.
+SMALL: dict[str, Any] = {
+    "grids": ((2, 2), (2, 1), (1, 1)),
+    "stages": (1, 2),
+    "trace_widths": (8, 8),
+    "pyramid_width": 8,
+}
 QUICK: dict[str, Any] = {"budget_s": 0.0}
 
 
 @pytest.fixture(scope="module")
 def lite() -> Any:
-    return sides.Subject("lite", 64, grids=GRIDS)
+    return sides.Subject("lite", 64, **SMALL)
 
 
 def test_eager_nets_compute_the_same(lite: Any) -> None:
     for variant in ("paper", "released"):
-        subject = lite if variant == "paper" else sides.Subject("lite", 64, grids=GRIDS, variant="released")
+        subject = lite if variant == "paper" else sides.Subject("lite", 64, **SMALL, variant="released")
         rivals = sides.rivals_of(subject.model)
         assert next(iter(rivals)) == "eager" and list(rivals)[-1] == sides.FOLDED
         assert ("eager, gather and scatter_add" in rivals) == (variant == "released")
@@ -84,7 +89,7 @@ def test_a_wrong_rival_is_dropped(lite: Any) -> None:
 
 
 def test_near_ties_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = sides.build_model("lite", grids=GRIDS).double()
+    net = sides.build_model("lite", **SMALL).double()
     flat = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
     with sides.near_ties(net) as gaps, fk.use_backend("reference"):
         sides.block_outputs(net, flat)
@@ -99,7 +104,7 @@ def test_run_on_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     peaks = {"1": {"ours": 10, "rival": 20}, "2": {"ours": 30, "rival": 40}}
     monkeypatch.setattr(memory, "measure", lambda *args: peaks)
     run = model.Run(500, saved.append)
-    plan = model.Plan(("lite",), (1, 2), 64, ("eager",), budget_s=0.0, overrides={"grids": GRIDS})
+    plan = model.Plan(("lite",), (1, 2), 64, ("eager",), budget_s=0.0, overrides=SMALL)
     model.run_on_cpu(plan, run)
     assert run.red == {}
     assert [(r["mode"], r["batch"]) for r in run.records] == [
@@ -135,11 +140,13 @@ def test_limit_leaves_the_rest_out() -> None:
 
 def test_gpu_records_rehearsed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [
-        ("lite", timing.Setting(1, dtype=torch.bfloat16, **QUICK), 0),
+        ("lite", timing.Setting(1, dtype=torch.bfloat16, rivals=1, **QUICK), 0),
         ("lite", timing.Setting(1, "training step", **QUICK), 0),
     ]
     monkeypatch.setattr(model, "gpu_settings", lambda: chosen)
-    report = model.gpu_records(100.0, 64, "cpu", grids=GRIDS)
+    saved: list[Any] = []
+    report = model.gpu_records(100.0, 64, "cpu", saved.append, **SMALL)
+    assert [len(partial["records"]) for partial in saved] == [1, 2]
     assert report["red"] == {} and report["left_out"] == {}
     assert [(r["dtype"], r["mode"]) for r in report["records"]] == [
         ("bfloat16", "forward"),
@@ -178,7 +185,7 @@ def test_components_sum_to_the_whole(lite: Any) -> None:
     found = components.measure(lite, runs=2)
     for side in ("ours", "rival"):
         parts = found[side]["parts"]
-        assert {"stem", "trace branch", "ICM", "DPM", "MLP", "decoder", "encoder, stage 3"} < set(parts)
+        assert {"stem", "trace branch", "ICM", "DPM", "MLP", "decoder", "encoder, stage 2"} < set(parts)
         assert list(parts)[-1] == components.REST
         assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
         assert sum(part["ms"] for part in parts.values()) == pytest.approx(found[side]["whole_ms"])
@@ -214,9 +221,9 @@ def fake_point(x: float, ms: float, **facts: Any) -> dict[str, Any]:
 
 
 def test_growth_stops_at_its_limit() -> None:
-    run = model.Run(100.0)
+    run = model.Run(50.0)
     found = growth.grow(run, "net", "batch", [4, 1, 2], lambda value: fake_point(value, 1e3 * value))
-    # 30 calls of 4 s each would follow the second point.
+    # 20 calls of 4 s each would follow the first point.
     assert [point["x"] for point in found["points"]] == [1]
     assert sorted(run.left_out) == ["net, batch 2", "net, batch 4"] and found["fits"] == {}
     found = growth.grow(model.Run(1e6), "net", "batch", [4, 1, 2], lambda value: fake_point(value, value))
