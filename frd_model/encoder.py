@@ -12,6 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 import timm
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
