@@ -47,7 +47,8 @@ from .timing import CannotTime
 CPU_LIMIT_S = 300.0
 # Of one record, in forward passes: gate, pilot, five turns of each pair and their warm-up.
 CALLS_OF_A_RECORD = 60
-CALLS_OF_A_STEP = 120
+CALLS_OF_A_BATCH = 32  # likewise, against one rival and in known layouts
+CALLS_OF_A_STEP = 180
 COMPILE_S = 45
 
 
@@ -61,6 +62,7 @@ class Run:
         self.components: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
         self.red: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -70,6 +72,7 @@ class Run:
         if self.left() < expected_s:
             self.left_out[name] = f"needs about {expected_s:.0f} s, {max(0.0, self.left()):.0f} s were left"
             return False
+        began = time.monotonic()
         try:
             job()
         except GateError as error:
@@ -81,6 +84,7 @@ class Run:
             print(f"left out: {name}: {self.left_out[name]}", flush=True)
             return False
         finally:
+            self.seconds[name] = time.monotonic() - began
             if self.save is not None:
                 self.save(self)
         return True
@@ -202,8 +206,8 @@ class Plan:
 
 
 def run_on_cpu(plan: Plan, run: Run) -> None:
-    """One image of every variant first, then memory, components, training steps, compiled nets, and the larger batches
-    as long as time is left."""
+    """One image of every variant first, then memory and components, then training steps, compiled nets and larger
+    batches, what takes least first, as long as time is left."""
     subjects = {variant: Subject(variant, plan.size, **plan.overrides) for variant in plan.variants}
     layouts: dict[str, dict[str, str]] = {variant: {} for variant in plan.variants}
     first = plan.batches[0]
@@ -230,16 +234,24 @@ def run_on_cpu(plan: Plan, run: Run) -> None:
     for variant, seconds in known.items():
         job = functools.partial(add_components, run, subjects[variant], torch.float32)
         run.attempt(f"{variant}, components", 25 * seconds, job)
-    for variant, seconds in known.items():
-        net(variant, Setting(1, "training step", budget_s=plan.budget_s), CALLS_OF_A_STEP * seconds)
+    rest = [
+        (CALLS_OF_A_STEP * seconds, variant, Setting(1, "training step", budget_s=plan.budget_s))
+        for variant, seconds in known.items()
+    ]
     if "compiled" in plan.modes:
-        for variant in plan.compiled:
-            if variant in known:
-                setting = Setting(first, execution="compiled", budget_s=plan.budget_s)
-                net(variant, setting, COMPILE_S + CALLS_OF_A_RECORD * known[variant] * first)
-    for batch, variant in sorted((batch, variant) for batch in plan.batches[1:] for variant in known):
-        setting = Setting(batch, budget_s=plan.budget_s)
-        net(variant, setting, CALLS_OF_A_RECORD * known[variant] * batch)
+        rest += [
+            (COMPILE_S + CALLS_OF_A_RECORD * known[variant] * first, variant, setting)
+            for setting in [Setting(first, execution="compiled", budget_s=plan.budget_s)]
+            for variant in plan.compiled
+            if variant in known
+        ]
+    rest += [
+        (CALLS_OF_A_BATCH * seconds * batch, variant, Setting(batch, budget_s=plan.budget_s, rivals=1))
+        for variant, seconds in known.items()
+        for batch in plan.batches[1:]
+    ]
+    for expected_s, variant, setting in sorted(rest, key=lambda job: job[0]):
+        net(variant, setting, expected_s)
     for variant in known:
         memory(variant, sum(plan.batches[1:]))
 
@@ -319,6 +331,7 @@ def report_of(
         "memory_kept": kept,
         "quiet": all(record["quiet"] for record in run.records),
         "limit_s": run.limit_s,
+        "seconds": dict(run.seconds),
         "machine": collect(),
         "state": machine_state(device),
         "revision": revision(),
