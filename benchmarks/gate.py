@@ -16,6 +16,8 @@ from .cases import Case, Providers
 # altogether must not let us through.
 FLOOR = {torch.float32: 4.7e-7, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 CAP = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# In 16 bit some hidden values are rounded across 0, where a ReLU opens or closes: gradients are off by 3e-2 in eager.
+CAP_OF_GRADIENTS = CAP | {torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 class GateError(AssertionError):
@@ -74,7 +76,8 @@ def errors_of(case: Case, sides: Providers) -> tuple[dict[str, float], dict[str,
         else:
             sides.drop(name, "its result holds NaN or has another shape")
     best = min((e for name, e in errors.items() if name not in sides.converted), default=math.inf)
-    allowed = min(max(2 * best, FLOOR[case.dtype]), CAP[case.dtype])
+    cap = CAP if case.mode == "forward" else CAP_OF_GRADIENTS
+    allowed = min(max(2 * best, FLOOR[case.dtype]), cap[case.dtype])
     ours, wrong = _errors_of_ours(sides, exact, allowed)
     return ours | errors, wrong
 

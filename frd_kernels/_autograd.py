@@ -27,6 +27,13 @@ def register(name: str, backward: Callable[..., Any], setup: Callable[..., None]
 def call(op: Any, *inputs: Any) -> Any:
     """op(*inputs) of an operator overload. Under autocast the caller has cast the inputs already, in a way that
     autograd sees."""
+    if forward_ad._current_level >= 0 and any(
+        map(_has_tangent, inputs)
+    ):  # torch.library would drop it in silence
+        raise NotImplementedError(
+            f"{op._schema.name}: forward-mode differentiation is not supported; "
+            "frd_kernels.use_backend('reference') has it"
+        )
     if _has_observers():
         return op(*inputs)
     if torch.is_grad_enabled() and _any_requires_grad(inputs):
@@ -36,13 +43,18 @@ def call(op: Any, *inputs: Any) -> Any:
 
 
 def _has_observers() -> bool:
-    """Whether something has to see the operator itself: a compiler, a dispatch mode, functorch, forward-mode AD."""
+    """Whether something has to see the operator itself: a compiler, a dispatch mode, functorch."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
     )
+
+
+def _has_tangent(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_tangent, value))
+    return isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _any_requires_grad(values: Any) -> bool:

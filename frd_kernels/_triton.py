@@ -5,6 +5,7 @@ They have the schemas of `frd`'s own and live in `<family>/triton*.py` under the
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -40,9 +41,14 @@ def problem() -> str:
 
 
 def _deferred(module: str, name: str) -> Callable[..., Any]:
+    @functools.cache
+    def function() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(f".{module}", __package__), name)
+        return found
+
     def call(*arguments: Any) -> Any:
         with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
-            return getattr(importlib.import_module(f".{module}", __package__), name)(*arguments)
+            return function()(*arguments)
 
     return call
 

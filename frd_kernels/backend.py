@@ -44,9 +44,7 @@ class Provider(NamedTuple):
         image = math.prod(tensor.shape[1:]) if tensor.dim() == 4 else 0
         if self.most_elements is not None and image > self.most_elements:
             return f"indexes images of at most {self.most_elements} elements, got {image}"
-        if self.device == "cuda":
-            return _architecture_refusal(self.namespace, torch.cuda.get_device_capability(tensor.device))
-        return None
+        return _device_refusal(self.namespace, tensor.device) if self.device == "cuda" else None
 
 
 def _cuda_problem() -> str:
@@ -139,6 +137,19 @@ def is_fused(op: str, tensor: torch.Tensor, native: Any) -> bool:
         return True
     here = [p for p in PROVIDERS.values() if p.device == tensor.device.type and p.namespace == native.name]
     return all(op not in provider.without_float64 for provider in here)
+
+
+_REFUSALS: dict[tuple[str, torch.device], str | None] = {}
+
+
+def _device_refusal(namespace: str, device: torch.device) -> str | None:
+    """`_architecture_refusal` of a GPU; it is asked at every call, so the answer is kept."""
+    if torch.compiler.is_compiling():
+        return _architecture_refusal(namespace, torch.cuda.get_device_capability(device))
+    key = (namespace, device)
+    if key not in _REFUSALS:
+        _REFUSALS[key] = _architecture_refusal(namespace, torch.cuda.get_device_capability(device))
+    return _REFUSALS[key]
 
 
 def _architecture_refusal(namespace: str, capability: tuple[int, int]) -> str | None:

@@ -1,6 +1,7 @@
 // One round of clustering on given keys and values.
 #include <tuple>
 
+#include "core/layout.h"
 #include "icm/launch_cpu.h"
 
 namespace frd {
@@ -91,8 +92,8 @@ std::vector<Tensor> backward(const Tensor& grad_centres, const Tensor& grad_simi
 
   RoundGrad<A> g{};
   Tensor workspace = allocate<A>(k, r.batch, [&](Arena<A>& arena) { layout_workspace(r, g, arena); });
-  const Tensor of_centres = torch::stable::contiguous(torch::stable::to(grad_centres, kScalarType<A>));
-  const Tensor of_similarity = torch::stable::contiguous(torch::stable::to(grad_similarity, kScalarType<A>));
+  const Tensor of_centres = in_layout(torch::stable::to(grad_centres, kScalarType<A>));
+  const Tensor of_similarity = in_layout(torch::stable::to(grad_similarity, kScalarType<A>));
   g.result_grad = {const_cast<A*>(of_centres.const_data_ptr<A>()), r.centres() * r.channels};
   g.similarity_grad = {const_cast<A*>(of_similarity.const_data_ptr<A>()), r.tokens()};
   Tensor grad_k = new_like_tokens(k), grad_v = new_like_tokens(v);

@@ -1,6 +1,7 @@
 // Every token's own centre times its similarity.
 #include <tuple>
 
+#include "core/layout.h"
 #include "icm/cluster_dispatch_kernel.h"
 #include "icm/launch_cpu.h"
 
@@ -26,7 +27,7 @@ void check_range(const Tensor& labels, int64_t centres) {
 template <class A>
 ClusterDispatch<A> make(const Tensor& centres, const Tensor& labels, const Tensor& similarity,
                         std::vector<Tensor>& alive) {
-  alive = {torch::stable::contiguous(labels), torch::stable::contiguous(similarity)};
+  alive = {in_layout(labels), in_layout(similarity)};
   ClusterDispatch<A> d{};
   d.batch = centres.size(0);
   d.tokens = labels.size(1);

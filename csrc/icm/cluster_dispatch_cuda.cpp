@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "core/cuda_launch.h"
+#include "core/layout.h"
 #include "icm/icm_op.h"
 
 namespace frd {
@@ -30,8 +31,7 @@ ClusterDispatchArgs checked(const Tensor& centres, const Tensor& labels, const T
 Tensor dispatch(const Tensor& centres, const Tensor& labels_, const Tensor& similarity_,
                 bool channels_first) {
   const CudaScope scope(centres);
-  const Tensor labels = torch::stable::contiguous(labels_),
-               similarity = torch::stable::contiguous(similarity_);
+  const Tensor labels = in_layout(labels_), similarity = in_layout(similarity_);
   ClusterDispatchArgs a = checked(centres, labels, similarity);
   Tensor out = torch::stable::new_empty(
       centres, channels_first ? Sizes{a.batch, a.channels, a.tokens} : Sizes{a.batch, a.tokens, a.channels});
@@ -45,8 +45,7 @@ Tensor dispatch(const Tensor& centres, const Tensor& labels_, const Tensor& simi
 std::tuple<Tensor, Tensor> dispatch_backward(const Tensor& grad, const Tensor& centres, const Tensor& labels_,
                                              const Tensor& similarity_) {
   const CudaScope scope(centres);
-  const Tensor labels = torch::stable::contiguous(labels_),
-               similarity = torch::stable::contiguous(similarity_);
+  const Tensor labels = in_layout(labels_), similarity = in_layout(similarity_);
   ClusterDispatchArgs a = checked(centres, labels, similarity);
   FRD_CHECK_VALUE(grad.dim() == 3 && grad.size(0) == a.batch && grad.size(1) == a.tokens &&
                       grad.size(2) == a.channels && grad.scalar_type() == centres.scalar_type(),

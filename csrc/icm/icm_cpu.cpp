@@ -1,6 +1,7 @@
 // All rounds of the ICM and the dispatch back to the tokens.
 #include <tuple>
 
+#include "core/layout.h"
 #include "icm/launch_cpu.h"
 
 namespace frd {
@@ -50,7 +51,7 @@ struct Icm {
   }
 
   const A* rows_of(const Tensor& t) {
-    alive.push_back(torch::stable::contiguous(torch::stable::to(t, kScalarType<A>)));
+    alive.push_back(in_layout(torch::stable::to(t, kScalarType<A>)));
     return alive.back().template const_data_ptr<A>();
   }
 

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "core/cuda_launch.h"
+#include "core/layout.h"
 #include "icm/icm_op.h"
 #include "icm/team_cuda.h"
 
@@ -52,7 +53,7 @@ class Call {
   }
 
   const void* keep(const Tensor& t) {
-    alive_.push_back(torch::stable::contiguous(t));
+    alive_.push_back(in_layout(t));
     return alive_.back().const_data_ptr();
   }
 

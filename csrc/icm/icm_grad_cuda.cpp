@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "core/cuda_launch.h"
+#include "core/layout.h"
 #include "icm/icm_grad_plan.h"
 #include "icm/icm_op.h"
 #include "icm/team_cuda.h"
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cluster_backward(const Tensor& grad_c
   const ScalarType type = compute_type(k);
   const Tensor of_centres = grad_centres.scalar_type() == k.scalar_type()
                                 ? grad_centres
-                                : torch::stable::contiguous(torch::stable::to(grad_centres, type));
+                                : in_layout(torch::stable::to(grad_centres, type));
   const Tensor of_similarity = torch::stable::to(grad_similarity, type);
   a.grad = view_of(of_centres);
   a.similarity_grad = of_similarity.const_data_ptr();
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cluster_backward(const Tensor& grad_c
 // Binds the rounds' shapes and projections; contiguous copies of these live in `alive`.
 void bind_rounds(IcmGradArgs& a, const IcmInputs& in, std::vector<Tensor>& alive) {
   const auto bind = [&](const Tensor& t) {
-    alive.push_back(torch::stable::contiguous(t));
+    alive.push_back(in_layout(t));
     return alive.back().const_data_ptr();
   };
   for (int t = 0; t < a.count; ++t) {

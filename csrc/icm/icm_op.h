@@ -2,6 +2,7 @@
 #pragma once
 #include <type_traits>
 
+#include "core/layout.h"
 #include "core/stable.h"
 #include "icm/round.h"
 
@@ -58,7 +59,7 @@ inline Tensor check_gate(const Tensor& gate, const Tensor& tokens, int64_t count
   FRD_CHECK_VALUE(gate.dim() == 1 && gate.size(0) == count && gate.scalar_type() == compute_type(tokens),
                   "frd: ", name, " must be [", count,
                   "] in the compute dtype (float64 for float64, else float32)");
-  return torch::stable::contiguous(gate);
+  return in_layout(gate);
 }
 
 // k, v [B, N, C]; alpha, beta [1]; grid (rows, columns); hw (H, W)

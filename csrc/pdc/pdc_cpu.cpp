@@ -3,6 +3,7 @@
 #include <memory>
 #include <tuple>
 
+#include "core/layout.h"
 #include "pdc/pdc_kernel.h"
 #include "pdc/pdc_op.h"
 #include "pdc/pdc_weight_dispatch.h"
@@ -39,8 +40,8 @@ PdcStencil turned(const PdcStencil& s) {
 // weight [C, 1, 3, 3], bias [C] -> [10, pitch] in the compute type; `turned`: for the gradient of x, without
 // bias.
 Tensor pack(const PdcStencil& s, const Tensor& weight_, const std::optional<Tensor>& bias_, bool for_dx) {
-  const Tensor weight = torch::stable::contiguous(weight_);
-  const std::optional<Tensor> bias = bias_ ? std::optional(torch::stable::contiguous(*bias_)) : std::nullopt;
+  const Tensor weight = in_layout(weight_);
+  const std::optional<Tensor> bias = bias_ ? std::optional(in_layout(*bias_)) : std::nullopt;
   const ScalarType compute = s.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
   Tensor packed = torch::stable::new_zeros(weight, {kPdcRows, s.pitch}, compute);
   with_dtype(s.dtype, [&](auto element) {
@@ -136,7 +137,7 @@ Tensor pdc2d_depthwise(const Tensor& x_, const Tensor& weight, const std::option
                        const Ints& dilation) {
   const PdcGeometry g = checked_pdc(x_, weight, bias, kind, theta, stride, padding, dilation);
   const MemoryFormat format = layout_of(x_);
-  const Tensor x = torch::stable::contiguous(x_, format);
+  const Tensor x = in_layout(x_, format);
   PdcStencil s = stencil(g, x);
   Tensor y = empty_images(x, s.channels, s.y.out, s.x.out, format);
   if (s.batch == 0 || s.channels == 0) return y;
@@ -188,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad_,
   check_pdc_grad(g, grad_, x_);
   const MemoryFormat format = layout_of(x_);
   const bool pixels = format == MemoryFormat::ChannelsLast;
-  const Tensor x = torch::stable::contiguous(x_, format), grad = torch::stable::contiguous(grad_, format);
+  const Tensor x = in_layout(x_, format), grad = in_layout(grad_, format);
   PdcStencil s = stencil(g, x), t = turned(s);
   Tensor dx = need_dx ? empty_images(x, s.channels, s.y.source, s.x.source, format)
                       : torch::stable::new_empty(x, {0});

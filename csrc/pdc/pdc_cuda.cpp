@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "core/cuda_launch.h"
+#include "core/layout.h"
 #include "pdc/pdc_op.h"
 
 namespace frd {
@@ -30,8 +31,8 @@ Tensor pdc2d_depthwise(const Tensor& x_, const Tensor& weight_, const std::optio
   const CudaScope scope(x_);
   const PdcGeometry g = checked_pdc(x_, weight_, bias_, kind, theta, stride, padding, dilation);
   const MemoryFormat format = layout_of(x_);
-  const Tensor x = torch::stable::contiguous(x_, format), weight = torch::stable::contiguous(weight_);
-  const std::optional<Tensor> bias = bias_ ? std::optional(torch::stable::contiguous(*bias_)) : std::nullopt;
+  const Tensor x = in_layout(x_, format), weight = in_layout(weight_);
+  const std::optional<Tensor> bias = bias_ ? std::optional(in_layout(*bias_)) : std::nullopt;
   PdcProblem p = problem_of(g, x, weight, format);
   Tensor y = empty_images(x, p.channels, g.y.out, g.x.out, format);
   if (p.batch == 0 || p.channels == 0) return y;
@@ -51,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad_,
   const PdcGeometry g = checked_pdc(x_, weight_, std::nullopt, kind, theta, stride, padding, dilation);
   check_pdc_grad(g, grad_, x_);
   const MemoryFormat format = layout_of(x_);
-  const Tensor x = torch::stable::contiguous(x_, format), grad = torch::stable::contiguous(grad_, format);
-  const Tensor weight = torch::stable::contiguous(weight_);
+  const Tensor x = in_layout(x_, format), grad = in_layout(grad_, format);
+  const Tensor weight = in_layout(weight_);
   PdcProblem p = problem_of(g, x, weight, format);
   Tensor dx = need_dx ? empty_images(x, p.channels, g.y.source, g.x.source, format)
                       : torch::stable::new_empty(x, {0});

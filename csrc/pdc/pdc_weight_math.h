@@ -1,6 +1,8 @@
 // The transform of a 3x3 parameter into the equivalent plain kernel, its transpose, and rounding to 16 bit
 // that keeps their sum.
 #pragma once
+#include <math.h>
+
 #include "core/dtypes.h"
 #include "pdc/pdc_taps.h"
 
@@ -43,9 +45,8 @@ FRD_HD inline void turn(A* w, A theta) {
 
 FRD_HD inline double magnitude(double v) { return v < 0 ? -v : v; }
 FRD_HD inline double larger(double a, double b) { return a > b ? a : b; }
-FRD_HD inline double nearest(double v) {
-  return static_cast<double>(static_cast<int64_t>(v < 0 ? v - 0.5 : v + 0.5));
-}
+// Half away from zero. Not by way of an integer: 0 is 2^100 of its own ulps away from a tap.
+FRD_HD inline double nearest(double v) { return v < 0 ? ceil(v - 0.5) : floor(v + 0.5); }
 
 // Distance to the next 16-bit value away from zero; the bits of a float order like sign and magnitude.
 template <typename T>

@@ -1,5 +1,6 @@
 // Checks and allocation of the weight transform, shared by the CPU and the CUDA launcher.
 #pragma once
+#include "core/layout.h"
 #include "core/stable.h"
 #include "pdc/pdc_weight_kernel.h"
 
@@ -25,7 +26,7 @@ inline PdcWeightLaunch prepare_pdc_weight(const Tensor& tensor, int64_t kind_, d
                   "frd: ", transposed ? "grad" : "weight", " must be [O, I, ", in_side, ", ", in_side,
                   "], got ", tensor.dim(), "-D with last size ",
                   tensor.dim() ? tensor.size(tensor.dim() - 1) : 0);
-  Tensor in = torch::stable::contiguous(tensor);
+  Tensor in = in_layout(tensor);
   Tensor out = torch::stable::new_empty(in, {in.size(0), in.size(1), out_side, out_side}, dtype);
   PdcWeightArgs args{in.const_data_ptr(),
                      out.mutable_data_ptr(),

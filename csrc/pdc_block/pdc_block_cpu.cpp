@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "core/gemm.h"
+#include "core/layout.h"
 #include "pdc/pdc_weight_dispatch.h"
 #include "pdc_block/pdc_block_kernel.h"
 #include "pdc_block/pdc_block_op.h"
@@ -44,10 +45,9 @@ struct Prepared {
 // point_bias [Co] or null
 Prepared prepare(PdcBlockArgs& a, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
                  const Tensor& point_weight, const OptionalTensor& point_bias, bool backward) {
-  const OptionalTensor shift = pdc_bias ? OptionalTensor(torch::stable::contiguous(*pdc_bias)) : std::nullopt;
-  const OptionalTensor bias =
-      point_bias ? OptionalTensor(torch::stable::contiguous(*point_bias)) : std::nullopt;
-  Prepared p{torch::stable::contiguous(pdc_weight), torch::stable::contiguous(point_weight), Tensor()};
+  const OptionalTensor shift = pdc_bias ? OptionalTensor(in_layout(*pdc_bias)) : std::nullopt;
+  const OptionalTensor bias = point_bias ? OptionalTensor(in_layout(*point_bias)) : std::nullopt;
+  Prepared p{in_layout(pdc_weight), in_layout(point_weight), Tensor()};
   const int64_t c = a.channels, co = a.out_channels, k = backward ? co : c, n = backward ? c : co;
   const GemmKernels& gemm = gemm_kernels();
   with_dtype(a.dtype, [&](auto element) {
@@ -139,7 +139,7 @@ Tensor pdc_block(const Tensor& x_, const Tensor& pdc_weight, const OptionalTenso
                  const Ints& dilation) {
   PdcBlockArgs a{checked_pdc_block(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation)};
   check_point_bias(a, point_bias, x_);
-  const Tensor x = torch::stable::contiguous(x_, format_of(a));
+  const Tensor x = in_layout(x_, format_of(a));
   const OptionalTensor residual =
       residual_ ? OptionalTensor(matching(a, "residual", *residual_, x, a.out_channels)) : std::nullopt;
   Tensor out = empty_images(x, a.out_channels, a.out_height, a.out_width, format_of(a));
@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     const Tensor& grad_, const Tensor& x_, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
     const Tensor& point_weight, int64_t kind, double theta, const Ints& stride, const Ints& dilation) {
   PdcBlockArgs a{checked_pdc_block(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation)};
-  const Tensor x = torch::stable::contiguous(x_, format_of(a));
+  const Tensor x = in_layout(x_, format_of(a));
   const Tensor grad = matching(a, "grad", grad_, x, a.out_channels);
   Tensor d_point = torch::stable::new_empty(x, {a.out_channels, a.channels, 1, 1});
   Tensor d_point_bias = torch::stable::new_empty(x, {a.out_channels});

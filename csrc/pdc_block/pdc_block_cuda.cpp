@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "core/cuda_launch.h"
+#include "core/layout.h"
 #include "pdc_block/pdc_block_op.h"
 
 namespace frd {
@@ -71,8 +72,8 @@ BlockProductArgs product_of(const PdcBlockGeometry& g) {
   return a;
 }
 
-OptionalTensor dense(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
+OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(in_layout(*t)) : std::nullopt;
 }
 const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
@@ -85,10 +86,9 @@ Tensor pdc_block(const Tensor& x_, const Tensor& pdc_weight, const OptionalTenso
   const CudaScope scope(x_);
   const PdcBlockGeometry g = checked(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation);
   check_point_bias(g, point_bias, x_);
-  const Tensor x = torch::stable::contiguous(x_, format_of(g)),
-               stencil = torch::stable::contiguous(pdc_weight),
-               point = torch::stable::contiguous(point_weight);
-  const OptionalTensor stencil_bias = dense(pdc_bias), bias = dense(point_bias);
+  const Tensor x = in_layout(x_, format_of(g)), stencil = in_layout(pdc_weight),
+               point = in_layout(point_weight);
+  const OptionalTensor stencil_bias = contiguous(pdc_bias), bias = contiguous(point_bias);
   const OptionalTensor residual =
       residual_ ? OptionalTensor(matching(g, "residual", *residual_, x, g.out_channels)) : std::nullopt;
   Tensor out = empty_images(x, g.out_channels, g.out_height, g.out_width, format_of(g));
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad, 
 Tensor hidden_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tensor& hidden,
                        const Tensor& point_weight, cudaStream_t stream) {
   Tensor out = empty_images(hidden, g.channels, g.out_height, g.out_width, format_of(g));
-  const Tensor transposed = torch::stable::contiguous(torch::stable::transpose(point_weight, 0, 1));
+  const Tensor transposed = in_layout(torch::stable::transpose(point_weight, 0, 1));
   BlockProductArgs a = product_of(g);
   a.prologue = Prologue::copy;
   a.channels = static_cast<int>(g.out_channels), a.out_channels = static_cast<int>(g.channels);
@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     const Tensor& point_weight, int64_t kind, double theta, const Ints& stride, const Ints& dilation) {
   const CudaScope scope(x_);
   const PdcBlockGeometry g = checked(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation);
-  const Tensor x = torch::stable::contiguous(x_, format_of(g));
+  const Tensor x = in_layout(x_, format_of(g));
   const Tensor grad = matching(g, "grad", grad_, x, g.out_channels);
   Tensor d_point = torch::stable::new_empty(x, {g.out_channels, g.channels, 1, 1});
   Tensor d_point_bias = torch::stable::new_empty(x, {g.out_channels});
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     torch::stable::zero_(d_point_bias);
     hidden_grad = empty_images(x, g.channels, g.out_height, g.out_width, format_of(g));
   } else {
-    const Tensor hidden = torch::stable::contiguous(
+    const Tensor hidden = in_layout(
         pdc2d_depthwise(x, pdc_weight, pdc_bias, kind, theta, stride, dilation, dilation), format_of(g));
     point_gradient(g, grad, hidden, d_point, d_point_bias, scope.stream());
     hidden_grad = hidden_gradient(g, grad, hidden, point_weight, scope.stream());

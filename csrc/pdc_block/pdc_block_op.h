@@ -64,7 +64,7 @@ inline Tensor matching(const PdcBlockGeometry& a, const char* name, const Tensor
                   a.out_width, "], got ", t.dim(), "-D");
   FRD_CHECK_VALUE(t.scalar_type() == x.scalar_type() && t.device() == x.device(), "pdc_block: ", name,
                   " must have the dtype and device of x");
-  return torch::stable::contiguous(t, format_of(a));
+  return in_layout(t, format_of(a));
 }
 
 }  // namespace frd

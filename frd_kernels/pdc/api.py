@@ -14,9 +14,8 @@ from . import ops, reference
 from .arguments import (
     Geometry,
     IntOrPair,
-    check_tensors,
     check_weight,
-    parse_geometry,
+    checked_geometry,
     parse_theta,
 )
 
@@ -84,8 +83,7 @@ def pdc2d(
         ValueError: one line that names the argument, the rule and what came.
         TypeError: something that has to be a tensor or a number is not.
     """
-    geometry = parse_geometry(kind, theta, stride, padding, dilation, groups)
-    check_tensors(x, weight, bias, geometry)
+    geometry = checked_geometry(x, weight, bias, kind, theta, stride, padding, dilation, groups)
     return run(x, weight, bias, geometry)
 
 

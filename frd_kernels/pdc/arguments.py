@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import _seen
 from .._autocast import autocast_dtype
 from ..kinds import Kind, parse_kind
 
@@ -92,6 +93,28 @@ def parse_geometry(
     if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)) or groups < 1:
         raise ValueError(f"groups must be a positive int, got {groups!r}")
     return Geometry(parse_kind(kind), parse_theta(theta), stride_pair, padding_pair, dilation_pair, groups)
+
+
+def checked_geometry(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kind: str,
+    theta: float,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+) -> Geometry:
+    """`parse_geometry` and `check_tensors` in one."""
+    options = (kind, theta, stride, padding, dilation, groups)
+    key = _seen.key("pdc2d", x, weight, bias, *options)
+    geometry: Geometry | None = _seen.get(key)
+    if geometry is None:
+        geometry = parse_geometry(*options)
+        check_tensors(x, weight, bias, geometry)
+        _seen.put(key, geometry)
+    return geometry
 
 
 def check_weight(weight: torch.Tensor) -> None:

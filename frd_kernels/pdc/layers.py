@@ -13,7 +13,7 @@ from .. import backend
 from .._autocast import autocast_dtype
 from ..kinds import Kind, parse_kind
 from . import api
-from .arguments import Geometry, IntOrPair, check_tensors, parse_geometry, parse_theta
+from .arguments import Geometry, IntOrPair, checked_geometry, parse_geometry, parse_theta
 
 
 class PDC2d(nn.Conv2d):
@@ -87,8 +87,8 @@ class PDC2d(nn.Conv2d):
     def _conv_forward(
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        geometry = self.geometry()
-        check_tensors(input, weight, bias, geometry)
+        options = (self.kind, self.theta, self.stride, self.padding, self.dilation, self.groups)
+        geometry = checked_geometry(input, weight, bias, *options)
         if self.padding_mode != "zeros":
             input, geometry = self._pad(input, geometry)
         return api.run(input, weight, bias, geometry, self._cached_plain(weight, geometry))

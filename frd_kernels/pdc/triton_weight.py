@@ -56,7 +56,7 @@ def _spacing(value):
 
 @triton.jit
 def _nearest(value):
-    return tl.where(value < 0, value - 0.5, value + 0.5).to(tl.int64).to(tl.float64)
+    return tl.where(value < 0, tl.ceil(value - 0.5), tl.floor(value + 0.5))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import _triton, backend
+from .. import _seen, _triton, backend
 from .._autocast import autocast_dtype
 from ..pdc import api as pdc_api
 from ..pdc.arguments import Geometry, IntOrPair, check_tensors, parse_geometry
@@ -53,6 +53,39 @@ def pdc_block(
         ValueError: one line that names the argument, the rule and what came.
         TypeError: something that has to be a tensor or a number is not.
     """
+    tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
+    key = _seen.key("pdc_block", *tensors, kind, theta, stride, dilation)
+    geometry: Geometry | None = _seen.get(key)
+    if geometry is None:
+        geometry = _checked(*tensors, kind, theta, stride, dilation)
+        _seen.put(key, geometry)
+    native = backend.select("pdc_block", x)
+    if native is None:
+        return _reference(*tensors, geometry)
+    depthwise = pdc_api.is_depthwise(pdc_weight, geometry.groups)
+    if depthwise and backend.is_fused("pdc_block", x, native):
+        return ops.pdc_block(native, *tensors, geometry)
+    if not depthwise and _runs_dense_kernel(native, *tensors):
+        plain = pdc_api.plain_weight(native, pdc_weight, geometry)
+        options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
+        return native.pdc_block_dense(x, plain, pdc_bias, point_weight, point_bias, residual, *options)
+    hidden = F.relu(pdc_api.run(x, pdc_weight, pdc_bias, geometry))
+    out = F.conv2d(hidden, point_weight, point_bias)
+    return out if residual is None else out + residual
+
+
+def _checked(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    kind: str,
+    theta: float,
+    stride: IntOrPair,
+    dilation: IntOrPair,
+) -> Geometry:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:
@@ -61,20 +94,7 @@ def pdc_block(
     geometry = geometry._replace(padding=geometry.dilation)
     check_tensors(x, pdc_weight, pdc_bias, geometry)
     _check_point(x, pdc_weight, point_weight, point_bias, residual, geometry)
-    native = backend.select("pdc_block", x)
-    if native is None:
-        return _reference(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
-    depthwise = pdc_api.is_depthwise(pdc_weight, geometry.groups)
-    if depthwise and backend.is_fused("pdc_block", x, native):
-        return ops.pdc_block(native, x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
-    tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
-    if not depthwise and _runs_dense_kernel(native, *tensors):
-        plain = pdc_api.plain_weight(native, pdc_weight, geometry)
-        options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
-        return native.pdc_block_dense(x, plain, pdc_bias, point_weight, point_bias, residual, *options)
-    hidden = F.relu(pdc_api.run(x, pdc_weight, pdc_bias, geometry))
-    out = F.conv2d(hidden, point_weight, point_bias)
-    return out if residual is None else out + residual
+    return geometry
 
 
 def _runs_dense_kernel(

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -60,6 +60,18 @@ def is_slow(name: str, op: str = "") -> bool:
     """Whether a backend takes tenths of a second for the smallest call: Triton's interpreter, and emulated clusters of
     eight blocks, 2048 fibers."""
     return (name == "triton" and _triton.INTERPRETED) or (name == EMULATED and op in ("cluster", "icm"))
+
+
+def assert_same_bits(name: str, found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> None:
+    """Of one computation with and without a part that changes nothing. Triton compiles two kernels for that, whose
+    multiplications it may fuse with other additions."""
+    compiled = name == "triton" and not _triton.INTERPRETED
+    for a, b in zip(found, wanted, strict=True):
+        if compiled and a.is_floating_point():
+            ulp = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=16 * ulp, atol=16 * ulp * max(1.0, float(b.abs().max())))
+        else:
+            assert torch.equal(a, b)
 
 
 def is_thinned(name: str, op: str) -> bool:

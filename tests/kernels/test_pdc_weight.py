@@ -80,7 +80,10 @@ def test_rounding_keeps_the_sum(ops: Any, kind: Kind, dtype: torch.dtype, ulp: f
     exact = expected(weight.double(), kind, 1.0).flatten(2)
     balanced = ops.pdc_weight(weight, kind, 1.0, dtype).double().flatten(2)
     plain = exact.to(dtype).double()
-    assert balanced.sum(-1).abs().max() <= plain.sum(-1).abs().max() / 20
+    if kind == Kind.CENTRAL:  # few taps are small enough to take what is left of the sum
+        assert balanced.sum(-1).norm() <= plain.sum(-1).norm() / 50
+    else:
+        assert not balanced.sum(-1).any()
     # No tap strays further than one and a half ulps of the largest one.
     largest = exact.abs().amax(-1, keepdim=True)
     assert ((balanced - exact).abs() <= 3.01 * ulp * largest).all()
