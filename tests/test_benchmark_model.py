@@ -107,11 +107,8 @@ def test_run_on_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     plan = model.Plan(("lite",), (1, 2), 64, ("eager",), budget_s=0.0, overrides=SMALL)
     model.run_on_cpu(plan, run)
     assert run.red == {}
-    assert [(r["mode"], r["batch"]) for r in run.records] == [
-        ("forward", 1),
-        ("training step", 1),
-        ("forward", 2),
-    ]
+    measured = [(r["mode"], r["batch"]) for r in run.records]
+    assert measured[0] == ("forward", 1) and sorted(measured[1:]) == [("forward", 2), ("training step", 1)]
     for record in run.records:
         assert record["rival"] == "eager" and record["backend"] == "cpu" and record["timing"] == "wall"
         assert record["ratio"] == record["rivals"]["eager"]["ratio"] and record["turns"] >= 5
