@@ -41,6 +41,9 @@ TRIES = 64  # images drawn before giving up
 # err too: GroupNorm on the CPU sums a channels_last image in one chain, so that its error grows with the pixels (2e-5
 # at 1024 x 1024, ours and eager alike), and in 16 bit all roundings of a net add up to some hundredths.
 CAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# Of gradients: a ReLU of the decoder whose input the last bit puts on the other side of zero changes what flows into
+# every layer before it, in the eager net by the same amount (nearly 1e-2 was seen, equal on both sides to 1e-7).
+GRADIENT_CAP = {torch.float32: 5e-2, torch.bfloat16: 2e-1}
 
 
 def build_model(variant: str, seed: int = 0, /, **overrides: Any) -> FRDNet:
@@ -245,10 +248,12 @@ def near_ties(model: nn.Module) -> Iterator[list[float]]:
             hook.remove()
 
 
-def check(name: str, error: float, peer: float, dtype: torch.dtype) -> None:
+def check(
+    name: str, error: float, peer: float, dtype: torch.dtype, cap: dict[torch.dtype, float] = CAP
+) -> None:
     """Raises GateError where an error of ours is over twice that of its peer, the eager net in the same layout, or over
     the cap: what the library's layers cost in that layout is not ours."""
-    allowed = min(max(2 * peer, FLOOR[dtype]), CAP[dtype])
+    allowed = min(max(2 * peer, FLOOR[dtype]), cap[dtype])
     if not error <= allowed:
         raise GateError(f"{name}: relative error {error:.2e}, at most {allowed:.2e} is allowed")
 

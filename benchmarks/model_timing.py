@@ -20,6 +20,7 @@ from .clock import synchronize
 from .gate import one_line, poisoned
 from .model_sides import (
     CAP,
+    GRADIENT_CAP,
     OPS,
     Subject,
     autocast,
@@ -159,9 +160,9 @@ def peer_of(subject: Subject, rivals: dict[str, Side], layout: str) -> nn.Module
     return peer.source if peer.layout == layout else in_layout(subject.copy(peer.source), layout)
 
 
-def drop_wrong(rivals: dict[str, Side], errors: dict[str, float], dtype: torch.dtype) -> dict[str, str]:
+def drop_wrong(rivals: dict[str, Side], errors: dict[str, float], cap: float) -> dict[str, str]:
     """Takes out rivals that are wrong themselves, and says so."""
-    wrong = {name: error for name, error in errors.items() if not error <= CAP[dtype]}
+    wrong = {name: error for name, error in errors.items() if not error <= cap}
     for name in wrong:
         del rivals[name]
     return {name: f"relative error {error:.2e}" for name, error in wrong.items()}
@@ -189,7 +190,7 @@ def check_inference(
         with poisoned(), side.context():
             errors[name] = error(side.model, side.layout)
         check(f"model {subject.variant}, {name}", errors[name], peer, setting.dtype)
-    return errors, drop_wrong(rivals, {name: errors[name] for name in rivals}, setting.dtype)
+    return errors, drop_wrong(rivals, {name: errors[name] for name in rivals}, CAP[setting.dtype])
 
 
 def check_training(
@@ -223,9 +224,10 @@ def check_training(
         with poisoned(), side.context():
             errors[name] = error(side.model, side.layout)
         for part, value in errors[name].items():
-            check(f"model {subject.variant}, {name}, gradients of {part}", value, peer[part], setting.dtype)
+            label = f"model {subject.variant}, {name}, gradients of {part}"
+            check(label, value, peer[part], setting.dtype, GRADIENT_CAP)
     worst = {name: max(errors[name].values()) for name in rivals}
-    return errors, drop_wrong(rivals, worst, setting.dtype)
+    return errors, drop_wrong(rivals, worst, GRADIENT_CAP[setting.dtype])
 
 
 def build_sides(
