@@ -138,10 +138,12 @@ def run_model(options: argparse.Namespace) -> int:
     """`benchmarks.model.gpu_records`, which keeps to its limit itself."""
     model = importlib.import_module(".model", __package__)
     before = machine_state(options.device)
-    found = model.gpu_records(
-        options.limit, size=512 if options.device == "cuda" else 64, device=options.device
-    )
-    conditions.write(options.out, found | {"before": before, "after": machine_state(options.device)})
+
+    def save(found: dict[str, Any]) -> None:
+        conditions.write(options.out, found | {"before": before, "after": machine_state(options.device)})
+
+    size = 512 if options.device == "cuda" else 64
+    save(model.gpu_records(options.limit, size=size, device=options.device, save=save))
     return 0
 
 
