@@ -9,6 +9,7 @@ from typing import Any
 
 from . import gpu_table, kernel_tables, model_tables
 
+TIMINGS = ("wall", "graph", "graph, cold L2")
 NOTHING = (
     "No kernel of this project has been measured on a GPU: there is no result file, so there is no figure."
 )
@@ -17,6 +18,31 @@ NOTHING = (
 def all_gpus(results: pathlib.Path) -> str:
     parts = [one_gpu(path.parent) for path in sorted(results.glob("*/kernels.json")) if _is_gpu(path)]
     return "\n\n".join(parts) or NOTHING
+
+
+def summary(results: pathlib.Path) -> str:
+    """One row for each GPU, op and mode: the worst and best ratio to the headline rival, for each timing."""
+    rows = []
+    for path in sorted(results.glob("*/kernels.json")):
+        if not _is_gpu(path):
+            continue
+        report = json.loads(path.read_text())
+        name = report.get("state_before", {}).get("gpu", {}).get("name", path.parent.name)
+        groups: dict[tuple[str, str], dict[str, list[float]]] = {}
+        for record in report["cases"]:
+            timings = groups.setdefault((kernel_tables.op(record), record["mode"]), {})
+            timings.setdefault(record["timing"], []).append(record["ratio"])
+        for (op, mode), timings in groups.items():
+            spans = [_span(timings.get(timing, [])) for timing in TIMINGS]
+            rows.append(kernel_tables.cells(name, op, mode, *spans))
+    return "\n".join([*kernel_tables.header("GPU", "op", "mode", *TIMINGS), *rows]) if rows else NOTHING
+
+
+def _span(ratios: list[float]) -> str:
+    if not ratios:
+        return "-"
+    low, high = (kernel_tables.times(pick(ratios)) for pick in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _is_gpu(path: pathlib.Path) -> bool:

@@ -244,7 +244,7 @@ def build_sides(
         rivals = dict(list(rivals.items())[:1])
     rivals = dict(list(rivals.items())[: setting.rivals])
     if subject.device == "cuda" and setting.rivals > 1:
-        rivals["reference"] = subject.model  # what runs on a GPU as long as nothing is proven there
+        rivals["reference"] = subject.model  # what runs on GPUs where nothing is proven
         contexts["reference"] = functools.partial(fk.use_backend, "reference")
     pilots: dict[str, Any] = {}
     found: dict[str, Side] = {}

@@ -116,7 +116,7 @@ def own_backends(
     chosen = {getattr(fk.backend.select(op, image), "name", "") for op in ops}
     by_namespace = {fk.backend.PROVIDERS[name].namespace: name for name in names}
     if chosen == {""}:
-        left_out[AUTO] = "nothing of this is proven on a GPU, so that the reference runs"
+        left_out[AUTO] = "nothing of this is proven on this GPU, so that the reference runs"
     elif len(chosen) == 1 and (same := by_namespace.get(*chosen)):
         left_out[AUTO] = f"the same as {same}"
         names.sort(key=lambda name: name != same)

@@ -77,9 +77,13 @@ def demo_model_tables() -> dict[str, str]:
     }
 
 
+def gpu_tables() -> dict[str, str]:
+    return {"gpu": gpu_section.all_gpus(RESULTS), "gpu-summary": gpu_section.summary(RESULTS)}
+
+
 def all_tables() -> dict[str, str]:
     """Name -> Markdown."""
-    return cpu_tables() | net_tables() | demo_model_tables() | {"gpu": gpu_section.all_gpus(RESULTS)}
+    return cpu_tables() | net_tables() | demo_model_tables() | gpu_tables()
 
 
 def filled(text: str, tables: dict[str, str], name: str) -> str:

@@ -20,6 +20,8 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 _ALL = frozenset({"pdc_weight", "pdc2d", "pdc_block", "cluster", "cluster_dispatch", "icm"})
 _INT32 = 2**31 - 1
+# The GPUs that the kernels' suite has passed on: H100.
+_PROVEN_ON = frozenset({(9, 0)})
 
 
 class Provider(NamedTuple):
@@ -32,6 +34,7 @@ class Provider(NamedTuple):
     problem: str = ""  # why none of them can run
     most_elements: int | None = None  # of an image: what its kernels can index
     without_float64: frozenset[str] = frozenset()  # ops that are put together from others in float64
+    proven_on: frozenset[tuple[int, int]] = frozenset()  # compute capabilities, where the device is a GPU
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
         """Why it cannot run `op` on this tensor; None if it can."""
@@ -46,6 +49,12 @@ class Provider(NamedTuple):
             return f"indexes images of at most {self.most_elements} elements, got {image}"
         return _device_refusal(self.namespace, tensor.device) if self.device == "cuda" else None
 
+    def is_proven(self, op: str, tensor: torch.Tensor) -> bool:
+        """Whether `op` has passed the suite on a device like that of the tensor."""
+        if self.device != tensor.device.type or op not in self.proven:
+            return False
+        return self.device != "cuda" or _capability(tensor.device) in self.proven_on
+
 
 def _cuda_problem() -> str:
     if not _library.CUDA_PROBLEM and not torch.cuda.is_available():
@@ -55,9 +64,11 @@ def _cuda_problem() -> str:
 
 PROVIDERS = {
     "cpu": Provider("frd", "cpu", _ALL, _ALL),
-    "triton": Provider(_triton.NAMESPACE, _triton.DEVICE, _ALL, frozenset(), _triton.problem(), _INT32),
+    "triton": Provider(
+        _triton.NAMESPACE, _triton.DEVICE, _ALL, _ALL, _triton.problem(), _INT32, proven_on=_PROVEN_ON
+    ),
     "cuda": Provider(
-        "frd", "cuda", _ALL, frozenset(), _cuda_problem(), _INT32, without_float64=frozenset({"pdc_block"})
+        "frd", "cuda", _ALL, _ALL, _cuda_problem(), _INT32, frozenset({"pdc_block"}), _PROVEN_ON
     ),
 }
 
@@ -104,8 +115,15 @@ def _describe(name: str, provider: Provider) -> str:
     text = f"kernels for: {', '.join(sorted(provider.ops))}"
     if provider.device != "cuda":
         return f"{text}; in an interpreter on the CPU, to check them"
+    gpus = ", ".join(f"{major}.{minor}" for major, minor in sorted(provider.proven_on)) or "none"
+    text += f"; chosen by itself on GPUs of the compute capability that the suite has passed on: {gpus}"
     unproven = ", ".join(sorted(provider.ops - provider.proven))
-    return f"{text}; not yet proven on a GPU, so never chosen by itself: {unproven}" if unproven else text
+    return f"{text}, but for {unproven}" if unproven else text
+
+
+def requested() -> str | None:
+    """The backend of the enclosing `use_backend`; None outside one."""
+    return _traced if torch.compiler.is_compiling() else _requested.get()
 
 
 def select(op: str, tensor: torch.Tensor) -> Any | None:
@@ -114,20 +132,20 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
     Raises:
         NotImplementedError: a backend was requested with `use_backend` that cannot run the op on this tensor.
     """
-    requested = _traced if torch.compiler.is_compiling() else _requested.get()
-    if requested == "reference":
+    name = requested()
+    if name == "reference":
         return None
-    if requested is None:
+    if name is None:
         if tensor.device.type in ("cpu", "meta"):
             return torch.ops.frd  # meta tensors have no data to compute: the registered fakes answer for them
         for provider in (PROVIDERS["cuda"], PROVIDERS["triton"]):
-            if op in provider.proven and provider.refusal(op, tensor) is None:
+            if provider.is_proven(op, tensor) and provider.refusal(op, tensor) is None:
                 return getattr(torch.ops, provider.namespace)
         return None
-    provider = PROVIDERS[requested]
+    provider = PROVIDERS[name]
     refusal = provider.refusal(op, tensor)
     if refusal is not None:
-        raise NotImplementedError(f"{op}: backend {requested!r} was requested and {refusal}")
+        raise NotImplementedError(f"{op}: backend {name!r} was requested and {refusal}")
     return getattr(torch.ops, provider.namespace)
 
 
@@ -139,16 +157,26 @@ def is_fused(op: str, tensor: torch.Tensor, native: Any) -> bool:
     return all(op not in provider.without_float64 for provider in here)
 
 
+# Asked at every call, so the answers are kept.
+_CAPABILITIES: dict[torch.device, tuple[int, int]] = {}
 _REFUSALS: dict[tuple[str, torch.device], str | None] = {}
 
 
-def _device_refusal(namespace: str, device: torch.device) -> str | None:
-    """`_architecture_refusal` of a GPU; it is asked at every call, so the answer is kept."""
+def _capability(device: torch.device) -> tuple[int, int]:
     if torch.compiler.is_compiling():
-        return _architecture_refusal(namespace, torch.cuda.get_device_capability(device))
+        return torch.cuda.get_device_capability(device)
+    if device not in _CAPABILITIES:
+        _CAPABILITIES[device] = torch.cuda.get_device_capability(device)
+    return _CAPABILITIES[device]
+
+
+def _device_refusal(namespace: str, device: torch.device) -> str | None:
+    """`_architecture_refusal` of a GPU."""
+    if torch.compiler.is_compiling():
+        return _architecture_refusal(namespace, _capability(device))
     key = (namespace, device)
     if key not in _REFUSALS:
-        _REFUSALS[key] = _architecture_refusal(namespace, torch.cuda.get_device_capability(device))
+        _REFUSALS[key] = _architecture_refusal(namespace, _capability(device))
     return _REFUSALS[key]
 
 

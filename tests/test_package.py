@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -62,13 +63,19 @@ def test_explicit_backend_never_falls_back() -> None:
         frd_kernels.pdc2d(x, w, kind="angular", padding=1, groups=4)
 
 
-def test_kernels_without_proof_are_named_and_not_chosen() -> None:
-    """Nothing has run on a GPU yet: a GPU tensor would go through the reference."""
+def test_kernels_are_chosen_only_where_they_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
     for name in ("triton", "cuda"):
-        provider = backend.PROVIDERS[name]
-        assert not provider.proven
-        reason = backend._describe(name, provider._replace(device="cuda"))
-        assert all(op in reason.split("never chosen by itself: ")[1] for op in provider.ops)
+        provider = backend.PROVIDERS[name]._replace(device="cuda")
+        for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+            monkeypatch.setattr(backend, "_capability", lambda device, found=capability: found)
+            assert all(provider.is_proven(op, gpu) == expected for op in provider.ops)
+        without = provider._replace(proven=provider.ops - {"icm"})
+        monkeypatch.setattr(backend, "_capability", lambda device: (9, 0))
+        assert not without.is_proven("icm", gpu)
+        reason = backend._describe(name, without)
+        assert "passed on: 9.0, but for icm" in reason
+        assert not provider.is_proven("pdc2d", torch.ones(1))
 
 
 def test_a_gpu_the_binary_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
