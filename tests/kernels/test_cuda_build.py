@@ -68,12 +68,14 @@ def usage(source: pathlib.Path, architecture: int, out: pathlib.Path) -> dict[st
 
 
 def others(source: pathlib.Path) -> list[int]:
-    """The architectures to compile a source for beside the library's. The kernels of the clustering take minutes: of
-    them only those of bfloat16, on one architecture each; with FRD_TEST_ALL=1 all on all."""
+    """The architectures to compile a source for beside the library's: one each, another for another source. The
+    kernels of the clustering take minutes: of them only those of bfloat16. With FRD_TEST_ALL=1 all on all."""
     missing = [architecture for architecture in ARCHITECTURES if architecture not in in_library()]
-    if not missing or not source.name.startswith("icm_") or os.environ.get("FRD_TEST_ALL"):
+    if not missing or os.environ.get("FRD_TEST_ALL"):
         return missing
-    return [missing[-1 if "grad" in source.name else 0]] if "bf16" in source.name else []
+    if source.name.startswith("icm_"):
+        return [missing[-1 if "grad" in source.name else 0]] if "bf16" in source.name else []
+    return [missing[SOURCES.index(source) % len(missing)]]
 
 
 def compile_all() -> dict[tuple[str, int], dict[str, tuple[int, int, int]]]:
