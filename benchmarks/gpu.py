@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import gpu_table
+from .launch import module_command
 
 PACKAGE = __package__ or "benchmarks"
 # The tree that holds tests and tools; once installed, the one that the command is called in.
@@ -69,7 +70,7 @@ class Run:
         return max(0.0, min(most, share * (self.end - time.monotonic())))
 
     def worker(self, stage: str, out: pathlib.Path, *more: str) -> list[str]:
-        command = [sys.executable, "-m", f"{PACKAGE}.gpu_worker", stage, "--out", str(out)]
+        command = [*module_command("gpu_worker"), stage, "--out", str(out)]
         return [*command, "--device", self.options.device, *more]
 
     def write(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .cases import LAYOUTS
+from .launch import module_command
 from .model_sides import build_model, draw_image, rivals_of
 
 STATUS = pathlib.Path("/proc/self/status")
@@ -69,7 +70,7 @@ def measure(
     Raises:
         RuntimeError: it failed, or took longer.
     """
-    command = [sys.executable, "-m", f"{__package__}.model_memory", variant, str(size)]
+    command = [*module_command("model_memory"), variant, str(size)]
     command += [
         "--batches",
         ",".join(map(str, batches)),

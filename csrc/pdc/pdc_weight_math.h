@@ -46,7 +46,7 @@ FRD_HD inline void turn(A* w, A theta) {
 FRD_HD inline double magnitude(double v) { return v < 0 ? -v : v; }
 FRD_HD inline double larger(double a, double b) { return a > b ? a : b; }
 // Half away from zero. Not by way of an integer: 0 is 2^100 of its own ulps away from a tap.
-FRD_HD inline double nearest(double v) { return v < 0 ? ceil(v - 0.5) : floor(v + 0.5); }
+FRD_HD inline double nearest(double v) { return trunc(v < 0 ? v - 0.5 : v + 0.5); }
 
 // Distance to the next 16-bit value away from zero; the bits of a float order like sign and magnitude.
 template <typename T>

@@ -144,6 +144,8 @@ def sum_by_label(
     """out [B, O, C]: the sum of factor (times scale) * row of each centre's tokens; then `centre_rows` of `round`."""
     batch, tokens, centres, channels = sizes
     tile = tiles(rows[0].dtype, tokens, centres, 1, channels)
+    if tile.warps == 4:
+        tile = tile._replace(registers=255)
     chunks, span = chunks_of(tokens, centres, tile.tokens)
     blocks, centre_blocks = triton.cdiv(channels, tile.channels), triton.cdiv(centres, tile.centres)
     partial = factor[0].new_empty((batch, chunks, centres, channels))
