@@ -144,7 +144,7 @@ def sum_by_label(
     """out [B, O, C]: the sum of factor (times scale) * row of each centre's tokens; then `centre_rows` of `round`."""
     batch, tokens, centres, channels = sizes
     tile = tiles(rows[0].dtype, tokens, centres, 1, channels)
-    if tile.warps == 4:
+    if tile.warps == 4:  # the assembler would keep to 64 and spill
         tile = tile._replace(registers=255)
     chunks, span = chunks_of(tokens, centres, tile.tokens)
     blocks, centre_blocks = triton.cdiv(channels, tile.channels), triton.cdiv(centres, tile.centres)
