@@ -124,9 +124,11 @@ def replace_file(source: pathlib.Path, target: pathlib.Path) -> None:
     os.replace(temporary, target)
 
 
+BENCHMARKS = {"frd_kernels.benchmarks": "benchmarks", "frd_kernels.benchmarks.gpu": "benchmarks/gpu"}
+
 setup(
-    packages=[*find_packages(include=["frd_kernels*", "frd_model*"]), "frd_kernels.benchmarks"],
-    package_dir={"frd_kernels.benchmarks": "benchmarks"},
+    packages=[*find_packages(include=["frd_kernels*", "frd_model*"]), *BENCHMARKS],
+    package_dir=BENCHMARKS,
     package_data={"frd_kernels": ["py.typed"], "frd_model": ["py.typed", "assets/*", "configs/*"]},
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import shutil
 import subprocess
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 
 from frd_kernels.info import collect
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from .revision import revision
+
 # nvidia-smi's name of a figure -> ours, units included.
 _GPU_FIGURES = {
     "clocks.sm": "sm_clock_mhz",
@@ -31,24 +31,6 @@ def synchronize(device: torch.device | str) -> None:
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def revision() -> str:
-    """The git revision of this checkout, "+" behind it where tracked files differ; "unknown" outside of one."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    if head.returncode or changes.returncode or not (ROOT / ".git").exists():
-        return "unknown"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
 def gpu_state(device: torch.device | str = "cuda") -> dict[str, Any]:

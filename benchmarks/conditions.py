@@ -11,8 +11,8 @@ from typing import Any
 
 from frd_kernels.info import collect
 
-from .clock import revision
 from .measure import load_limit
+from .revision import revision
 
 
 def report(

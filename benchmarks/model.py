@@ -26,7 +26,7 @@ import torch
 from frd_kernels.info import collect
 
 from . import components, model_memory
-from .clock import machine_state, revision
+from .clock import machine_state
 from .gate import GateError, one_line
 from .harness import keep_memory
 from .measure import load_limit
@@ -42,6 +42,7 @@ from .model_timing import (
     peak_bytes_on_gpu,
     timings_of,
 )
+from .revision import revision
 from .timing import CannotTime
 
 CPU_LIMIT_S = 300.0

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import instructions
-from .clock import revision
+from .revision import revision
 
 BASELINES = pathlib.Path(__file__).parent / "results" / "cpu" / "instructions.json"
 MARGIN, OTHER_TORCH_MARGIN = 0.05, 0.10

@@ -12,7 +12,8 @@ import re
 import sys
 from typing import Any
 
-from . import demo_tables, gpu_section, kernel_tables, model_tables
+from . import demo_tables, kernel_tables, model_tables
+from .gpu import section as gpu_section
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

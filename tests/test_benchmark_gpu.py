@@ -24,13 +24,14 @@ MODULES = (
     "cuda",
     "floors",
     "gate",
-    "gpu",
-    "gpu_table",
+    "gpu.command",
+    "gpu.kernels",
+    "gpu.page",
     "measure",
     "providers",
     "registry",
 )
-calibrate, clock, cuda, floors, gate, gpu, gpu_table, measure, providers, registry = (
+calibrate, clock, cuda, floors, gate, gpu, kernels, gpu_page, measure, providers, registry = (
     importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES
 )
 cases = importlib.import_module(f"{PACKAGE}.cases")
@@ -296,7 +297,7 @@ def test_page_shows_the_nets(case: Any) -> None:
     }
     report = {"when": "now", "revision": "abc", "stages": {}, "state_before": {}, "state_after": {}}
     report |= {"machine": {}, "cases": [], "problems": {}}
-    page = gpu_table.page("A GPU", report, {}, {"records": [net], "left_out": {"paper": "no time"}})
+    page = gpu_page.page("A GPU", report, {"model": {"records": [net], "left_out": {"paper": "no time"}}})
     assert "| lite, batch 8, 512, eager | float32 | forward | wall |" in page
     assert "| 100.0 | 1 / 3 |" in page
     assert "- paper: no time" in page
@@ -309,8 +310,8 @@ def rehearse(folder: pathlib.Path, *arguments: str) -> tuple[int, dict[str, Any]
 
 
 def test_rehearsal(tmp_path: pathlib.Path) -> None:
-    """Of every stage but that of the nets, whose own tests run what it calls."""
-    stages = [name for name in gpu.STAGES if name != "model"]
+    """Of every stage but those whose own tests run what they call."""
+    stages = ["build", "tests", "calibrate", "compile", "kernels", "plots"]
     options = ("--short", "--only", "pdc_weight", "--tests=--version", "--stages", ",".join(stages))
     status, report, page = rehearse(tmp_path, *options)
     assert status == 0
@@ -363,11 +364,12 @@ def test_a_case_that_ends_or_hangs_the_process_is_passed_over(
     script = tmp_path / "worker.py"
     script.write_text(textwrap.dedent(WORKER))
 
-    def worker(run: Any, stage: str, out: pathlib.Path, *more: str) -> list[str]:
-        return [sys.executable, str(script), str(out), more[1], json.dumps(record)]
+    def worker(run: Any, *command: Any) -> list[str]:
+        _module, _stage, _out, out, _done, done = command
+        return [sys.executable, str(script), str(out), str(done), json.dumps(record)]
 
     monkeypatch.setattr(gpu.Run, "worker", worker)
-    monkeypatch.setattr(gpu, "selection", lambda options: [])
+    monkeypatch.setattr(kernels, "selection", lambda options: [])
     status, report, page = rehearse(tmp_path, "--stages", "kernels")
     assert status == 1
     assert [record["name"] for record in report["cases"]] == ["good", "last"]

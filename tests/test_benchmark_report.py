@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
 gpu_section, kernel_tables, model_tables, report = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("gpu_section", "kernel_tables", "model_tables", "report")
+    for name in ("gpu.section", "kernel_tables", "model_tables", "report")
 )
 
 

@@ -7,7 +7,9 @@ import pathlib
 import re
 from typing import Any
 
-from . import gpu_table, kernel_tables, model_tables
+from .. import kernel_tables, model_tables
+from . import page as pages
+from .run import read_json
 
 TIMINGS = ("wall", "graph", "graph, cold L2")
 NOTHING = (
@@ -52,15 +54,15 @@ def _is_gpu(path: pathlib.Path) -> bool:
 def one_gpu(folder: pathlib.Path) -> str:
     """The page that the run left in the folder, with the worst cases of each timing before it and the nets behind."""
     report = json.loads((folder / "kernels.json").read_text())
-    calibration = _optional(folder / "calibration.json") or {}
     name = report.get("state_before", {}).get("gpu", {}).get("name", folder.name)
-    model = _optional(folder / "model.json") or {}
-    page = gpu_table.page(name, report, calibration, model)
+    found = {part: read_json(folder / f"{part}.json") for part in pages.PARTS}
+    model = found["model"]
+    page = pages.page(name, report, found)
     title, _, body = page.partition("\n\n")
     parts = [title, *_summaries(report), body.rstrip()]
     if model.get("components"):
         parts += ["## Share of time of each component", model_tables.shares(model)]
-    if growth := _optional(folder / "growth.json"):
+    if growth := read_json(folder / "growth.json"):
         parts += ["## Growth", model_tables.growth(growth)]
     parts += [
         f"![{plot.stem}](../benchmarks/results/{folder.name}/{plot.name})"
@@ -75,7 +77,3 @@ def _summaries(report: dict[str, Any]) -> list[str]:
         chosen = report | {"cases": [record for record in report["cases"] if record["timing"] == timing]}
         parts += [f"## Worst cases, {timing}", kernel_tables.overall(chosen), kernel_tables.behind(chosen)]
     return parts
-
-
-def _optional(path: pathlib.Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None

@@ -1,7 +1,7 @@
 """The stages of `python -m benchmarks.gpu` that need the GPU, each in a process of its own: a kernel that hangs or
 spoils the GPU's state then ends no more than its case.
 
-    python -m benchmarks.gpu_worker calibrate|compile|kernels|model|plots --out PATH ...
+    python -m benchmarks.gpu.worker calibrate|compile|kernels|model|plots --out PATH ...
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 
 from frd_kernels.info import collect
 
-from . import calibrate, conditions, registry
-from .cases import Case
-from .clock import machine_state
-from .gate import GateError, errors_of, one_line
-from .measure import measure
+from .. import calibrate, conditions, registry
+from ..cases import Case
+from ..clock import machine_state
+from ..gate import GateError, errors_of, one_line
+from ..measure import measure
 
 REPEATS = 30
 SEARCH, SEARCHED = "max-autotune", ", with the compiler's search"
@@ -136,7 +136,7 @@ def run_calibrate(options: argparse.Namespace) -> int:
 
 def run_model(options: argparse.Namespace) -> int:
     """`benchmarks.model.gpu_records`, which keeps to its limit itself."""
-    model = importlib.import_module(".model", __package__)
+    model = importlib.import_module("..model", __package__)
     before = machine_state(options.device)
 
     def save(found: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ def run_model(options: argparse.Namespace) -> int:
 
 
 def run_plots(options: argparse.Namespace) -> int:
-    importlib.import_module(".plots", __package__).write_all(options.out)
+    importlib.import_module("..plots", __package__).write_all(options.out)
     return 0
 
 
@@ -163,7 +163,7 @@ STAGES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.worker", description=__doc__)
     parser.add_argument("stage", choices=tuple(STAGES))
     parser.add_argument("--out", type=pathlib.Path, help="file, or for plots the folder, to write")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

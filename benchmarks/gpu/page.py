@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+PARTS = ("calibration", "model")  # the files that it shows beside that of the kernels
 HEAD = ("op", "shape", "dtype", "layout", "mode", "ours, us", "of", "rival, us", "rival", "ratio", "A/A")
 
 
@@ -11,14 +12,16 @@ def _cells(*cells: Any) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def page(name: str, report: dict[str, Any], calibration: dict[str, Any], model: dict[str, Any]) -> str:
-    """Markdown: conditions, calibration, a table for each timing, the nets, and what has no time and why."""
+def page(name: str, report: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    """Markdown: conditions, calibration, a table for each timing, the nets, and what has no time and why. `found` are
+    the files of the other stages, by the names in PARTS, empty where there is none."""
     parts = [f"# {name}", _conditions(report), _stages(report["stages"])]
-    if calibration:
+    if calibration := found.get("calibration"):
         parts.append(_calibration(calibration))
     for timing in dict.fromkeys(record["timing"] for record in report["cases"]):
         records = [record for record in report["cases"] if record["timing"] == timing]
         parts += [f"## Kernels, {timing}", _table(records)]
+    model = found.get("model", {})
     if model.get("records"):
         parts += ["## FRD-Net", _nets(model["records"])]
     parts += _left_out(report["cases"], report["problems"])

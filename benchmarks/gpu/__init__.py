@@ -1,0 +1,1 @@
+"""One GPU, in one command, offline: `python -m benchmarks.gpu --help`."""
