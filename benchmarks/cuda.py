@@ -5,12 +5,13 @@ All that needs a GPU, streams, events and graphs, is here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -210,6 +211,17 @@ def empty_graph(kernel: Callable[[], object], nodes: int) -> torch.cuda.CUDAGrap
             kernel()
         graph.capture_end()
     return graph
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Without TF32: float32 then means the same on both sides, to the last bits of its mantissa."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 TIMINGS = (CudaWall, CudaGraph, ColdGraph)

@@ -129,6 +129,9 @@ def gpu_cases() -> Iterator[Case]:
                 if compiled and mode == "forward":
                     compiled += ("max-autotune",)
                 yield dataclasses.replace(case, mode=mode, short=short, compiled=compiled)
+    for dtype in (torch.float32, torch.float16):
+        build = functools.partial(build_icm, variant="paper")
+        yield Case("icm paper", GPU_SMALL, MODES[0], build, dtype=dtype, device="cuda")
 
 
 CASES = list(cases())

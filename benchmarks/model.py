@@ -8,7 +8,6 @@ CPU whatever no longer fits into `--limit` is listed under `left_out`, the large
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -27,6 +26,7 @@ from frd_kernels.info import collect
 
 from . import components, model_memory
 from .clock import machine_state
+from .cuda import full_float32
 from .gate import GateError, one_line
 from .harness import keep_memory
 from .measure import load_limit
@@ -267,17 +267,6 @@ def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
         yield variant, Setting(8, "training step", dtype=half, budget_s=quick, rivals=1), 10
     yield "paper", Setting(1, budget_s=quick, rivals=1), 8
     yield "paper", Setting(1, execution="compiled", dtype=half, budget_s=quick), 60
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Without TF32: float32 then means the same on both sides, to the last bits of its mantissa."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def gpu_records(

@@ -142,10 +142,24 @@ def gpu_cases() -> Iterator[Case]:
             yield dataclasses.replace(case, mode=mode)
             if short:
                 yield dataclasses.replace(large, mean=MEAN, short=kind == "angular" and mode == "forward")
-        yield dataclasses.replace(case, layout="channels_last", dtype=torch.float32)
+        for dtype in (torch.float32, torch.float16):
+            yield dataclasses.replace(case, layout="channels_last", dtype=dtype)
+    yield from dense_gpu_cases()
     for case in weight_cases("cuda", torch.bfloat16):
         if case.short or case.op == "pdc_weight radial":
             yield case
+
+
+def dense_gpu_cases() -> Iterator[Case]:
+    """The library's convolution of a kernel that one launch of ours makes."""
+    build = functools.partial(build_conv, kind="angular", depthwise=False)
+    case = Case(
+        "pdc angular dense", GPU_LARGE, MODES[0], build, "channels_last", torch.bfloat16, device="cuda"
+    )
+    for mode in MODES:
+        yield dataclasses.replace(case, mode=mode)
+    yield dataclasses.replace(case, shape=(1, *GPU_SMALL[1:]))
+    yield dataclasses.replace(case, layout="nchw")
 
 
 CASES = [*depthwise_cases(), *dense_cases(), *weight_cases()]

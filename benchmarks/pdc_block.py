@@ -115,6 +115,8 @@ def gpu_cases() -> Iterator[Case]:
                 yield dataclasses.replace(case, mode=mode, layout="nchw")
     large = Case("dpm", GPU_LARGE, MODES[0], build_dpm, "channels_last", torch.bfloat16, device="cuda")
     yield dataclasses.replace(large, mean=MEAN)
+    for dtype in (torch.float32, torch.float16):
+        yield dataclasses.replace(large, dtype=dtype)
     dense = dataclasses.replace(large, op="pdc_block angular dense", build=build_dense)
     yield dataclasses.replace(dense, short=True, compiled=("default", "max-autotune"))
 

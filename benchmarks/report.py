@@ -79,7 +79,11 @@ def demo_model_tables() -> dict[str, str]:
 
 
 def gpu_tables() -> dict[str, str]:
-    return {"gpu": gpu_section.all_gpus(RESULTS), "gpu-summary": gpu_section.summary(RESULTS)}
+    return {
+        "gpu": gpu_section.all_gpus(RESULTS),
+        "gpu-summary": gpu_section.summary(RESULTS),
+        "gpu-state": gpu_section.state(RESULTS),
+    }
 
 
 def all_tables() -> dict[str, str]:

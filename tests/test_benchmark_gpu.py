@@ -1,4 +1,4 @@
-"""The benchmark's rivals, floors and calibration, what needs a GPU with a stand-in for one, and the GPU's driver."""
+"""The benchmark's rivals, floors and calibration, and what needs a GPU with a stand-in for one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import pathlib
-import sys
-import textwrap
 from typing import Any
 
 import pytest
@@ -24,14 +21,12 @@ MODULES = (
     "cuda",
     "floors",
     "gate",
-    "gpu.command",
-    "gpu.kernels",
     "gpu.page",
     "measure",
     "providers",
     "registry",
 )
-calibrate, clock, cuda, floors, gate, gpu, kernels, gpu_page, measure, providers, registry = (
+calibrate, clock, cuda, floors, gate, gpu_page, measure, providers, registry = (
     importlib.import_module(f"{PACKAGE}.{name}") for name in MODULES
 )
 cases = importlib.import_module(f"{PACKAGE}.cases")
@@ -301,89 +296,3 @@ def test_page_shows_the_nets(case: Any) -> None:
     assert "| lite, batch 8, 512, eager | float32 | forward | wall |" in page
     assert "| 100.0 | 1 / 3 |" in page
     assert "- paper: no time" in page
-
-
-def rehearse(folder: pathlib.Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
-    status = gpu.main(["--device", "cpu", "--name", "A GPU", "--out", str(folder), *arguments])
-    found = folder / "a-gpu"
-    return status, json.loads((found / "kernels.json").read_text()), (found / "README.md").read_text()
-
-
-def test_rehearsal(tmp_path: pathlib.Path) -> None:
-    """Of every stage but those whose own tests run what they call."""
-    stages = ["build", "tests", "calibrate", "compile", "kernels", "plots"]
-    options = ("--short", "--only", "pdc_weight", "--tests=--version", "--stages", ",".join(stages))
-    status, report, page = rehearse(tmp_path, *options)
-    assert status == 0
-    assert "pytest" in report["stages"]["tests"]["summary"]
-    assert list(report["stages"]) == stages
-    assert [record["name"] for record in report["cases"]] == [
-        "pdc_weight angular [8x8x3x3] bfloat16 nchw forward"
-    ]
-    assert report["cases"][0]["floors"]["memory floor"]["kind"] == "memory"
-    assert report["stages"]["kernels"]["problem"] == ""
-    assert (tmp_path / "a-gpu" / "calibration.json").exists()
-    assert "| pdc_weight angular | 8x8x3x3 |" in page
-    assert "GB/s, read and written" in page
-
-
-def test_a_run_that_is_cut_keeps_what_it_has(tmp_path: pathlib.Path) -> None:
-    status, report, page = rehearse(tmp_path, "--stages", "kernels,plots", "--limit", "2")
-    assert status == 1
-    assert report["stages"]["kernels"]["problem"] == "cut after 1 s"
-    assert report["cases"] == []
-    assert page.startswith("# A GPU\n")
-
-
-WORKER = """
-import json, pathlib, sys, time
-out, done = pathlib.Path(sys.argv[1]), json.loads(pathlib.Path(sys.argv[2]).read_text())
-record = json.loads(sys.argv[3])
-def write(**line):
-    with out.open("a") as file:
-        print(json.dumps(line), file=file, flush=True)
-for name, action in (("good", ""), ("crash", "exit"), ("hang", "sleep"), ("red", ""), ("last", "")):
-    if name in done:
-        continue
-    write(start=name, limit=1.0)
-    if action == "exit":
-        sys.exit("the kernel died")
-    if action == "sleep":
-        time.sleep(60)
-    if name == "red":
-        write(red=name, reason="relative error inf")
-    else:
-        write(records=[record | {"name": name}])
-"""
-
-
-def test_a_case_that_ends_or_hangs_the_process_is_passed_over(
-    case: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (record,) = measure.measure(case, repeats=2)
-    script = tmp_path / "worker.py"
-    script.write_text(textwrap.dedent(WORKER))
-
-    def worker(run: Any, *command: Any) -> list[str]:
-        _module, _stage, _out, out, _done, done = command
-        return [sys.executable, str(script), str(out), str(done), json.dumps(record)]
-
-    monkeypatch.setattr(gpu.Run, "worker", worker)
-    monkeypatch.setattr(kernels, "selection", lambda options: [])
-    status, report, page = rehearse(tmp_path, "--stages", "kernels")
-    assert status == 1
-    assert [record["name"] for record in report["cases"]] == ["good", "last"]
-    assert report["problems"] == {
-        "crash": "exit status 1: the kernel died",
-        "hang": "cut: a case took too long",
-        "red": "RED GATE: relative error inf",
-    }
-    assert "- hang: cut: a case took too long" in page
-
-
-def test_usage_errors() -> None:
-    with pytest.raises(SystemExit) as stop:
-        gpu.main(["--stages", "build,fly"])
-    assert stop.value.code == 2
-    with pytest.raises(SystemExit, match="torch sees no GPU"):
-        gpu.main(["--stages", "plots"])

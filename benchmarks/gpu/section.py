@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from .. import kernel_tables, model_tables
+from . import goals
 from . import page as pages
 from .run import read_json
 
@@ -29,7 +30,7 @@ def summary(results: pathlib.Path) -> str:
         if not _is_gpu(path):
             continue
         report = json.loads(path.read_text())
-        name = report.get("state_before", {}).get("gpu", {}).get("name", path.parent.name)
+        name = gpu_name(path.parent)
         groups: dict[tuple[str, str], dict[str, list[float]]] = {}
         for record in report["cases"]:
             timings = groups.setdefault((kernel_tables.op(record), record["mode"]), {})
@@ -54,7 +55,7 @@ def _is_gpu(path: pathlib.Path) -> bool:
 def one_gpu(folder: pathlib.Path) -> str:
     """The page that the run left in the folder, with the worst cases of each timing before it and the nets behind."""
     report = json.loads((folder / "kernels.json").read_text())
-    name = report.get("state_before", {}).get("gpu", {}).get("name", folder.name)
+    name = gpu_name(folder)
     found = {part: read_json(folder / f"{part}.json") for part in pages.PARTS}
     model = found["model"]
     page = pages.page(name, report, found)
@@ -69,6 +70,23 @@ def one_gpu(folder: pathlib.Path) -> str:
         for plot in sorted(folder.glob("*.png"))
     ]
     return re.sub(r"^#", "###", "\n\n".join(parts), flags=re.MULTILINE)
+
+
+def state(results: pathlib.Path) -> str:
+    """What is proven and what was reached, for each GPU."""
+    parts = []
+    for path in sorted(results.glob("*/kernels.json")):
+        if _is_gpu(path):
+            folder = path.parent
+            parts += [f"#### {gpu_name(folder)}", goals.state(folder), "Goals, bfloat16:", goals.each(folder)]
+    return "\n\n".join(parts) or NOTHING
+
+
+def gpu_name(folder: pathlib.Path) -> str:
+    name: str = (
+        read_json(folder / "kernels.json").get("state_before", {}).get("gpu", {}).get("name", folder.name)
+    )
+    return name
 
 
 def _summaries(report: dict[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from frd_kernels.info import collect
 from .. import calibrate, conditions, registry
 from ..cases import Case
 from ..clock import machine_state
+from ..cuda import full_float32
 from ..gate import GateError, errors_of, one_line
 from ..measure import measure
 
@@ -175,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--of", type=int, default=1, help="compile: number of processes")
     parser.add_argument("--limit", type=float, default=60.0, help="model: seconds")
     options = parser.parse_args(argv)
-    return STAGES[options.stage](options)
+    with full_float32():
+        return STAGES[options.stage](options)
 
 
 if __name__ == "__main__":
