@@ -259,14 +259,17 @@ def run_on_cpu(plan: Plan, run: Run) -> None:
 
 def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
     """Variant, setting and the seconds it may take, the essential ones first."""
-    half, quick = torch.bfloat16, 0.25
-    for batch in (1, 8, 16):
+    short = Setting(1, dtype=torch.bfloat16, budget_s=0.25, rivals=1, backends=1)
+    for variant in ("paper", "released"):
+        yield variant, dataclasses.replace(short, rivals=9), 10
+    for batch in (8, 16):
         for variant in ("paper", "released", "lite"):
-            yield variant, Setting(batch, dtype=half, budget_s=quick, rivals=9 if batch == 1 else 1), 10
+            yield variant, dataclasses.replace(short, batch=batch), 10
     for variant in ("paper", "released", "lite"):
-        yield variant, Setting(8, "training step", dtype=half, budget_s=quick, rivals=1), 10
-    yield "paper", Setting(1, budget_s=quick, rivals=1), 8
-    yield "paper", Setting(1, execution="compiled", dtype=half, budget_s=quick), 60
+        yield variant, dataclasses.replace(short, batch=8, mode="training step"), 10
+    yield "paper", dataclasses.replace(short, dtype=torch.float32), 8
+    yield "lite", dataclasses.replace(short, rivals=9, backends=9), 40
+    yield "paper", dataclasses.replace(short, execution="compiled", rivals=9), 60
 
 
 def gpu_records(
@@ -277,7 +280,8 @@ def gpu_records(
     **overrides: Any,
 ) -> dict[str, Any]:
     """What `python -m benchmarks.gpu` adds of whole nets, as far as `limit_s` seconds go: bf16 autocast at batches 1, 8
-    and 16, training steps at batch 8, float32 (without TF32) once, compiled once; ours against eager.
+    and 16, training steps at batch 8, float32 (without TF32), all our backends and a compiled net once; ours against
+    eager.
 
     Returns the report of `report_of`; what was left out and why is part of it. `save` gets it after each setting.
     """
@@ -293,7 +297,7 @@ def gpu_records(
         if variant not in subjects:
             subjects[variant] = Subject(variant, size, device, **overrides)
         measure_into(run, subjects[variant], setting, {})
-        if setting.batch == 1 and setting.execution == "eager" and setting.dtype != torch.float32:
+        if setting.batch == 1 and setting.rivals > 1 and setting.execution == "eager":
             add_components(run, subjects[variant], setting.dtype)
 
     with full_float32():

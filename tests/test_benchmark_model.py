@@ -158,6 +158,14 @@ def test_gpu_settings_are_what_the_report_needs() -> None:
     assert {v for v, s, _ in settings if s.mode == "training step" and s.batch == 8} == set(sides.VARIANTS)
     assert [s.dtype for _, s, _ in settings if s.execution == "compiled"] == [torch.bfloat16]
     assert any(s.dtype == torch.float32 for _, s, _ in settings)
+    assert any(s.backends > 1 for _, s, _ in settings)
+
+
+def test_backends_beyond_the_first_can_be_left_out(lite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "own_sides", lambda *_: (["cpu", "other"], {}, {}))
+    ours, _rivals, _pilots, left_out = timing.build_sides(lite, timing.Setting(1, backends=1), {})
+    assert list(ours) == ["cpu"]
+    assert left_out == {"other": "not measured in this setting, to save time"}
 
 
 def test_peak_memory_of_a_fresh_process() -> None:
