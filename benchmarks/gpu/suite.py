@@ -126,14 +126,14 @@ def command(options: argparse.Namespace, plan: pathlib.Path) -> list[str]:
     words += [sys.executable, "-c", python, "-p", f"{BENCHMARKS}.gpu.suite_plugin", "--suite-plan", str(plan)]
     # Not those of pyproject.toml, which ask for a plugin that the GPU's machine may lack.
     words += ["-o", "addopts=-p no:logging --import-mode=importlib", "-p", "no:cacheprovider"]
-    words += ["-q", "--tb=short", "--continue-on-collection-errors", "--ignore-glob=*_build.py"]
+    words += ["-q", "--tb=short", "--continue-on-collection-errors"]
     if importlib.util.find_spec("pytest_timeout"):
         # A kernel that hangs lets no Python code run in its thread.
         words += [f"--timeout={CASE_LIMIT}", "--timeout-method=thread"]
     if options.workers and importlib.util.find_spec("xdist"):
         # Chunks that small keep the order of the plan over all workers.
         words += ["-n", str(options.workers), "--dist=load", "--maxschedchunk=2", "--max-worker-restart=1000"]
-    return [*words, str(options.tests)]
+    return [*words, f"--ignore-glob={options.tests}/*_build.py", str(options.tests)]
 
 
 class Record:

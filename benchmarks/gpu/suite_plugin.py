@@ -57,7 +57,7 @@ def backend_and_op(item: pytest.Item, cuda: str) -> tuple[str, str]:
     name. One of both counts as Triton's, which takes longer.
     """
     module: Any = getattr(item, "module", None)
-    words = item.path.stem.split("_") + getattr(item, "originalname", item.name).split("_")
+    words = item.path.stem.split("_") + getattr(item, "originalname", "").split("_")
     op = getattr(module, "OP", "") or item.path.stem.split("_")[1]
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     if "backend" in parameters:
