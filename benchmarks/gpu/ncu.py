@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 import glob
+import math
 import pathlib
 import re
 import shutil
@@ -92,14 +93,22 @@ def _version(path: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", path)]
 
 
-def profile_command(tool: str, report: pathlib.Path, target: Sequence[str], patched: bool) -> list[str]:
+def known(listed: str, patched: bool) -> list[str]:
+    """The sections to collect, of those in the answer to --list-sections: a name that is none would be an error."""
+    names = {line.split()[0] for line in listed.splitlines() if line.strip()}
+    return [section for section in COUNTERS + (PATCHED if patched else ()) if section in names]
+
+
+def profile_command(
+    tool: str, report: pathlib.Path, target: Sequence[str], sections: Sequence[str]
+) -> list[str]:
     """Profiles what `target` launches between cudaProfilerStart and -Stop, clocks and caches left as they are."""
     command = [tool, "--force-overwrite", "--export", str(report), "--profile-from-start", "off"]
     command += ["--target-processes", "all", "--clock-control", "none", "--cache-control", "none"]
     command += ["--launch-count", str(LAUNCHES)]
-    for section in COUNTERS + (PATCHED if patched else ()):
+    for section in sections:
         command += ["--section", section]
-    return [*command, *([] if patched else ["--metrics", SAMPLES]), *target]
+    return [*command, *([] if "SourceCounters" in sections else ["--metrics", SAMPLES]), *target]
 
 
 def page_command(
@@ -117,9 +126,10 @@ def _rows(text: str) -> Iterator[list[str]]:
 
 def _number(cell: str) -> float | None:
     try:
-        return float(cell.replace(",", ""))
+        value = float(cell.replace(",", ""))
     except ValueError:
         return None
+    return value if math.isfinite(value) else None
 
 
 def _scaled(value: float, unit: str) -> float:
