@@ -138,6 +138,23 @@ def component_figure(entries: list[dict[str, Any]]) -> Any:
     return figure
 
 
+def loss_figure(variants: dict[str, dict[str, Any]]) -> Any:
+    """The loss of every step, a plot for each net: runs that agree lie on one another."""
+    plt = pyplot()
+    styles = {"reference": (RIVAL, "-"), "perturbed": (RIVAL, ":"), "ours": (OURS, "-")}
+    figure, row = plt.subplots(1, len(variants), figsize=(6.4 * len(variants), 4.4), squeeze=False)
+    for axes, (variant, record) in zip(row[0], variants.items(), strict=True):
+        for run, (colour, line) in styles.items():
+            losses = record["losses"][run]
+            axes.plot(range(1, len(losses) + 1), losses, line, color=colour, linewidth=1.2, label=run)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_title(f"training of {variant}")
+        axes.legend()
+    figure.tight_layout()
+    return figure
+
+
 def load(folder: pathlib.Path, name: str) -> dict[str, Any]:
     """A result file of the folder; empty where there is none."""
     path = folder / name
@@ -146,7 +163,7 @@ def load(folder: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def write_all(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Draws what the folder's kernels.json, model.json and growth.json hold; returns the files written.
+    """Draws what the folder's kernels.json, model.json, growth.json and training.json hold; returns the files written.
 
     Raises:
         PlotError: matplotlib is not installed.
@@ -171,6 +188,9 @@ def write_all(folder: str | pathlib.Path) -> list[pathlib.Path]:
         save(ratio_figure(model["records"], "FRD-Net as a whole"), "ratio_model")
     if model.get("components"):
         save(component_figure(model["components"]), "components")
+    trained = load(folder, "training.json").get("variants", {})
+    if curves := {variant: record for variant, record in trained.items() if record.get("losses")}:
+        save(loss_figure(curves), "training")
     return written
 
 

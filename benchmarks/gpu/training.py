@@ -1,0 +1,388 @@
+"""A short training run of FRD-Net on forged photos in bf16, by the trainer behind `frd train`: images per second with
+our kernels and with eager PyTorch, and whether both learn the same.
+
+    python -m benchmarks.gpu.training --out FILE [--only VARIANT] [--limit SECONDS] [--device cpu]
+
+All runs see the same batches in the same order and take turns, a block of steps each. `ours` is what a user gets,
+`reference` the same weights in eager PyTorch, `perturbed` the reference once more from weights that differ by as much
+as rounding to bf16 moves them. What is asked of them is said in `training_agreement`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import multiprocessing
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import frd_kernels as fk
+import frd_model
+from frd_kernels.info import collect
+from frd_model.train import Ema, Trainer
+from frd_model.train_config import TrainConfig, load_config
+from frd_model.train_data import open_training_data
+
+from .. import conditions
+from ..clock import synchronize
+from ..gate import one_line
+from ..model_sides import ICM_FORMS, SMALL_GRIDS, SMALLEST, VARIANTS, gradients_of, swap_layers
+from ..revision import revision
+from .training_agreement import curves_agree, gradients_agree
+
+RUNS = ("ours", "reference", "perturbed")
+SIDES = RUNS[:2]  # those whose times are compared
+PERTURBATION = 2.0**-9  # what rounding to bf16 changes a weight by at most, relative to it
+LEARNING_RATE = (
+    3e-4  # a third of the demonstration's, for a net ten times as large that was not tried with it
+)
+BLOCK = 5  # steps of a run until it is another's turn
+PILOT_STEPS = 3
+DATA_SHARE = 0.2  # of the time limit, for forging at most
+FIRST_SHARE = 0.7  # of what is left, for a variant that is not the last
+LEAST_S = 20.0  # with less left a further variant is not begun
+Batch = tuple[Tensor, Tensor]  # images [B, 3, H, W], masks [B, 1, H, W]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is trained; `steps` is what the learning rate's warm-up and decay are laid out for."""
+
+    device: str
+    size: int
+    batch: int
+    steps: int
+    variants: tuple[str, ...]
+
+
+DEFAULTS = {
+    "cuda": Plan("cuda", 512, 8, 120, ("paper", "lite")),
+    "cpu": Plan("cpu", 64, 2, 40, ("lite",)),
+}
+
+
+def configuration(plan: Plan, variant: str, run: str, channels_last: bool = False) -> TrainConfig:
+    """The configuration that trained the demonstration's weights from scratch, with another net, size and length."""
+    # Stochastic depth would part the runs, and a residual scale of 1e-5 would keep the blocks' errors from the loss.
+    options: dict[str, Any] = {"drop_path": 0.0, "layer_scale": 1.0}
+    if plan.size < SMALLEST:
+        options["grids"] = [list(grid) for grid in SMALL_GRIDS]
+    changes = {
+        "device": plan.device,
+        "amp": "bf16",
+        "channels_last": channels_last,
+        "backend": "auto" if run == "ours" else "reference",
+        "epochs": 1,
+        "batch_size": plan.batch,
+        "model.name": VARIANTS[variant],
+        "model.preset": variant,
+        "model.options": options,
+        "data.crop": plan.size,
+        "data.samples": plan.steps * plan.batch,
+        "optim.lr": LEARNING_RATE,
+        "optim.warmup_epochs": 0.1,
+    }
+    return load_config(pathlib.Path(frd_model.__file__).with_name("configs") / "demo.yaml", changes)
+
+
+def make_trainer(plan: Plan, variant: str, run: str, channels_last: bool = False) -> Trainer:
+    """The product's trainer, with its layers replaced by eager ones for all runs but ours."""
+    trainer = Trainer(configuration(plan, variant, run, channels_last))
+    if run != "ours":
+        swap_layers(trainer.model, next(iter(ICM_FORMS[trainer.model.config.variant].values())))
+        if run == "perturbed":
+            perturb(trainer.model)
+        if trainer.ema:
+            trainer.ema = Ema(trainer.model, trainer.ema.decay)  # it goes by the layers' names
+    trainer.model.train()
+    return trainer
+
+
+@torch.no_grad()
+def perturb(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        share = PERTURBATION * (2 * torch.rand(parameter.shape, generator=generator) - 1)
+        parameter.mul_(1 + share.to(parameter.device))
+
+
+class Forge:
+    """Makes batches in several processes; they inherit the photos."""
+
+    dataset: Any
+    batch: int
+
+    @classmethod
+    def start(cls, dataset: Any, batch: int) -> None:
+        cls.dataset, cls.batch = dataset, batch
+        cv2.setNumThreads(1)
+        torch.set_num_threads(1)
+
+    @classmethod
+    def make(cls, number: int) -> tuple[Any, Any]:
+        """As arrays, which need no shared memory to travel."""
+        first = number * cls.batch
+        samples = [cls.dataset[index] for index in range(first, first + cls.batch)]
+        images, masks = zip(*samples, strict=True)
+        return np.stack([image.numpy() for image in images]), np.stack([mask.numpy() for mask in masks])
+
+
+def forge_batches(plan: Plan, seconds: float, processes: int) -> list[Batch]:
+    """A batch for each step as far as the time goes; the runs then begin again with the first.
+
+    Raises:
+        RuntimeError: not even one was made in time.
+    """
+    end, batches = time.monotonic() + seconds, []
+    dataset = open_training_data(configuration(plan, plan.variants[0], "ours"))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(processes, Forge.start, (dataset, plan.batch)) as pool:
+        made = pool.imap(Forge.make, range(plan.steps))
+        with contextlib.suppress(multiprocessing.TimeoutError):
+            for _ in range(plan.steps):
+                arrays = made.next(timeout=max(0.0, end - time.monotonic()))
+                images, masks = (torch.from_numpy(array).to(plan.device) for array in arrays)
+                batches.append((images, masks))
+    if not batches:
+        raise RuntimeError(f"forging must make a batch within its time, got none in {seconds:.0f} s")
+    return batches
+
+
+@dataclasses.dataclass
+class Runner:
+    """A trainer, and what its steps have shown so far."""
+
+    trainer: Trainer
+    batches: list[Batch]
+    losses: list[float] = dataclasses.field(default_factory=list)
+    step_seconds: list[float] = dataclasses.field(default_factory=list)  # the mean of each timed block
+    peak_bytes: int = 0
+
+    def block(self, steps: int, timed: bool) -> None:
+        """Some steps as `frd train` makes them, on a GPU with the memory that they take beside weights and averages."""
+        device = self.trainer.device
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        synchronize(device)
+        seconds = (time.perf_counter() - start) / steps
+        self.trainer.optimizer.zero_grad(set_to_none=True)
+        if timed:
+            self.step_seconds.append(seconds)
+            if device.type == "cuda":
+                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated() - before)
+
+    def _step(self) -> None:
+        step = len(self.losses)
+        for group in self.trainer.optimizer.param_groups:
+            group["lr"] = self.trainer.learning_rate(step)
+        loss, _norm = self.trainer._step(*self.batches[step % len(self.batches)], step)
+        self.losses.append(loss)
+
+
+def faster_layout(plan: Plan, variant: str, run: str, batches: list[Batch]) -> tuple[bool, dict[str, float]]:
+    """Whether channels_last is faster for a run, and the milliseconds of a step in both layouts."""
+    found = {}
+    for channels_last in (False, True):
+        runner = Runner(make_trainer(plan, variant, run, channels_last), batches)
+        runner.block(1, timed=False)
+        runner.block(PILOT_STEPS, timed=True)
+        found["channels_last" if channels_last else "nchw"] = 1e3 * runner.step_seconds[0]
+        del runner
+        release(plan.device)
+    return found["channels_last"] < found["nchw"], found
+
+
+def release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def gradients_at_start(trainers: dict[str, Trainer], batch: Batch) -> dict[str, Any]:
+    """The runs' first gradients against those of the reference in float64, for each image of a batch alone, which is
+    what fits into memory in float64 too."""
+    exact_model = copy.deepcopy(trainers["reference"].model).double()
+    squares: dict[str, list[Tensor]] = {}
+
+    def add(name: str, tensors: list[Tensor]) -> None:
+        squares.setdefault(name, []).append(torch.stack([tensor.square().sum() for tensor in tensors]).cpu())
+
+    names: list[str] = []
+    for image, mask in zip(*(part.split(1) for part in batch), strict=True):
+        with fk.use_backend("reference"):
+            loss = trainers["reference"].loss(exact_model(image.double()), mask)["total"]
+            exact = gradients_of(exact_model, loss)
+        names = list(exact)
+        add("exact", list(exact.values()))
+        for run, trainer in trainers.items():
+            loss = trainer.loss(trainer._forward(image).float(), mask)["total"]
+            found = gradients_of(trainer.model, loss)
+            add(run, [found[name].double() - exact[name] for name in names])
+    norms = {name: torch.stack(parts).sum(0).sqrt().tolist() for name, parts in squares.items()}
+    return gradients_agree(names, norms.pop("exact"), norms)
+
+
+def train(
+    plan: Plan, variant: str, batches: list[Batch], end: float, record: dict[str, Any]
+) -> Iterator[None]:
+    """Fills in the record of a variant; yields whenever there is more to be kept."""
+    chosen = {run: faster_layout(plan, variant, run, batches) for run in SIDES}
+    record["pilot_ms"] = {run: times for run, (_, times) in chosen.items()}
+    record["channels_last"] = {run: channels_last for run, (channels_last, _) in chosen.items()}
+    yield
+    runners = {}
+    for run in RUNS:
+        channels_last = record["channels_last"]["ours" if run == "ours" else "reference"]
+        runners[run] = Runner(make_trainer(plan, variant, run, channels_last), batches)
+    record["gradients"] = gradients_at_start({run: r.trainer for run, r in runners.items()}, batches[0])
+    release(plan.device)
+    yield
+    order, taken, done = list(runners.values()), 0.0, 0
+    while done < plan.steps and time.monotonic() + 1.1 * taken < end:
+        began, steps = time.monotonic(), min(BLOCK, plan.steps - done)
+        for runner in order:
+            runner.block(steps, timed=done > 0)
+        order.reverse()
+        done += steps
+        taken = time.monotonic() - began
+        record |= summary(plan, runners)
+        yield
+
+
+def summary(plan: Plan, runners: dict[str, Runner]) -> dict[str, Any]:
+    """What the steps so far say. Times begin with the second block: the first one warms up."""
+    losses = {run: runner.losses for run, runner in runners.items()}
+    found: dict[str, Any] = {
+        "steps": len(losses["ours"]),
+        "losses": losses,
+        "agreement": curves_agree(losses),
+    }
+    if not runners["ours"].step_seconds:
+        return found
+    sides = {run: runners[run] for run in SIDES}
+    found["step_ms"] = {run: quartiles([1e3 * s for s in side.step_seconds]) for run, side in sides.items()}
+    found["images_per_s"] = {run: 1e3 * plan.batch / step["median"] for run, step in found["step_ms"].items()}
+    found["ratio"] = found["images_per_s"]["ours"] / found["images_per_s"]["reference"]
+    if plan.device == "cuda":
+        found["peak_bytes"] = {run: side.peak_bytes for run, side in sides.items()}
+    return found
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if values[1:] else 3 * values
+    return {"p25": low, "median": median, "p75": high, "blocks": len(values)}
+
+
+def measure(plan: Plan, limit: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Trains the variants one after the other, the last for as long as is left; `save` gets the report as it grows."""
+    end = time.monotonic() + limit
+    began, processes = time.monotonic(), max(1, (os.cpu_count() or 2) - 1)
+    report: dict[str, Any] = header(plan, limit) | {"variants": {}, "left_out": {}}
+    save(report)
+    batches = forge_batches(plan, DATA_SHARE * limit, processes)
+    report["data"] = {"seconds": time.monotonic() - began, "batches": len(batches), "processes": processes}
+    save(report)
+    for variant in plan.variants:
+        left = end - time.monotonic()
+        if report["variants"] and left < LEAST_S:
+            report["left_out"][variant] = f"{max(0.0, left):.0f} s were left, {LEAST_S:.0f} s are needed"
+            continue
+        record: dict[str, Any] = {}
+        report["variants"][variant] = record
+        share = 1.0 if variant == plan.variants[-1] else FIRST_SHARE
+        try:
+            for _ in train(plan, variant, batches, time.monotonic() + share * left, record):
+                save(report)
+        except Exception as error:  # out of memory, a loss that is not finite, a kernel that fails
+            record["problem"] = one_line(error)
+            print(f"{variant}: {record['problem']}", flush=True)
+        release(plan.device)
+        save(report)
+    return report
+
+
+def header(plan: Plan, limit: float) -> dict[str, Any]:
+    cuda = plan.device == "cuda"
+    return {
+        "when": conditions.now(),
+        "revision": revision(),
+        "gpu": torch.cuda.get_device_name() if cuda else "cpu",
+        "versions": collect()["versions"],
+        "limit_s": limit,
+        "size": plan.size,
+        "batch": plan.batch,
+        "planned_steps": plan.steps,
+        "learning_rate": LEARNING_RATE,
+    }
+
+
+def outcome(report: dict[str, Any]) -> tuple[int, str]:
+    """Exit status and the line that says it: 1 where a run failed, or gradients or curves disagree."""
+    status, words = 0, []
+    for variant, record in report["variants"].items():
+        verdicts = {part: record.get(part, {}).get("agrees") for part in ("gradients", "agreement")}
+        failed = "problem" in record or False in verdicts.values()
+        status |= failed
+        named = {True: "agree", False: "DISAGREE", None: "not judged"}
+        ratio = f"{record['ratio']:.2f}x, " if "ratio" in record else ""
+        words.append(
+            f"{variant}: {ratio}{record.get('steps', 0)} steps, gradients {named[verdicts['gradients']]}, "
+            f"curves {named[verdicts['agreement']]}" + (", FAILED" if "problem" in record else "")
+        )
+    return status, "; ".join(words) or "nothing was trained"
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
+    parser.add_argument("--only", default="", help="the variants whose name holds this text")
+    parser.add_argument("--limit", type=float, default=110.0, help="seconds (default 110)")
+    parser.add_argument("--device", choices=tuple(DEFAULTS), default="cuda")
+    parser.add_argument("--size", type=int, help="pixels of a side (default 512, on the CPU 64)")
+    parser.add_argument("--batch", type=int, help="images of a step (default 8, on the CPU 2)")
+    parser.add_argument("--steps", type=int, help="at most (default 120, on the CPU 40)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = arguments(argv)
+    plan = DEFAULTS[options.device]
+    given = {name: getattr(options, name) for name in ("size", "batch", "steps") if getattr(options, name)}
+    chosen = tuple(variant for variant in plan.variants if options.only in variant)
+    plan = dataclasses.replace(plan, variants=chosen, **given)
+    if not chosen:
+        print(
+            f"--only must be part of {' or '.join(DEFAULTS[options.device].variants)}, got {options.only!r}"
+        )
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no GPU (--device cpu rehearses)")
+        return 1
+    report = measure(plan, options.limit, functools.partial(conditions.write, options.out))
+    status, line = outcome(report)
+    print(line, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
