@@ -96,7 +96,8 @@ def _version(path: str) -> list[int]:
 def known(listed: str, patched: bool) -> list[str]:
     """The sections to collect, of those in the answer to --list-sections: a name that is none would be an error."""
     names = {line.split()[0] for line in listed.splitlines() if line.strip()}
-    return [section for section in COUNTERS + (PATCHED if patched else ()) if section in names]
+    wanted = [*COUNTERS, *(PATCHED if patched else ())]
+    return [section for section in wanted if section in names] or wanted
 
 
 def profile_command(
@@ -230,8 +231,11 @@ def lines(text: str) -> dict[int, tuple[str, int]]:
 def hot(code: Sequence[dict[str, Any]], where: dict[int, tuple[str, int]]) -> dict[str, Any]:
     """Where the samples of a launch lie: by line, file, opcode, range of addresses and instruction."""
     total = sum(step["samples"] for step in code)
+    run = [step["executed"] > 0 for step in code if step["executed"] is not None]
+    found: dict[str, Any] = {"samples": total, "instructions_of_code": len(code)}
+    found |= {"instructions_run": sum(run)} if run else {}
     if not total:
-        return {"samples": 0, "instructions_of_code": len(code)}
+        return found
     first = code[0]["address"]
     groups: dict[str, dict[Any, list[dict[str, Any]]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
@@ -246,7 +250,6 @@ def hot(code: Sequence[dict[str, Any]], where: dict[int, tuple[str, int]]) -> di
         if file:
             groups["files"][file].append(step)
             groups["lines"][f"{file}:{line}"].append(step)
-    found: dict[str, Any] = {"samples": total, "instructions_of_code": len(code)}
     return found | {kind: _ranked(steps, where, total) for kind, steps in groups.items()}
 
 

@@ -40,10 +40,13 @@ REPEATS = 30
 
 @dataclasses.dataclass(frozen=True)
 class Point:
+    """`value` is what changes within a group; `base` is the key of the point that it is to be compared with."""
+
     key: str
-    group: str  # what changes within it
-    value: int | str  # to what
+    group: str
+    value: int
     case: Case
+    base: str = ""
 
 
 def points() -> Iterator[Point]:
@@ -51,22 +54,24 @@ def points() -> Iterator[Point]:
     for mode, batches in zip(MODES, (BATCHES, BATCHES_BACKWARD), strict=True):
         for batch in batches:
             case = dataclasses.replace(base, mode=mode, shape=(batch, 256, 16, 16))
-            yield Point(f"{mode}, batch {batch}", f"batch, {mode}", batch, case)
+            yield Point(f"{mode}, batch {batch}", f"batch, {mode}", batch, case, f"{mode}, batch 1")
     for batch in (1, 16):
-        shaped = dataclasses.replace(base, shape=(batch, 256, 16, 16))
+        shaped, like = dataclasses.replace(base, shape=(batch, 256, 16, 16)), f"forward, batch {batch}"
         last = dataclasses.replace(shaped, layout="channels_last")
-        yield Point(f"channels_last, batch {batch}", "layout", f"channels_last, batch {batch}", last)
+        yield Point(f"channels_last, batch {batch}", "layout", batch, last, like)
         single = dataclasses.replace(shaped, dtype=torch.float32)
-        yield Point(f"float32, batch {batch}", "dtype", f"float32, batch {batch}", single)
+        yield Point(f"float32, batch {batch}", "dtype", batch, single, like)
     for count in (1, 2):
-        yield Point(f"rounds {count}", "rounds", count, dataclasses.replace(base, build=rounds(count)))
+        case = dataclasses.replace(base, build=rounds(count))
+        yield Point(f"rounds {count}", "rounds", count, case, "forward, batch 1")
     for tokens, side in SIDES.items():
         shaped = dataclasses.replace(base, shape=(1, 256, side, side))
-        yield Point(f"tokens {tokens}", "tokens", tokens, shaped)
-    for shape in ((8, 64, 16, 16), (8, 64, 64, 64)):
-        for op, build in (("cluster", build_cluster), ("cluster_dispatch", build_dispatch)):
+        yield Point(f"tokens {tokens}", "tokens", tokens, shaped, "forward, batch 1")
+    for op, build in (("cluster", build_cluster), ("cluster_dispatch", build_dispatch)):
+        for side in (16, 64):
+            shape = (8, 64, side, side)
             case = Case(op, shape, MODES[0], build, dtype=torch.bfloat16, device="cuda")
-            yield Point(f"{op}, {shape[2] * shape[3]} tokens", "alone", case.name, case)
+            yield Point(f"{op}, {side * side} tokens", op, side * side, case, f"{op}, 256 tokens")
 
 
 def rounds(count: int) -> Callable[[Case], Providers]:
@@ -197,7 +202,8 @@ def run(options: argparse.Namespace) -> int:
             report["left_out"].append(point.key)
             continue
         point = point if options.device == "cuda" else rehearsed(point)
-        record = {"key": point.key, "group": point.group, "value": point.value, "case": point.case.name}
+        record = {name: getattr(point, name) for name in ("key", "group", "value", "base")}
+        record["case"] = point.case.name
         try:
             record |= measure(point)
         except Exception as error:  # the next one can be measured, if the GPU is all right
