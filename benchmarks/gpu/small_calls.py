@@ -1,7 +1,7 @@
 """Every public operation that has a kernel, on small and odd data: what `checks` looks into and `sanitize` runs under
 NVIDIA's compute-sanitizer.
 
-    python -m benchmarks.gpu.small_calls [--backend NAME] [--only TEXT] [--limit SECONDS] [--device cuda|cpu]
+    python -m benchmarks.gpu.small_calls [--backend NAME] [--only TEXT] [--until TIME] [--device cuda|cpu]
 """
 
 from __future__ import annotations
@@ -167,9 +167,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", default="", help="the calls whose name holds this text")
     parser.add_argument("--own", action="store_true", help="only operations without a product of cuDNN's")
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds, after which no call is begun")
+    parser.add_argument(
+        "--until", type=float, default=float("inf"), help="the time.time() to begin no call after"
+    )
     options = parser.parse_args(argv)
-    end = time.monotonic() + options.limit
     calls = [call for call in all_calls(options.only) if not call.paper]
     calls = [call for call in calls if not (options.own and " dense " in call.family)]
     wanted = [(call, dtype) for dtype in DTYPES for call in firsts(calls)]
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     done = failed = 0
     with fk.use_backend(options.backend or options.device):
         for call, dtype in wanted:
-            if time.monotonic() > end:
+            if time.time() > options.until:
                 break
             print(f"{call.name} {str(dtype).removeprefix('torch.')}", flush=True)
             try:
