@@ -13,17 +13,17 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any
 
 from ..launch import HOME
-from ..launch import PACKAGE as BENCHMARKS
 from ..revision import revision
+from . import suite_plugin
 from .process import ROOT, last_line, run_logged
 from .run import read_json, write_text
 from .suite_page import OUTCOMES, summary, totals
-from .suite_plugin import COLLECTED
 
 CASE_LIMIT = 120  # seconds of a case; Triton compiles for up to forty
 GRACE = 15.0  # seconds that cases under way have when no other begins any more, or a tenth of the limit
@@ -37,7 +37,7 @@ class Outcomes:
 
     def __init__(self, folder: pathlib.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
+        for old in [*folder.glob("*.jsonl"), *folder.glob(suite_plugin.COLLECTED)]:
             old.unlink()
         self.folder = folder
         self.offsets: dict[pathlib.Path, int] = {}
@@ -62,7 +62,7 @@ class Outcomes:
 
     def _collected(self) -> bool:
         """Of the first start; a later one has fewer to run."""
-        found = read_json(self.folder / COLLECTED)
+        found = read_json(self.folder / suite_plugin.COLLECTED)
         self.cases = {case: (backend, op) for case, (backend, op) in found.items()}
         return bool(found)
 
@@ -118,12 +118,14 @@ def last_failures(runs: list[dict[str, Any]]) -> list[str]:
     return []
 
 
-def command(options: argparse.Namespace, plan: pathlib.Path) -> list[str]:
-    """pytest as a process that finds this package, whatever lies in the folder in which it starts."""
-    python = f"import runpy, sys; sys.path[0] = {str(HOME)!r}; "
+def command(options: argparse.Namespace, plan: pathlib.Path, folder: pathlib.Path) -> list[str]:
+    """pytest as a process that finds what this one does, and the plugin in `folder`, by itself: once installed, its
+    package imports torch, too early and for nothing."""
+    shutil.copy(suite_plugin.__file__, folder)
+    python = f"import runpy, sys; sys.path[0] = {str(HOME)!r}; sys.path.append({str(folder)!r}); "
     python += "runpy.run_module('pytest', run_name='__main__', alter_sys=True)"
     words = ["env", *(["CUDA_VISIBLE_DEVICES=", "TRITON_INTERPRET=1"] if options.device == "cpu" else [])]
-    words += [sys.executable, "-c", python, "-p", f"{BENCHMARKS}.gpu.suite_plugin", "--suite-plan", str(plan)]
+    words += [sys.executable, "-c", python, "-p", "suite_plugin", "--suite-plan", str(plan)]
     # Not those of pyproject.toml, which ask for a plugin that the GPU's machine may lack.
     words += ["-o", "addopts=-p no:logging --import-mode=importlib", "-p", "no:cacheprovider"]
     words += ["-q", "--tb=short", "--continue-on-collection-errors"]
@@ -178,7 +180,7 @@ def run_suite(options: argparse.Namespace, began: float, record: Record) -> str:
         }
         plan.write_text(json.dumps(parts))
         limit = max(1.0, began + options.limit - time.monotonic())
-        problem = run_logged(command(options, plan), log, limit, watch)
+        problem = run_logged(command(options, plan, outcomes.folder), log, limit, watch)
         outcomes.read()
         over = time.monotonic() > deadline
         if not over:
