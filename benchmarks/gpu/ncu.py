@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 import glob
+import io
 import math
 import pathlib
 import re
@@ -226,6 +227,19 @@ def lines(text: str) -> dict[int, tuple[str, int]]:
             if row[address].startswith("0x"):
                 found.setdefault(int(row[address], 16), (file, line))
     return found
+
+
+def listing(code: Sequence[dict[str, Any]], where: dict[int, tuple[str, int]]) -> str:
+    """Every instruction with its line, how often it ran and what its samples waited for, as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["offset", "executed", "samples", "stalls", "file", "line", "instruction"])
+    for step in code:
+        offset = f"{step['address'] - code[0]['address']:#x}"
+        stalls = " ".join(f"{reason}:{count:.0f}" for reason, count in step["stalls"].items())
+        counts = ("" if step[name] is None else f"{step[name]:.0f}" for name in ("executed", "samples"))
+        writer.writerow([offset, *counts, stalls, *where.get(step["address"], ("", "")), step["source"]])
+    return text.getvalue()
 
 
 def hot(code: Sequence[dict[str, Any]], where: dict[int, tuple[str, int]]) -> dict[str, Any]:

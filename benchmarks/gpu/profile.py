@@ -129,6 +129,7 @@ class Profile:
         """With counters and source; else with fewer counters; else a trace."""
         why: list[str] = []
         op = name.partition(" [")[0]
+        self.log_of(name).unlink(missing_ok=True)
         for patched in (True, False):
             if not self.tool or (patched and op in self.unpatched) or self.left() < LEAST_S:
                 continue
@@ -151,8 +152,7 @@ class Profile:
 
     def counted(self, name: str, patched: bool) -> tuple[list[dict[str, Any]], str]:
         """The launches as Nsight Compute counts them, and what went wrong."""
-        log = self.logs / f"profile.{slug(name)}.log"
-        log.unlink(missing_ok=True)
+        log = self.log_of(name)
         with tempfile.TemporaryDirectory(prefix="frd_profile_") as folder:
             report = pathlib.Path(folder) / "case.ncu-rep"
             target = self.module("profile_target", "--case", name)
@@ -165,9 +165,7 @@ class Profile:
                 return [], (told or [problem or "Nsight Compute wrote no report"])[0]
             try:
                 return self.read(report, name), problem
-            except (
-                Exception
-            ) as error:  # a page that is not as this version's: the trace can still tell something
+            except Exception as error:  # where a page is not as it was: a trace can still tell something
                 return [], f"its report could not be read: {one_line(error)}"
 
     def read(self, report: pathlib.Path, name: str) -> list[dict[str, Any]]:
@@ -178,40 +176,51 @@ class Profile:
         if not launches:
             raise RuntimeError("no launch was profiled")
         total = sum(launch["us"] for launch in launches)
-        by_time = sorted(range(len(launches)), key=lambda index: -launches[index]["us"])
-        chosen = [i for i in by_time[:DETAILED] if launches[i]["us"] >= DETAILED_SHARE * total]
-        wanted = [(index, source) for index in chosen for source in ("sass", "cuda,sass")]
-        with concurrent.futures.ThreadPoolExecutor(max_workers=len(wanted)) as pool:
-            pages = list(pool.map(lambda want: self.page(report, "source", want[1], want[0]), wanted))
-        for index, sass, lines in zip(chosen, pages[::2], pages[1::2], strict=True):
-            self.keep(f"{slug(name)}.{index}.sass", sass)
-            launches[index]["hot"] = hot = ncu.hot(ncu.instructions(sass), ncu.lines(lines))
-            add_text(hot.get("lines", []))
-            counted = launches[index].get("samples", hot["samples"])
-            if counted != hot["samples"]:
-                hot["problem"] = (
-                    f"the source tells of {hot['samples']:.0f} samples, the counters of {counted:.0f}"
-                )
+        by_time = sorted(range(len(launches)), key=lambda index: -launches[index]["us"])[:DETAILED]
+        chosen = [index for index in by_time if launches[index]["us"] >= DETAILED_SHARE * total]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            found = pool.map(lambda index: self.hot(report, index, launches[index], name), chosen)
+        for index, hot in zip(chosen, found, strict=True):
+            launches[index]["hot"] = hot
         return launches
+
+    def hot(self, report: pathlib.Path, index: int, launch: dict[str, Any], name: str) -> dict[str, Any]:
+        """Where one launch waits; why that is not known in "left_out"."""
+        try:
+            code = ncu.instructions(self.page(report, "source", "sass", index))
+            where = ncu.lines(self.page(report, "source", "cuda,sass", index))
+            self.keep(f"{slug(name)}.{index}.instructions", ncu.listing(code, where))
+            found = ncu.hot(code, where)
+        except Exception as error:  # the counters are there all the same
+            return {"left_out": one_line(error)}
+        add_text(found.get("lines", []))
+        counted, told = launch.get("samples", found["samples"]), found["samples"]
+        if counted != told:
+            found["problem"] = f"the counters tell of {counted:.0f} samples, the source of {told:.0f}"
+        return found
 
     def page(self, report: pathlib.Path, page: str, source: str, launch: int | None) -> str:
         command = ncu.page_command(self.tool, report, page, source, launch)
         limit = max(5.0, min(PAGE_LIMIT, self.left()))
-        return subprocess.run(command, capture_output=True, text=True, timeout=limit).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit)
+        return answer.stdout
 
     def keep(self, name: str, text: str) -> None:
-        """The pages hold more than is read of them here, and the GPU is not there for long."""
+        """The report holds more than the stage's file, and the GPU is not there for long."""
         path = self.options.out.parent / "profile" / f"{name}.csv.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(text.encode()))
 
     def traced(self, name: str) -> tuple[list[dict[str, Any]], str]:
-        path, log = self.logs / "trace.json", self.logs / f"profile.{slug(name)}.log"
+        path, log = self.logs / "trace.json", self.log_of(name)
         path.unlink(missing_ok=True)
         command = self.module("profile_target", "--case", name, "--trace", path)
         problem = run_logged(command, log, min(CASE_LIMIT, max(1.0, self.left())))
         launches: Any = read_json(path) or []
         return launches, problem or ("" if launches else f"no launch was seen: {last_line(log)}")
+
+    def log_of(self, name: str) -> pathlib.Path:
+        return self.logs / f"profile.{slug(name)}.log"
 
     def module(self, name: str, *more: object) -> list[str]:
         return [*module_command(f"gpu.{name}"), *map(str, more), "--device", self.options.device]

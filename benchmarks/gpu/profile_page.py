@@ -111,22 +111,25 @@ def _waits(launch: dict[str, Any]) -> str:
         return ""
     total = sum(stalls.values())
     most = ", ".join(f"{k} {v:.1f} ({100 * v / total:.0f} %)" for k, v in list(stalls.items())[:STALLS])
-    extra = [
-        f"{launch[name]:.0f} {text}"
-        for name, text in (
-            ("bank_conflicts", "bank conflicts"),
-            ("local_loads", "loads from local memory"),
-            ("dram_read_bytes", "bytes read from DRAM"),
-            ("dram_written_bytes", "bytes written to it"),
-        )
+    counts = [
+        f"{predicted.figure(launch, name)} {text}"
+        for name, text in (("bank_conflicts", "bank conflicts"), ("local_loads", "loads from local memory"))
         if name in launch
     ]
-    return f"`{launch['kernel']}` waits, cycles an instruction: {most}. " + ", ".join(extra)
+    moved = [
+        f"{launch[f'dram_{way}_bytes'] / 1e6:.2f} MB {way}"
+        for way in ("read", "written")
+        if f"dram_{way}_bytes" in launch
+    ]
+    rest = ", ".join([*counts, *([f"DRAM: {' and '.join(moved)}"] if moved else [])])
+    return f"`{launch['kernel']}` waits, cycles an instruction: {most}. {rest}."
 
 
 def _hot(launch: dict[str, Any]) -> str:
     hot = launch.get("hot", {})
     places = hot.get("lines") or hot.get("instructions") or []
+    if "left_out" in hot:
+        return f"Where it waits could not be read: {hot['left_out']}."
     if not places:
         return ""
     lines = header("samples", "where", "what", "waits for")
