@@ -139,18 +139,26 @@ def component_figure(entries: list[dict[str, Any]]) -> Any:
 
 
 def loss_figure(variants: dict[str, dict[str, Any]]) -> Any:
-    """The loss of every step, a plot for each net: runs that agree lie on one another."""
+    """For each net the loss of every step, and below how far from the reference's it is."""
     plt = pyplot()
-    styles = {"reference": (RIVAL, "-"), "perturbed": (RIVAL, ":"), "ours": (OURS, "-")}
-    figure, row = plt.subplots(1, len(variants), figsize=(6.4 * len(variants), 4.4), squeeze=False)
-    for axes, (variant, record) in zip(row[0], variants.items(), strict=True):
-        for run, (colour, line) in styles.items():
+    wide = 6.4 * len(variants)
+    figure, rows = plt.subplots(2, len(variants), figsize=(wide, 6.4), squeeze=False, sharex="col")
+    for (losses_of, distances_of), (variant, record) in zip(rows.T, variants.items(), strict=True):
+        reference = record["losses"]["reference"]
+        steps = range(1, len(reference) + 1)
+        losses_of.plot(steps, reference, color=RIVAL, linewidth=3, label="reference")
+        for run, colour, style in (("perturbed", RIVAL, ":"), ("ours", OURS, "-")):
             losses = record["losses"][run]
-            axes.plot(range(1, len(losses) + 1), losses, line, color=colour, linewidth=1.2, label=run)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.set_title(f"training of {variant}")
-        axes.legend()
+            distances = [abs(a - b) for a, b in zip(losses, reference, strict=True)]
+            losses_of.plot(steps, losses, style, color=colour, linewidth=1.2, label=run)
+            distances_of.plot(steps, distances, style, color=colour, linewidth=1.2, label=run)
+        losses_of.set_title(f"training of {variant}")
+        losses_of.set_ylabel("loss")
+        distances_of.set_yscale("log")
+        distances_of.set_ylabel("difference from the reference's")
+        distances_of.set_xlabel("step")
+        losses_of.legend()
+        distances_of.legend()
     figure.tight_layout()
     return figure
 

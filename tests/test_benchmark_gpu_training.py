@@ -66,7 +66,7 @@ def peers() -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("seed", [2, 3, 4, 5])
 def test_another_perturbation_agrees(peers: dict[str, list[float]], seed: int) -> None:
-    found = agreement.curves_agree(peers | {"ours": curve(perturbed(seed))})
+    found = agreement.curves_agree(peers | {"ours": curve(perturbed(seed))}, cycle=10)
     assert found["agrees"] is True
     assert 0.5 < found["factor"] < 1.6
     assert len(found["distances"]["ours"]) == STEPS // agreement.WINDOW
@@ -82,17 +82,17 @@ def test_another_perturbation_agrees(peers: dict[str, list[float]], seed: int) -
     ids=["learning rate", "noise", "sign"],
 )
 def test_a_wrong_run_disagrees(peers: dict[str, list[float]], change: Change, learning_rate: float) -> None:
-    found = agreement.curves_agree(peers | {"ours": curve(change, learning_rate)})
+    found = agreement.curves_agree(peers | {"ours": curve(change, learning_rate)}, cycle=10)
     assert found["agrees"] is False
     assert found["factor"] > 4
 
 
 def test_curves_that_rise_or_are_short(peers: dict[str, list[float]]) -> None:
     rising = {run: losses[::-1] for run, losses in (peers | {"ours": peers["reference"]}).items()}
-    found = agreement.curves_agree(rising)
-    assert (found["agrees"], found["factor"] < 1) == (False, True)
+    found = agreement.curves_agree(rising, cycle=10)
+    assert (found["agrees"], found["falls"], found["factor"] < 1) == (False, False, True)
     short = {run: losses[:39] for run, losses in rising.items()}
-    assert agreement.curves_agree(short)["agrees"] is None
+    assert agreement.curves_agree(short, cycle=10)["agrees"] is None
 
 
 def gradients(ours: float) -> dict[str, Any]:
@@ -208,6 +208,7 @@ def verdict(**changes: Any) -> dict[str, Any]:
         "limit": 2.0,
         "factor": 0.8,
         "first_and_last": {"ours": [1.9, 1.2]},
+        "falls": True,
         "agrees": True,
     }
     step = {"p25": 90.0, "median": 100.0, "p75": 110.0, "blocks": 23}

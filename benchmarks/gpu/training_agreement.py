@@ -23,24 +23,26 @@ TINY = 1e-300  # instead of a division by 0
 NOTHING = 1e-9  # of the whole gradient's norm: exact arithmetic gives 0 here (attention over a single key)
 
 
-def curves_agree(losses: dict[str, list[float]]) -> dict[str, Any]:
+def curves_agree(losses: Mapping[str, Sequence[float]], cycle: int) -> dict[str, Any]:
     """Whether `ours` keeps within twice the distance that `perturbed` has from `reference`, and all of them fall; None
-    before there are LEAST_STEPS."""
+    before there are LEAST_STEPS. Batches come again after `cycle` steps, so that the first and the last `cycle` losses
+    are of the same images, seen for the first time and again."""
     windows = len(losses["reference"]) // WINDOW
     found: dict[str, Any] = {"steps": windows * WINDOW, "least_steps": LEAST_STEPS, "limit": FACTOR}
     if windows * WINDOW < LEAST_STEPS:
         return found | {"agrees": None}
     ours, perturbed = (_distances(losses[run], losses["reference"]) for run in ("ours", "perturbed"))
     factor = _geometric_mean([_factor(mine, other) for mine, other in zip(ours, perturbed, strict=True)])
-    fall = {
-        run: [statistics.fmean(part) for part in (curve[:WINDOW], curve[-WINDOW:])]
-        for run, curve in losses.items()
+    means = {
+        run: [statistics.fmean(part) for part in (of[:cycle], of[-cycle:])] for run, of in losses.items()
     }
+    falls = all(last < first for first, last in means.values())
     return found | {
         "distances": {"ours": ours, "perturbed": perturbed},
         "factor": factor,
-        "first_and_last": fall,
-        "agrees": factor <= FACTOR and all(last < first for first, last in fall.values()),
+        "first_and_last": means,
+        "falls": falls,
+        "agrees": factor <= FACTOR and falls,
     }
 
 

@@ -84,7 +84,8 @@ def _curves(found: dict[str, Any]) -> str:
     return (
         f"{'agree' if found['agrees'] else 'DISAGREE'}. Over {found['steps']} steps ours is {found['factor']:.2f} "
         f"times as far from the reference as that is from itself with perturbed weights, at most "
-        f"{found['limit']:g} is allowed. Mean loss of the first and the last steps: {falls}."
+        f"{found['limit']:g} is allowed. Mean loss over the same batches when first and when "
+        f"last seen: {falls}{'' if found['falls'] else ': it does NOT FALL'}."
     )
 
 
