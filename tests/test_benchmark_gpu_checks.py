@@ -37,11 +37,13 @@ def built(call: Callable[[], list[Tensor]], x: Tensor | None = None) -> Any:
     return small_data.Built(inputs, call, call, lambda seed: [torch.full_like(t, 7.0) for t in inputs])
 
 
+def floats(source: Any) -> list[Tensor]:
+    return [source.normal(4)]
+
+
 def call_of(function: Callable[..., Any], backward: bool = False) -> Any:
     """A small call of `function` over four numbers."""
-    return small_data.SmallCall(
-        "stand-in", "4", ("pdc2d",), lambda source: [source.normal(4)], function, backward
-    )
+    return small_data.SmallCall("stand-in", "4", ("pdc2d",), floats, function, backward)
 
 
 class Gpu:
@@ -315,6 +317,26 @@ def test_every_operation_is_among_the_small_calls() -> None:
     first = small_calls.firsts(calls)
     assert len({call.family for call in first}) == len(first) == len({call.family for call in calls})
     assert not any(call.paper for call in first)
+
+
+def test_every_call_returns_new_tensors() -> None:
+    """`checks` overwrites them before a graph writes them again."""
+    with fk.use_backend("cpu"):
+        for call in small_calls.firsts(small_calls.all_calls()):
+            made = call.build("cpu", torch.float32)
+            first, second = list(made.call()), list(made.call())
+            kept = {x.untyped_storage().data_ptr() for x in [*made.inputs, *first]}
+            assert all(x.untyped_storage().data_ptr() not in kept for x in second), call.name
+
+
+def test_data_keep_their_layout_on_the_device() -> None:
+    source = small_data.Source(torch.Generator().manual_seed(0), torch.float32)
+    for layout in ("nchw", "channels_last", small_data.UNALIGNED):
+        drawn = source.normal(2, 3, 4, 5, layout=layout)
+        found = small_data.placed(drawn, "cpu")
+        assert torch.equal(found, drawn)
+        assert (found.stride(), found.storage_offset()) == (drawn.stride(), drawn.storage_offset())
+    assert drawn.data_ptr() % 16 == 4
 
 
 @pytest.mark.parametrize("name", ["cluster count, masked", "icm released, tokens [2x35x10]"])

@@ -93,4 +93,6 @@ def sanitize_section(report: dict[str, Any]) -> str:
         if tool["outcome"] != OK and tool["log"]:
             parts.append("\n".join([f"{name}:", "", "```", *tool["log"], "```"]))
     parts += _left_out(report["left_out"])
+    if plain := report.get("plain"):
+        parts.append(f"Without a tool: {plain}.")
     return "\n\n".join(parts)

@@ -66,7 +66,7 @@ def find_program() -> str:
 def command_of(name: str, program: str, only: str, device: str, seconds: float) -> list[str]:
     tool = TOOLS[name]
     command = [program, "--tool", name, "--error-exitcode", str(FOUND), "--print-limit", "1000"]
-    command += tool.options
+    command += ["--show-backtrace", "device", *tool.options]
     if not tool.all_kernels:
         command += ["--kernel-name", f"kernel_substring={OURS}"]
     return [*command, *target(only, device, seconds), *(["--own"] if tool.all_kernels else [])]
@@ -140,11 +140,14 @@ def run_tool(name: str, program: str, options: argparse.Namespace, limit: float)
     }
 
 
-def run_plain(options: argparse.Namespace) -> int:
+def run_plain(report: dict[str, Any], options: argparse.Namespace) -> int:
     """Without a tool."""
+    report["left_out"] = dict.fromkeys(TOOLS, f"{PROGRAM} is not here")
     log = options.out.parent / "logs" / "sanitize.plain.log"
     problem = run_logged(target(options.only, options.device, options.limit), log, options.limit)
-    print(f"left out: {PROGRAM} is not here; without it: {problem or last_line(log)}"[:199], flush=True)
+    report["plain"] = problem or last_line(log)
+    conditions.write(options.out, report)
+    print(f"left out: {PROGRAM} is not here; without it: {report['plain']}"[:199], flush=True)
     return int(bool(problem))
 
 
@@ -173,12 +176,11 @@ def run(options: argparse.Namespace) -> int:
         "gpu": gpus[0] if gpus else "cpu",
         "versions": facts["versions"],
         "tools": {},
+        "left_out": {},
     }
-    program = find_program() if options.device == "cuda" else ""
-    missing = "" if program else f"{PROGRAM} is not here"
-    report["left_out"] = dict.fromkeys(TOOLS, missing) if missing else {}
     conditions.write(options.out, report)
-    return run_tools(program, report, options) if program else run_plain(options)
+    program = find_program() if options.device == "cuda" else ""
+    return run_tools(program, report, options) if program else run_plain(report, options)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -100,7 +100,7 @@ def cluster_calls() -> Iterator[SmallCall]:
     yield dispatch(1, 100, 7, 50, False)
 
 
-def project(tokens: Tensor, parameters: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+def project(tokens: Tensor, parameters: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Keys and values."""
     wk, bk, wv, bv = parameters
     return F.linear(tokens, wk, bk), F.linear(tokens, wv, bv)
@@ -139,7 +139,7 @@ def icm(
 
     def smallest(drawn: list[Tensor]) -> float:
         tokens, extent, found = drawn[0].double(), hw, 1.0
-        gated = {} if variant == "paper" else {"aggregate": "similarity"}
+        gated: dict[str, Any] = {} if variant == "paper" else {"aggregate": "similarity"}
         alpha, beta = (gate.double() for gate in drawn[1:3])
         for t, (grid, projection) in enumerate(
             zip(grids, unpacked(list(map(doubled, drawn[3:]))), strict=True)

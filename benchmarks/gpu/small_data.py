@@ -19,10 +19,9 @@ UNALIGNED = "unaligned"  # a layout: contiguous, from an address that no vector 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Random tensors, the same ones on every device."""
+    """Random tensors on the CPU: they are the same ones for every device, and none of its kernels runs for them."""
 
     generator: torch.Generator
-    device: str
     dtype: torch.dtype
 
     def normal(
@@ -32,14 +31,13 @@ class Source:
         values = mean + scale * torch.randn(*shape, generator=self.generator)
         values = (values / step).round() * step if step else values
         if layout == UNALIGNED:
-            buffer = torch.empty(values.numel() + 1, dtype=self.dtype, device=self.device)
-            return buffer[1:].view(shape).copy_(values)
+            return torch.empty(values.numel() + 1, dtype=self.dtype)[1:].view(shape).copy_(values)
         if len(shape) == 4:
             values = values.contiguous(memory_format=LAYOUTS[layout])
-        return values.to(self.device, self.dtype)
+        return values.to(self.dtype)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+        return torch.randint(low, high, shape, generator=self.generator)
 
 
 class Built(NamedTuple):
@@ -71,15 +69,16 @@ class SmallCall(NamedTuple):
         """To be called within `use_backend`."""
 
         def fresh(seed: int) -> list[Tensor]:
-            return self.draw(Source(torch.Generator().manual_seed(seed), device, dtype))
+            drawn = self.draw(Source(torch.Generator().manual_seed(seed), dtype))
+            return [placed(tensor, device) for tensor in drawn]
 
         inputs, grads = fresh(0), []
         if self.backward:
-            noise = Source(torch.Generator().manual_seed(99), device, dtype)
+            noise = Source(torch.Generator().manual_seed(99), dtype)
             with torch.no_grad():
-                outs = floating(self.function(fk, *inputs))
+                outs = [out.cpu() for out in floating(self.function(fk, *inputs))]
             # The output itself is part of it: sums over all pixels of the noise alone cancel.
-            grads = [(noise.normal(*out.shape) + out).to(dtype) for out in outs]
+            grads = [placed((out + noise.normal(*out.shape)).to(dtype), device) for out in outs]
         ours = functools.partial(results, functools.partial(self.function, fk), inputs, grads)
         reference = functools.partial(self.function, fk.reference)
 
@@ -87,6 +86,13 @@ class SmallCall(NamedTuple):
             return results(reference, *([doubled(x) for x in tensors] for tensors in (inputs, grads)))
 
         return Built(inputs, ours, exact, fresh)
+
+
+def placed(tensor: Tensor, device: str) -> Tensor:
+    """On the device, with the strides and the offset that it has."""
+    offset = tensor.storage_offset()
+    buffer = torch.empty(offset + tensor.numel(), dtype=tensor.dtype, device=device)
+    return buffer.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
 
 
 def doubled(tensor: Tensor) -> Tensor:
@@ -111,7 +117,8 @@ def results(
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     found = tensors_of(function(*leaves))
     outs = floating(tuple(found))
-    given = [grad.to(out.dtype) for grad, out in zip(grads, outs, strict=True)]
+    # Copies, for a gradient may be what was given itself, and what a call returns is overwritten.
+    given = [grad.to(out.dtype, copy=True) for grad, out in zip(grads, outs, strict=True)]
     gradients = torch.autograd.grad(outs, [x for x in leaves if x.requires_grad], given)
     return [*(tensor.detach() for tensor in found), *gradients]
 
