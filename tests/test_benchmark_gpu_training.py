@@ -152,7 +152,7 @@ def test_the_three_runs(small: Any) -> None:
 
 def test_rehearsal(small: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "training.json"
-    command = ["--out", str(out), "--device", "cpu", "--steps", "7", "--limit", "100", "--only", "lite"]
+    command = ["--out", str(out), "--device", "cpu", "--batch", "1", "--steps", "7", "--only", "lite"]
     assert training.main(command) == 0
     report = json.loads(out.read_text())
     record = report["variants"]["lite"]
@@ -176,18 +176,28 @@ def test_rehearsal(small: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFix
         assert [path.name for path in plots.write_all(tmp_path)] == ["training.png"]
 
 
-def test_a_step_that_fails_is_noted(
-    small: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_is_noted(small: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients, after which the training goes on, and a step of it, before which all is kept."""
+
     def fails(*_: Any) -> Any:
         raise RuntimeError("CUDA out of memory")
 
+    block = training.Runner.block
+
+    def fails_late(runner: Any, steps: int, timed: bool) -> None:
+        if len(runner.losses) == training.BLOCK:
+            raise RuntimeError("the loss became nan")
+        block(runner, steps, timed)
+
     monkeypatch.setattr(training, "gradients_at_start", fails)
+    monkeypatch.setattr(training, "faster_layout", lambda *_: (False, {}))
+    monkeypatch.setattr(training.Runner, "block", fails_late)
     out = tmp_path / "training.json"
-    assert training.main(["--out", str(out), "--device", "cpu", "--batch", "1", "--steps", "2"]) == 1
+    assert training.main(["--out", str(out), "--device", "cpu", "--batch", "1", "--steps", "7"]) == 1
     report = json.loads(out.read_text())
-    assert set(report["variants"]["lite"]["pilot_ms"]) == {"ours", "reference"}
-    assert "- lite: ended by RuntimeError: CUDA out of memory" in page.section(report)
+    assert {len(losses) for losses in report["variants"]["lite"]["losses"].values()} == {training.BLOCK}
+    text = page.section(report)
+    assert "- lite: RuntimeError: CUDA out of memory\n- lite: RuntimeError: the loss became nan" in text
 
 
 def test_no_variant_and_no_gpu(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

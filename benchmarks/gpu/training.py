@@ -174,7 +174,9 @@ def release(device: str) -> None:
 def gradients_at_start(trainers: dict[str, Trainer], batches: list[Batch]) -> dict[str, Any]:
     """The runs' first gradients against those of the reference in float64, of each image alone, as a whole batch would
     need too much memory in float64."""
-    exact_model = copy.deepcopy(trainers["reference"].model).double()
+    exact_model = (
+        copy.deepcopy(trainers["reference"].model).double().to(memory_format=torch.contiguous_format)
+    )
     squares: dict[str, list[Tensor]] = {}
 
     def add(name: str, tensors: list[Tensor]) -> None:
@@ -209,7 +211,10 @@ def train(
         channels_last = record["channels_last"]["ours" if run == "ours" else "reference"]
         runners[run] = Runner(make_trainer(plan, variant, run, channels_last), batches)
     trainers = {run: runner.trainer for run, runner in runners.items()}
-    record["gradients"] = gradients_at_start(trainers, batches[:GRADIENT_BATCHES])
+    try:
+        record["gradients"] = gradients_at_start(trainers, batches[:GRADIENT_BATCHES])
+    except Exception as error:  # what training costs can still be told
+        note(record, error)
     release(plan.device)
     yield
     order, taken, done = list(runners.values()), 0.0, 0
@@ -222,6 +227,11 @@ def train(
         taken = time.monotonic() - began
         record |= summary(plan, runners)
         yield
+
+
+def note(record: dict[str, Any], error: Exception) -> None:
+    record.setdefault("problems", []).append(one_line(error))
+    print(record["problems"][-1], flush=True)
 
 
 def summary(plan: Plan, runners: dict[str, Runner]) -> dict[str, Any]:
@@ -271,8 +281,7 @@ def measure(plan: Plan, limit: float, save: Callable[[dict[str, Any]], None]) ->
             for _ in train(plan, variant, batches, time.monotonic() + share * left, record):
                 save(report)
         except Exception as error:  # out of memory, a loss that is not finite, a kernel that fails
-            record["problem"] = one_line(error)
-            print(f"{variant}: {record['problem']}", flush=True)
+            note(record, error)
         release(plan.device)
         save(report)
     return report
@@ -298,13 +307,13 @@ def outcome(report: dict[str, Any]) -> tuple[int, str]:
     status, words = 0, []
     for variant, record in report["variants"].items():
         verdicts = {part: record.get(part, {}).get("agrees") for part in ("gradients", "agreement")}
-        failed = "problem" in record or False in verdicts.values()
+        failed = "problems" in record or False in verdicts.values()
         status |= failed
         named = {True: "agree", False: "DISAGREE", None: "not judged"}
         ratio = f"{record['ratio']:.2f}x, " if "ratio" in record else ""
         words.append(
             f"{variant}: {ratio}{record.get('steps', 0)} steps, gradients {named[verdicts['gradients']]}, "
-            f"curves {named[verdicts['agreement']]}" + (", FAILED" if "problem" in record else "")
+            f"curves {named[verdicts['agreement']]}" + (", FAILED" if "problems" in record else "")
         )
     return status, "; ".join(words) or "nothing was trained"
 

@@ -53,15 +53,13 @@ def _spread(step: dict[str, float]) -> str:
 
 
 def _findings(variant: str, record: dict[str, Any]) -> list[str]:
-    """A line each for gradients, curves and what ended the run."""
+    """A line each for gradients, curves and what failed."""
     lines = []
     if gradients := record.get("gradients"):
         lines.append(f"- {variant}, first gradients: {_gradients(gradients)}")
     if curves := record.get("agreement"):
         lines.append(f"- {variant}, loss curves: {_curves(curves)}")
-    if problem := record.get("problem"):
-        lines.append(f"- {variant}: ended by {problem}")
-    return lines
+    return lines + [f"- {variant}: {problem}" for problem in record.get("problems", [])]
 
 
 def _gradients(found: dict[str, Any]) -> str:
