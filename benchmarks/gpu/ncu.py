@@ -84,7 +84,7 @@ TOP = 40
 
 
 def find() -> str:
-    """The newest Nsight Compute of this machine, or ''."""
+    """The Nsight Compute of the search path, else the newest that is installed, else ''."""
     places = [shutil.which("ncu") or "", *glob.glob("/usr/local/cuda*/bin/ncu")]
     places += sorted(glob.glob("/opt/nvidia/nsight-compute/*/ncu"), key=_version, reverse=True)
     return next((place for place in places if place), "")

@@ -47,10 +47,8 @@ WAVES_SHARE, WAVES_LIMIT = 0.3, 60.0
 CASE_LIMIT = 45.0  # seconds of one try
 PAGE_LIMIT = 40.0
 LEAST_S = 12.0  # with less left no further case is begun
-DETAILED, DETAILED_SHARE = (
-    3,
-    0.08,
-)  # launches whose source is looked at, each of at least this share of the time
+DETAILED = 3  # launches of a case whose source is looked at,
+DETAILED_SHARE = 0.08  # each of at least this share of the time
 REFUSED = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "Failed to initialize the profiler")
 
 

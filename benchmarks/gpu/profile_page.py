@@ -36,9 +36,9 @@ def section(report: dict[str, Any]) -> str:
 
 
 def _waves(waves: dict[str, Any]) -> str:
-    points = [point for point in waves.get("points", []) if "ms" in point]
-    if not points:
+    if not waves.get("points"):
         return ""
+    points = [point for point in waves["points"] if "ms" in point]
     us = {point["key"]: 1e3 * point["ms"]["median"] for point in points}
     expected = predicted.POINTS if waves["gpu"] != "cpu" else {}
     lines = header("what", "us", "10 to 90 %", "ratio", "to", "predicted", "relative error")
@@ -57,12 +57,15 @@ def _waves(waves: dict[str, Any]) -> str:
                     f"{point['relative_error']:.1e}",
                 )
             )
-    timing = {"graph": "of a CUDA graph", "wall": "of the clock on the wall"}[points[0]["timing"]]
-    text = f"Times of the ICM, {timing}; predicted: by docs/icm-gpu-analysis.md, of the kernel at 4d5ee14."
+    timing = (
+        "a CUDA graph" if any(point["timing"] == "graph" for point in points) else "the clock on the wall"
+    )
+    text = f"Times of the ICM, of {timing}; predicted: by docs/icm-gpu-analysis.md, of the kernel at 4d5ee14."
     wrong = [f"- {p['key']}: {p['problem']}" for p in waves["points"] if "problem" in p]
     wrong += [f"- {key}: no time was left" for key in waves.get("left_out", [])]
-    parts = ["### Waves", text, "\n".join(lines), "\n".join(wrong), _clusters(waves.get("driver", {}))]
-    return "\n\n".join(part for part in parts if part)
+    parts = [text, "\n".join(lines)] if points else []
+    parts += ["\n".join(wrong), _clusters(waves.get("driver", {}))]
+    return "\n\n".join(["### Waves", *filter(None, parts)])
 
 
 def _clusters(driver: dict[str, Any]) -> str:
@@ -117,12 +120,16 @@ def _waits(launch: dict[str, Any]) -> str:
         if name in launch
     ]
     moved = [
-        f"{launch[f'dram_{way}_bytes'] / 1e6:.2f} MB {way}"
+        f"{launch[f'dram_{way}_bytes'] / 1e6:.2f} MB of DRAM {way}"
         for way in ("read", "written")
         if f"dram_{way}_bytes" in launch
     ]
-    rest = ", ".join([*counts, *([f"DRAM: {' and '.join(moved)}"] if moved else [])])
-    return f"`{launch['kernel']}` waits, cycles an instruction: {most}. {rest}."
+    parts = [
+        f"`{launch['kernel']}` waits, cycles an instruction: {most}",
+        ", ".join(counts),
+        ", ".join(moved),
+    ]
+    return ". ".join(filter(None, parts)) + "."
 
 
 def _hot(launch: dict[str, Any]) -> str:

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         call, context = sides.ours[side], sides.context(side)
         del sides
-        usable(options.device)  # the profiler saves the memory that a kernel may reach, and the oracle took much
+        usable(options.device)  # a profiler saves all memory between passes, and the oracle took much
         with context:
             for _ in range(WARM_UPS):
                 call()
