@@ -92,7 +92,7 @@ class Outcomes:
         counts: dict[str, dict[str, dict[str, int]]] = {}
         places = {case: (line["backend"], line["op"], line["outcome"]) for case, line in self.found.items()}
         waiting = {case: (*place, "not_reached") for case, place in self.cases.items()}
-        for backend, op, outcome in (waiting | places).values():
+        for backend, op, outcome in sorted((waiting | places).values()):
             ops = counts.setdefault(backend, {})
             ops.setdefault(op, dict.fromkeys(OUTCOMES, 0))[outcome] += 1
         return counts

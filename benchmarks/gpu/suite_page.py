@@ -60,7 +60,7 @@ def _conditions(run: dict[str, Any]) -> str:
 def _table(counts: Counts) -> str:
     lines = header("backend", "op", *(outcome.replace("_", " ") for outcome in OUTCOMES))
     for backend, ops in counts.items():
-        for op, found in sorted(ops.items()):
+        for op, found in ops.items():
             lines.append(cells(backend, op or "-", *(found.get(outcome, 0) for outcome in OUTCOMES)))
     return "\n".join(lines)
 
