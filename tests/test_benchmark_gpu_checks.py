@@ -178,6 +178,15 @@ def test_graphs_of_a_right_call(gpu: Gpu) -> None:
     assert checks.another_stream(call) == "ok"
 
 
+def test_all_checks_of_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.arange(3.0)
+    call = built(gpu.doubles(x), x)
+    monkeypatch.setattr(small_data.SmallCall, "build", lambda self, device, dtype: call)
+    found = checks.examine(("cpu", call_of(squares), torch.float32), "cuda")
+    assert found["checks"] == dict.fromkeys(proof_page.CHECKS, "ok")
+    assert found["relative_error"] == 0.0
+
+
 def test_graphs_of_wrong_calls(gpu: Gpu) -> None:
     x, state = torch.arange(3.0), torch.zeros(3)
 

@@ -68,10 +68,14 @@ class Report:
             conditions.write(self.path, self.value | {"not_reached": missing})
 
     def cut(self) -> None:
-        key, seconds = self.value["running"], time.monotonic() - self.began
-        if key is not None and key[0] == "cuda" and seconds > HANGS_S:
-            self.take(self.running() | {"op": "", "checks": {"call": f"no answer in {seconds:.0f} s"}})
-        os._exit(self.finish())
+        status = 1
+        try:
+            key, seconds = self.value["running"], time.monotonic() - self.began
+            if key is not None and key[0] == "cuda" and seconds > HANGS_S:
+                self.take(self.running() | {"op": "", "checks": {"call": f"no answer in {seconds:.0f} s"}})
+            status = self.finish()
+        finally:
+            os._exit(status)
 
     def finish(self) -> int:
         """Prints the summary; returns the exit status."""
