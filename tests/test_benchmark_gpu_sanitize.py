@@ -15,8 +15,9 @@ import pytest
 import torch
 
 PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
-proof_page, sanitize, small_calls = (
-    importlib.import_module(f"{PACKAGE}.gpu.{name}") for name in ("proof_page", "sanitize", "small_calls")
+checks, proof_page, sanitize, small_calls = (
+    importlib.import_module(f"{PACKAGE}.gpu.{name}")
+    for name in ("checks", "proof_page", "sanitize", "small_calls")
 )
 
 
@@ -175,3 +176,9 @@ def test_the_calls_run_without_the_tool(tmp_path: pathlib.Path, capsys: pytest.C
     assert printed.endswith("small calls: 18 of 18 run, 0 failed\n")
     section = proof_page.sanitize_section(json.loads(path.read_text()))
     assert "Left out: memcheck, racecheck, synccheck, initcheck: compute-sanitizer is not here." in section
+
+
+@pytest.mark.parametrize("stage", [checks, sanitize])
+def test_nothing_to_do(stage: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stage.main(["--out", str(tmp_path / "file.json"), "--only", "dpm"]) == 0
+    assert capsys.readouterr().out == "left out: no call's name holds 'dpm'\n"

@@ -211,7 +211,11 @@ def items_of(device: str, calls: Sequence[SmallCall]) -> tuple[list[Item], dict[
 
 
 def run(options: argparse.Namespace) -> int:
-    items, left_out = items_of(options.device, all_calls(options.only))
+    calls = all_calls(options.only)
+    if not calls:
+        print(f"left out: no call's name holds {options.only!r}", flush=True)
+        return 0
+    items, left_out = items_of(options.device, calls)
     report = Report(options, [key(item) for item in items], left_out)
     ends = {backend: report.end for backend, _call, _dtype in items}
     if "triton" in ends and len(ends) > 1:
