@@ -27,9 +27,9 @@ def curves_agree(losses: Mapping[str, Sequence[float]], cycle: int) -> dict[str,
     """Whether `ours` keeps within twice the distance that `perturbed` has from `reference`, and all of them fall; None
     before there are LEAST_STEPS. Batches come again after `cycle` steps, so that the first and the last `cycle` losses
     are of the same images, seen for the first time and again."""
-    windows = len(losses["reference"]) // WINDOW
-    found: dict[str, Any] = {"steps": windows * WINDOW, "least_steps": LEAST_STEPS, "limit": FACTOR}
-    if windows * WINDOW < LEAST_STEPS:
+    steps = len(losses["reference"])
+    found: dict[str, Any] = {"steps": steps, "least_steps": LEAST_STEPS, "limit": FACTOR}
+    if steps < LEAST_STEPS:
         return found | {"agrees": None}
     ours, perturbed = (_distances(losses[run], losses["reference"]) for run in ("ours", "perturbed"))
     factor = _geometric_mean([_factor(mine, other) for mine, other in zip(ours, perturbed, strict=True)])
