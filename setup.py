@@ -124,11 +124,12 @@ def replace_file(source: pathlib.Path, target: pathlib.Path) -> None:
     os.replace(temporary, target)
 
 
-BENCHMARKS = {"frd_kernels.benchmarks": "benchmarks", "frd_kernels.benchmarks.gpu": "benchmarks/gpu"}
-
 setup(
-    packages=[*find_packages(include=["frd_kernels*", "frd_model*"]), *BENCHMARKS],
-    package_dir=BENCHMARKS,
+    packages=[
+        *find_packages(include=["frd_kernels*", "frd_model*"]),
+        *(f"frd_kernels.{name}" for name in find_packages(include=["benchmarks*"])),
+    ],
+    package_dir={"frd_kernels.benchmarks": "benchmarks"},
     package_data={"frd_kernels": ["py.typed"], "frd_model": ["py.typed", "assets/*", "configs/*"]},
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -21,11 +21,11 @@ PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benc
 checks, checks_report, proof_page, small_calls, small_data, cuda = (
     importlib.import_module(f"{PACKAGE}.{name}")
     for name in (
-        "gpu.checks",
-        "gpu.checks_report",
-        "gpu.proof_page",
-        "gpu.small_calls",
-        "gpu.small_data",
+        "gpu.proof.checks",
+        "gpu.proof.checks_report",
+        "gpu.proof.page",
+        "gpu.proof.small_calls",
+        "gpu.proof.small_data",
         "cuda",
     )
 )

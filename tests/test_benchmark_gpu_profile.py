@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
-NAMES = ("ncu", "profile", "profile_page", "profile_target")
-ncu, profile, page, target = (importlib.import_module(f"{PACKAGE}.gpu.{name}") for name in NAMES)
+NAMES = ("ncu", "profile", "page", "target")
+ncu, profile, page, target = (importlib.import_module(f"{PACKAGE}.gpu.profiling.{name}") for name in NAMES)
 gate = importlib.import_module(f"{PACKAGE}.gate")
 ICM = "icm paper [1x256x16x16] bfloat16 nchw forward"
 

@@ -16,8 +16,8 @@ import torch
 
 PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
 checks, proof_page, sanitize, small_calls = (
-    importlib.import_module(f"{PACKAGE}.gpu.{name}")
-    for name in ("checks", "proof_page", "sanitize", "small_calls")
+    importlib.import_module(f"{PACKAGE}.gpu.proof.{name}")
+    for name in ("checks", "page", "sanitize", "small_calls")
 )
 
 

@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
 suite, plugin, suite_page = (
-    importlib.import_module(f"{PACKAGE}.gpu.{name}") for name in ("suite", "suite_plugin", "suite_page")
+    importlib.import_module(f"{PACKAGE}.gpu.proof.{name}") for name in ("suite", "suite_plugin", "suite_page")
 )
 CUDA = "cuda (emulated)"
 OLD = {"revision": "d7ddab5", "what": "racecheck", "hazards": 0}

@@ -17,7 +17,13 @@ import torch
 PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
 training, agreement, data, page, plots = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("gpu.training", "gpu.training_agreement", "gpu.training_data", "gpu.training_page", "plots")
+    for name in (
+        "gpu.training.train",
+        "gpu.training.agreement",
+        "gpu.training.data",
+        "gpu.training.page",
+        "plots",
+    )
 )
 STEPS = 60
 SMALL = {"stages": [1, 2], "blocks": 1, "pyramid_width": 8, "trace_widths": [8, 8]}

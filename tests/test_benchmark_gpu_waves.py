@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
-NAMES = ("occupancy", "predicted", "profile_page", "waves")
-occupancy, predicted, page, waves = (importlib.import_module(f"{PACKAGE}.gpu.{name}") for name in NAMES)
+NAMES = ("occupancy", "predicted", "page", "waves")
+occupancy, predicted, page, waves = (
+    importlib.import_module(f"{PACKAGE}.gpu.profiling.{name}") for name in NAMES
+)
 gate = importlib.import_module(f"{PACKAGE}.gate")
 
 

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-PARTS = ("calibration", "model")  # the files that it shows beside that of the kernels
+from .profiling import page as profiling
+from .proof import page as proof
+from .proof import suite_page
+from .training import page as training
+
+# The files that it shows beside that of the kernels.
+PARTS = ("suite", "checks", "sanitize", "calibration", "model", "training", "profile")
 HEAD = ("op", "shape", "dtype", "layout", "mode", "ours, us", "of", "rival, us", "rival", "ratio", "A/A")
+
+
+PROOFS = {
+    "suite": suite_page.section,
+    "checks": proof.checks_section,
+    "sanitize": proof.sanitize_section,
+}
 
 
 def _cells(*cells: Any) -> str:
@@ -16,6 +29,7 @@ def page(name: str, report: dict[str, Any], found: dict[str, dict[str, Any]]) ->
     """Markdown: conditions, calibration, a table for each timing, the nets, and what has no time and why. `found` are
     the files of the other stages, by the names in PARTS, empty where there is none."""
     parts = [f"# {name}", _conditions(report), _stages(report["stages"])]
+    parts += [section(found.get(part, {})) for part, section in PROOFS.items()]
     if calibration := found.get("calibration"):
         parts.append(_calibration(calibration))
     for timing in dict.fromkeys(record["timing"] for record in report["cases"]):
@@ -24,6 +38,7 @@ def page(name: str, report: dict[str, Any], found: dict[str, dict[str, Any]]) ->
     model = found.get("model", {})
     if model.get("records"):
         parts += ["## FRD-Net", _nets(model["records"])]
+    parts += [training.section(found.get("training", {})), profiling.section(found.get("profile", {}))]
     parts += _left_out(report["cases"], report["problems"])
     if missing := model.get("red", {}) | model.get("left_out", {}):
         parts += [

@@ -16,14 +16,14 @@ from .run import Run
 LIMITS = {
     "build": (300.0, 0.7),
     "tests": (240.0, 0.5),
-    "checks": (60.0, 0.3),
-    "sanitize": (120.0, 0.5),
+    "checks": (90.0, 0.4),
+    "sanitize": (150.0, 0.6),
     "calibrate": (45.0, 0.3),
     "compile": (75.0, 0.3),
     "kernels": (400.0, 0.65),
     "model": (150.0, 0.6),
     "training": (120.0, 0.8),
-    "profile": (200.0, 0.9),
+    "profile": (240.0, 0.9),
     "plots": (30.0, 1.0),
 }
 GROUPS = {
@@ -53,20 +53,22 @@ def tests(run: Run, limit: float) -> str:
     if run.options.tests:
         problem = run_logged([sys.executable, "-m", "pytest", *run.options.tests], log, limit)
     else:
-        command = run.worker("suite", "--out", run.folder / "suite.json", "--limit", f"{limit - 10:.0f}")
-        command += ["--triton-share", run.options.triton_share, "--logs", str(log.parent)]
+        command = run.worker(
+            "proof.suite", "--out", run.folder / "suite.json", "--limit", f"{limit - 10:.0f}"
+        )
+        command += ["--triton-share", run.options.triton_share, "--only", run.options.only]
         problem = run_logged(command, log, limit)
     run.stages["tests"]["summary"] = last_line(log)
     return problem
 
 
-def own(name: str, reserve: float = 5.0) -> Callable[[Run, float], str]:
-    """A stage that is a module of this package: it keeps to its limit itself, writes NAME.json as it goes, and prints a
-    summary last."""
+def own(name: str, module: str, reserve: float = 5.0) -> Callable[[Run, float], str]:
+    """A stage that is one module: it keeps to its limit itself, writes NAME.json as it goes, and prints a summary
+    last."""
 
     def stage(run: Run, limit: float) -> str:
         log = run.folder / "logs" / f"{name}.log"
-        command = run.worker(name, "--out", run.folder / f"{name}.json", "--only", run.options.only)
+        command = run.worker(module, "--out", run.folder / f"{name}.json", "--only", run.options.only)
         problem = run_logged([*command, "--limit", f"{max(1.0, limit - reserve):.0f}"], log, limit)
         run.stages[name]["summary"] = last_line(log)
         return problem
@@ -111,13 +113,13 @@ def plots(run: Run, limit: float) -> str:
 RUNNERS: dict[str, Callable[[Run, float], str]] = {
     "build": build,
     "tests": tests,
-    "checks": own("checks"),
-    "sanitize": own("sanitize"),
+    "checks": own("checks", "proof.checks"),
+    "sanitize": own("sanitize", "proof.sanitize"),
     "calibrate": calibrate,
     "compile": compile_all,
     "kernels": measure,
     "model": model,
-    "training": own("training", reserve=10.0),
-    "profile": own("profile", reserve=10.0),
+    "training": own("training", "training.train", reserve=10.0),
+    "profile": own("profile", "profiling.profile", reserve=10.0),
     "plots": plots,
 }

@@ -1,9 +1,9 @@
 """A plugin of pytest: runs the kernels' tests that use a GPU, the urgent ones first, each outcome at once on disk.
 
-    python -m pytest -p benchmarks.gpu.suite_plugin --suite-plan FILE tests/kernels
+    python -m pytest -p benchmarks.gpu.proof.suite_plugin --suite-plan FILE tests/kernels
 
-`benchmarks.gpu.suite` writes the plan and reads the outcomes. Imports neither torch nor frd_kernels: tests/conftest.py
-sets what these read when they are imported.
+`benchmarks.gpu.proof.suite` writes the plan and reads the outcomes. Imports neither torch nor frd_kernels:
+tests/conftest.py sets what these read when they are imported.
 """
 
 from __future__ import annotations

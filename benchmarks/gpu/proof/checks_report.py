@@ -10,9 +10,9 @@ from typing import Any
 
 from frd_kernels.info import collect
 
-from .. import conditions
-from ..revision import revision
-from .run import read_json
+from ... import conditions
+from ...revision import revision
+from ..run import read_json
 
 OK = "ok"
 HANGS_S = 20.0  # a call of compiled kernels that takes longer does not come back

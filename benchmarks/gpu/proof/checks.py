@@ -1,7 +1,7 @@
 """What a GPU may get wrong though the results are right once: equal bits in every run, on another stream, from a CUDA
 graph with old and new data, and no memory kept. Writes JSON after every call, those of the CUDA kernels first.
 
-    python -m benchmarks.gpu.checks --out FILE.json [--only TEXT] [--limit SECONDS] [--device cuda|cpu]
+    python -m benchmarks.gpu.proof.checks --out FILE.json [--only TEXT] [--limit SECONDS] [--device cuda|cpu]
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 
 import frd_kernels as fk
 
-from ..cuda import WARM_UPS, side_stream
-from ..gate import CAP, CAP_OF_GRADIENTS, one_line, poisoned, relative_error
-from ..launch import module_command
+from ...cuda import WARM_UPS, side_stream
+from ...gate import CAP, CAP_OF_GRADIENTS, one_line, poisoned, relative_error
+from ...launch import module_command
+from ..worker import usable
 from .checks_report import OK, Key, Report
 from .small_calls import DTYPES, all_calls, firsts
 from .small_data import Built, SmallCall
-from .worker import usable
 
 Tensors = Sequence[torch.Tensor]
 Item = tuple[str, SmallCall, torch.dtype]  # backend, call, dtype
@@ -245,13 +245,13 @@ def start_again(options: argparse.Namespace, report: Report) -> int:
     """In a process of its own, which takes up the rest."""
     report.watchdog.cancel()
     more = ["--only", options.only, "--limit", f"{max(1.0, report.end - time.monotonic()):.0f}"]
-    command = [*module_command("gpu.checks"), "--out", str(options.out), "--device", options.device]
+    command = [*module_command("gpu.proof.checks"), "--out", str(options.out), "--device", options.device]
     return subprocess.call([*command, *more, "--go-on"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where something was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.checks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.proof.checks", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the JSON file to write")
     parser.add_argument("--only", default="", help="the calls whose name holds this text")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds (default 60)")

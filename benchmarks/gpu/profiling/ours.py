@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..cases import Case, Providers
-from ..gate import gate
-from ..timing import CannotTime
+from ...cases import Case, Providers
+from ...gate import gate
+from ...timing import CannotTime
 
 
 def checked(case: Case) -> tuple[Providers, str, float]:

@@ -1,6 +1,6 @@
 """How the ICM's time grows with its batch, tokens and rounds: steps tell how many clusters of blocks run at once.
 
-    python -m benchmarks.gpu.waves --out waves.json --limit 60
+    python -m benchmarks.gpu.profiling.waves --out waves.json --limit 60
 
 Needs no counters: times of a CUDA graph, each behind the gate, and what the driver says of clusters (`occupancy.py`).
 """
@@ -21,16 +21,16 @@ import torch
 import frd_kernels as fk
 from frd_kernels.info import collect
 
-from .. import cluster, conditions, eager, icm
-from ..cases import MODES, Case, Providers, normal
-from ..cuda import BUDGET_S, CudaGraph, full_float32
-from ..gate import one_line
-from ..providers import own_backends, providers
-from ..revision import revision
-from ..timing import Wall, alternate, summarise
+from ... import cluster, conditions, eager, icm
+from ...cases import MODES, Case, Providers, normal
+from ...cuda import BUDGET_S, CudaGraph, full_float32
+from ...gate import one_line
+from ...providers import own_backends, providers
+from ...revision import revision
+from ...timing import Wall, alternate, summarise
+from ..worker import usable
 from . import occupancy
 from .ours import checked
-from .worker import usable
 
 BATCHES = (1, 16, 15, 14, 8, 32, 17, 12, 24, 4, 2)  # the telling ones first: a run may be cut
 BATCHES_BACKWARD = (1, 16, 15, 14, 8, 32)
@@ -222,7 +222,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.waves", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.profiling.waves", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds, until no point is begun any more")
     parser.add_argument("--only", default="", help="the points whose key holds this text")

@@ -1,7 +1,7 @@
 """Every public operation that has a kernel, on small and odd data: what `checks` looks into and `sanitize` runs under
 NVIDIA's compute-sanitizer.
 
-    python -m benchmarks.gpu.small_calls [--backend NAME] [--only TEXT] [--until TIME] [--device cuda|cpu]
+    python -m benchmarks.gpu.proof.small_calls [--backend NAME] [--only TEXT] [--until TIME] [--device cuda|cpu]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 import frd_kernels as fk
 
-from ..gate import one_line
+from ...gate import one_line
 from .small_clusters import cluster_calls, icm_calls
 from .small_data import UNALIGNED, SmallCall, Source, Tensor, size
 
@@ -165,7 +165,7 @@ def run_once(call: SmallCall, device: str, dtype: torch.dtype) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where a call failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small_calls", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.proof.small_calls", description=__doc__)
     parser.add_argument("--backend", default=None, help="default: cuda on a GPU, else cpu")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--only", default="", help="the calls whose name holds this text")

@@ -1,7 +1,7 @@
 """One case's CUDA call for a profiler to look at, in a process of its own. Started by `profile.py`:
 
-    ncu --profile-from-start off ... python -m benchmarks.gpu.profile_target --case NAME
-    python -m benchmarks.gpu.profile_target --case NAME --trace FILE
+    ncu --profile-from-start off ... python -m benchmarks.gpu.profiling.target --case NAME
+    python -m benchmarks.gpu.profiling.target --case NAME --trace FILE
 
 The second form needs no counters: what PyTorch's profiler says of the launches (on the CPU, of our operators).
 """
@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from .. import conditions, registry
-from ..cases import Call, Case
-from ..clock import synchronize
-from ..cuda import full_float32
-from ..gate import GateError
-from ..timing import CannotTime
+from ... import conditions, registry
+from ...cases import Call, Case
+from ...clock import synchronize
+from ...cuda import full_float32
+from ...gate import GateError
+from ...timing import CannotTime
+from ..worker import rehearsed, usable
 from .ncu import short_name
 from .ours import checked
-from .worker import rehearsed, usable
 
 RED = "not profiled: "  # begins the line that says why nothing was launched
 WARM_UPS = 3
@@ -90,7 +90,7 @@ def _launch(name: str, events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where our result is wrong, or the CUDA backend does not run the case."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.profile_target", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.profiling.target", description=__doc__)
     parser.add_argument("--case", required=True, help="name of a registered case of the GPU")
     parser.add_argument("--trace", type=pathlib.Path, help="JSON file for what PyTorch's profiler says")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

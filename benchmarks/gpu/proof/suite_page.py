@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..kernel_tables import cells, header
+from ...kernel_tables import cells, header
 
 OUTCOMES = ("passed", "failed", "skipped", "not_reached")
 Counts = dict[str, dict[str, dict[str, int]]]  # backend -> op -> outcome -> cases

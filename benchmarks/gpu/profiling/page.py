@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from ..kernel_tables import cells, header
+from ...kernel_tables import cells, header
 from . import predicted
 
 HEAD = (

@@ -1,7 +1,7 @@
 """The small calls under NVIDIA's compute-sanitizer: accesses out of bounds, races in shared memory, wrong barriers,
 reads of memory that nothing has written. Writes JSON after every tool.
 
-    python -m benchmarks.gpu.sanitize --out FILE.json [--only TEXT] [--limit SECONDS] [--device cuda|cpu]
+    python -m benchmarks.gpu.proof.sanitize --out FILE.json [--only TEXT] [--limit SECONDS] [--device cuda|cpu]
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from frd_kernels.info import collect
 
-from .. import conditions
-from ..launch import module_command
-from ..revision import revision
-from .process import last_line, run_logged
+from ... import conditions
+from ...launch import module_command
+from ...revision import revision
+from ..process import last_line, run_logged
 from .small_calls import all_calls
 
 PROGRAM = "compute-sanitizer"
@@ -75,7 +75,7 @@ def command_of(name: str, program: str, only: str, device: str, seconds: float) 
 
 def target(only: str, device: str, seconds: float) -> list[str]:
     until = time.time() + max(0.0, seconds - END_S)
-    command = [*module_command("gpu.small_calls"), "--device", device, "--only", only]
+    command = [*module_command("gpu.proof.small_calls"), "--device", device, "--only", only]
     return [*command, "--until", f"{until:.0f}"]
 
 
@@ -189,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where a tool has found an error, or has not come to its end."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitize", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.proof.sanitize", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the JSON file to write")
     parser.add_argument("--only", default="", help="the calls whose name holds this text")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds (default 120)")

@@ -1,6 +1,6 @@
 """The stage "tests": the kernels' tests on a GPU, every outcome on disk at once, a run more in suite.json.
 
-    python -m benchmarks.gpu.suite --out FOLDER/suite.json --logs FOLDER/logs --limit SECONDS [--triton-share K/N]
+    python -m benchmarks.gpu.proof.suite --out FOLDER/suite.json --logs FOLDER/logs --limit SECONDS [--triton-share K/N]
 
 A CUDA error spoils the process that it happens in: that one ends (`suite_plugin`), and pytest-xdist replaces it.
 """
@@ -18,11 +18,11 @@ import sys
 import time
 from typing import Any
 
-from ..launch import HOME
-from ..revision import revision
+from ...launch import HOME
+from ...revision import revision
+from ..process import ROOT, last_line, run_logged
+from ..run import read_json, write_text
 from . import suite_plugin
-from .process import ROOT, last_line, run_logged
-from .run import read_json, write_text
 from .suite_page import OUTCOMES, summary, totals
 
 CASE_LIMIT = 120  # seconds of a case; Triton compiles for up to forty
@@ -198,7 +198,7 @@ def share(text: str) -> tuple[int, int]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.suite", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.proof.suite", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="suite.json; a run is added to it")
     parser.add_argument("--logs", type=pathlib.Path, help="folder (default: logs beside --out)")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for all (default 240)")

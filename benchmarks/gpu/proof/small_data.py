@@ -11,7 +11,7 @@ import torch
 
 import frd_kernels as fk
 
-from ..cases import LAYOUTS, MODES, Call
+from ...cases import LAYOUTS, MODES, Call
 
 Tensor = torch.Tensor
 UNALIGNED = "unaligned"  # a layout: contiguous, from an address that no vector can be read from

@@ -1,11 +1,11 @@
 """A short training run of FRD-Net on forged photos in bf16, by the trainer behind `frd train`: images per second with
 our kernels and with eager PyTorch, and whether both learn the same.
 
-    python -m benchmarks.gpu.training --out FILE [--only VARIANT] [--limit SECONDS] [--device cpu]
+    python -m benchmarks.gpu.training.train --out FILE [--only VARIANT] [--limit SECONDS] [--device cpu]
 
 All runs see the same batches in the same order and take turns, a block of steps each. `ours` is what a user gets,
 `reference` the same weights in eager PyTorch, `perturbed` the reference once more from weights that differ by as much
-as rounding to bf16 moves them. What is asked of them is said in `training_agreement`.
+as rounding to bf16 moves them. What is asked of them is said in `agreement`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from frd_model.train import Ema, Trainer
 from frd_model.train_config import TrainConfig, load_config
 from frd_model.train_data import open_training_data
 
-from .. import conditions
-from ..clock import synchronize
-from ..gate import one_line
-from ..model_sides import ICM_FORMS, SMALL_GRIDS, SMALLEST, VARIANTS, gradients_of, swap_layers
-from ..revision import revision
-from .training_agreement import curves_agree, gradients_agree
-from .training_data import Batch, forge_batches
+from ... import conditions
+from ...clock import synchronize
+from ...gate import one_line
+from ...model_sides import ICM_FORMS, SMALL_GRIDS, SMALLEST, VARIANTS, gradients_of, swap_layers
+from ...revision import revision
+from .agreement import curves_agree, gradients_agree
+from .data import Batch, forge_batches
 
 RUNS = ("ours", "reference", "perturbed")
 SIDES = RUNS[:2]  # those whose times are compared
@@ -319,7 +319,7 @@ def outcome(report: dict[str, Any]) -> tuple[int, str]:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training.train", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     parser.add_argument("--only", default="", help="the variants whose name holds this text")
     parser.add_argument("--limit", type=float, default=110.0, help="seconds (default 110)")

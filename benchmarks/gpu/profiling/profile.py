@@ -1,7 +1,7 @@
 """Why a kernel is slow: what Nsight Compute counts of each launch of the cases farthest from their goals, and where
 its warps wait; before that, how the ICM's time grows (`waves.py`).
 
-    python -m benchmarks.gpu.profile --out profile.json --limit 190
+    python -m benchmarks.gpu.profiling.profile --out profile.json --limit 190
 
 Where counters cannot be read, PyTorch's profiler tells the launches' times instead. `--only` chooses other cases.
 """
@@ -24,14 +24,14 @@ import torch
 
 from frd_kernels.info import collect
 
-from .. import conditions, registry
-from ..gate import one_line
-from ..launch import module_command
-from ..revision import revision
+from ... import conditions, registry
+from ...gate import one_line
+from ...launch import module_command
+from ...revision import revision
+from ..process import ROOT, last_line, run_logged
+from ..run import read_json
 from . import ncu
-from .process import ROOT, last_line, run_logged
-from .profile_target import RED
-from .run import read_json
+from .target import RED
 
 CASES = (
     "icm paper [1x256x16x16] bfloat16 nchw forward",
@@ -153,7 +153,7 @@ class Profile:
         log = self.log_of(name)
         with tempfile.TemporaryDirectory(prefix="frd_profile_") as folder:
             report = pathlib.Path(folder) / "case.ncu-rep"
-            target = self.module("profile_target", "--case", name)
+            target = self.module("target", "--case", name)
             sections = ncu.known(self.sections, patched)
             command = ncu.profile_command(self.tool, report, target, sections)
             problem = run_logged(command, log, min(CASE_LIMIT, max(1.0, self.left() - 5)))
@@ -212,7 +212,7 @@ class Profile:
     def traced(self, name: str) -> tuple[list[dict[str, Any]], str]:
         path, log = self.logs / "trace.json", self.log_of(name)
         path.unlink(missing_ok=True)
-        command = self.module("profile_target", "--case", name, "--trace", path)
+        command = self.module("target", "--case", name, "--trace", path)
         problem = run_logged(command, log, min(CASE_LIMIT, max(1.0, self.left())))
         launches: Any = read_json(path) or []
         return launches, problem or ("" if launches else f"no launch was seen: {last_line(log)}")
@@ -221,7 +221,7 @@ class Profile:
         return self.logs / f"profile.{slug(name)}.log"
 
     def module(self, name: str, *more: object) -> list[str]:
-        return [*module_command(f"gpu.{name}"), *map(str, more), "--device", self.options.device]
+        return [*module_command(f"gpu.profiling.{name}"), *map(str, more), "--device", self.options.device]
 
 
 def add_text(lines: Sequence[dict[str, Any]]) -> None:
@@ -256,7 +256,7 @@ def summary(report: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where a case could not be looked at, or a point of the waves has no time."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.profile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.profiling.profile", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON file to write")
     parser.add_argument(
         "--only", default="", help="the cases whose name holds this text (default: the worst)"

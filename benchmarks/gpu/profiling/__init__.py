@@ -1,0 +1,1 @@
+"""Why a kernel is slow on a GPU."""

@@ -1,0 +1,1 @@
+"""A short training run of FRD-Net on a GPU, beside eager PyTorch."""
