@@ -17,7 +17,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -277,6 +277,7 @@ def gpu_records(
     size: int = 512,
     device: str = "cuda",
     save: Callable[[dict[str, Any]], None] | None = None,
+    variants: Sequence[str] = tuple(VARIANTS),
     **overrides: Any,
 ) -> dict[str, Any]:
     """What `python -m benchmarks.gpu` adds of whole nets, as far as `limit_s` seconds go: bf16 autocast at batches 1, 8
@@ -302,6 +303,8 @@ def gpu_records(
 
     with full_float32():
         for variant, setting, expected_s in gpu_settings():
+            if variant not in variants:
+                continue
             name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
             run.attempt(name, expected_s, functools.partial(job, variant, setting))
             gc.collect()
