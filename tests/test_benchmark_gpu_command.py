@@ -177,7 +177,23 @@ def test_state_of_the_kernels(tmp_path: pathlib.Path, record: dict[str, Any]) ->
         {"what": "a run that counted nothing"},
     ]
     (tmp_path / "suite.json").write_text(json.dumps({"runs": runs}))
-    rights = "| yes, 7 cases | **no**, 1 of 4 cases of all ops failed |"
+    rights = "| yes: none of 7 cases failed | **no**: 1 of 4 cases of all ops failed |"
     assert f"{rights} 1 of 2 | 0 of 1 |" in goals.state(tmp_path, [kernel])
     assert "| a forward | graph | 2x of eager | 1.50x | **no** |" in goals.each(tmp_path, [kernel])
     assert "| b forward | graph | 2x of eager | not yet | - |" in goals.each(tmp_path, [kernel])
+
+
+def test_right_tells_of_the_whole_suite_and_of_what_ran_since() -> None:
+    def run(passed: int, failed: int, only: str = "") -> dict[str, Any]:
+        return {"only": only, "counts": {"cuda": {"icm": {"passed": passed, "failed": failed}}}}
+
+    whole, mended, worse = run(8, 2), run(2, 0, "x"), run(1, 1, "y")
+    assert (
+        goals.right([whole, mended], "cuda", "icm")
+        == "yes: 2 of 10 cases failed; later none of 2 cases failed"
+    )
+    assert goals.right([whole, mended, worse], "cuda", "icm").startswith(
+        "**no**: 2 of 10 cases failed; later 1 of 2"
+    )
+    assert goals.right([mended], "cuda", "icm") == "yes: none of 2 cases failed"
+    assert goals.right([run(0, 0)], "cuda", "icm") == "not seen"

@@ -212,12 +212,25 @@ def timed(folder: pathlib.Path) -> Records:
 
 
 def right(runs: Sequence[dict[str, Any]], backend: str, op: str) -> str:
-    """From the last run of the suite that counted the cases of the op, or of all ops together."""
-    for run in reversed(runs):
-        counts = run.get("counts", {}).get(backend, {})
-        found = counts.get(op) or counts.get("all")
-        if not found or not found["passed"] + found["failed"]:
-            continue
-        ran = f"{found['passed'] + found['failed']} cases{'' if op in counts else ' of all ops'}"
-        return f"**no**, {found['failed']} of {ran} failed" if found["failed"] else f"yes, {ran}"
-    return "not seen"
+    """From the last run of the suite that was not confined to some cases, and the last one behind it; of the op's
+    cases, or of all ops together where these alone were counted."""
+    counted = [(run, found) for run in runs if (found := _counts(run, backend, op))]
+    if not counted:
+        return "not seen"
+    whole = next((found for run, found in reversed(counted) if not run.get("only")), None)
+    last = counted[-1][1]
+    texts = dict.fromkeys(_text(*found) for found in (whole, last) if found)
+    return ("**no**" if last[1] else "yes") + ": " + "; later ".join(texts)
+
+
+def _counts(run: dict[str, Any], backend: str, op: str) -> tuple[int, int, str] | None:
+    """Cases that ran, those that failed, and whether they are of all ops."""
+    counts = run.get("counts", {}).get(backend, {})
+    found = counts.get(op) or counts.get("all")
+    if not found or not (ran := found["passed"] + found["failed"]):
+        return None
+    return ran, found["failed"], "" if op in counts else " of all ops"
+
+
+def _text(ran: int, failed: int, of: str) -> str:
+    return f"{failed or 'none'} of {ran} cases{of} failed"

@@ -53,7 +53,7 @@ def _conditions(run: dict[str, Any]) -> str:
     if "triton_share" in run:
         facts.append(f"of Triton's cases the share {run['triton_share']}")
     if run.get("only"):
-        facts.append(f"only cases with `{run['only']}` in their name")
+        facts.append(f"only cases of `{run['only']}`")
     return ", ".join(filter(None, facts)) + "."
 
 
