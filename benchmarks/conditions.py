@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from frd_kernels.info import collect
 
 from .measure import load_limit
@@ -36,6 +38,16 @@ def report(
         "cases": records,
     }
     return found | ({} if calibration is None else {"calibration": calibration})
+
+
+def origin(device: str) -> dict[str, Any]:
+    """When, of which revision, on which GPU and with which libraries something was found."""
+    return {
+        "when": now(),
+        "revision": revision(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": collect()["versions"],
+    }
 
 
 def now() -> str:

@@ -148,7 +148,7 @@ def test_all_tools_run(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "0")
     assert sanitize.find_program() == str(program)
-    monkeypatch.setattr(sanitize, "collect", lambda: {"torch": {"gpus": ["A GPU"]}, "versions": {}})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
     path = tmp_path / "sanitize.json"
     assert sanitize.main(["--out", str(path), "--limit", "40", "--only", "icm"]) == 1
     report = json.loads(path.read_text())

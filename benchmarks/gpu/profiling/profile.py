@@ -20,14 +20,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from frd_kernels.info import collect
-
 from ... import conditions, registry
 from ...gate import one_line
 from ...launch import module_command
-from ...revision import revision
 from ..process import ROOT, last_line, run_logged
 from ..run import read_json
 from . import ncu
@@ -61,11 +56,7 @@ class Profile:
         self.tool, self.sections = ncu.find() if options.device == "cuda" else "", ""
         self.unpatched: set[str] = set()  # operations whose kernels could not be patched, or not in time
         self.problems: dict[str, str] = {}
-        self.report: dict[str, Any] = {
-            "when": conditions.now(),
-            "revision": revision(),
-            "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-            "versions": collect()["versions"],
+        self.report: dict[str, Any] = conditions.origin(options.device) | {
             "tool": "",
             "without_counters": "" if self.tool else "Nsight Compute was not found",
             "waves": {},

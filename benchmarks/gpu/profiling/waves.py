@@ -19,14 +19,12 @@ from typing import Any
 import torch
 
 import frd_kernels as fk
-from frd_kernels.info import collect
 
 from ... import cluster, conditions, eager, icm
 from ...cases import MODES, Case, Providers, normal
 from ...cuda import BUDGET_S, CudaGraph, full_float32
 from ...gate import one_line
 from ...providers import own_backends, providers
-from ...revision import revision
 from ...timing import Wall, alternate, summarise
 from ..worker import usable
 from . import occupancy
@@ -185,11 +183,7 @@ def run(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 where a point has no time, unless there was none left for it."""
     began = time.monotonic()
     end = began + options.limit
-    report: dict[str, Any] = {
-        "when": conditions.now(),
-        "revision": revision(),
-        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "versions": collect()["versions"],
+    report: dict[str, Any] = conditions.origin(options.device) | {
         "driver": driver_facts(options.device),
         "points": [],
         "left_out": [],

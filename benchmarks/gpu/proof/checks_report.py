@@ -8,10 +8,7 @@ import threading
 import time
 from typing import Any
 
-from frd_kernels.info import collect
-
 from ... import conditions
-from ...revision import revision
 from ..run import read_json
 
 OK = "ok"
@@ -24,13 +21,8 @@ class Report:
 
     def __init__(self, options: argparse.Namespace, wanted: list[Key], left_out: dict[str, str]) -> None:
         self.path, self.wanted, self.end = options.out, wanted, time.monotonic() + options.limit
-        facts, before = collect(), read_json(options.out) if options.go_on else {}
-        gpus = facts["torch"]["gpus"] if options.device == "cuda" else []
-        self.value: dict[str, Any] = {
-            "when": conditions.now(),
-            "revision": revision(),
-            "gpu": gpus[0] if gpus else "cpu",
-            "versions": facts["versions"],
+        before = read_json(options.out) if options.go_on else {}
+        self.value: dict[str, Any] = conditions.origin(options.device) | {
             "limit_s": options.limit,
             "left_out": left_out,
             "running": None,

@@ -15,11 +15,8 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from frd_kernels.info import collect
-
 from ... import conditions
 from ...launch import module_command
-from ...revision import revision
 from ..process import last_line, run_logged
 from .small_calls import all_calls
 
@@ -172,16 +169,7 @@ def run(options: argparse.Namespace) -> int:
     if not all_calls(options.only):
         print(f"left out: no call's name holds {options.only!r}", flush=True)
         return 0
-    facts = collect()
-    gpus = facts["torch"]["gpus"] if options.device == "cuda" else []
-    report: dict[str, Any] = {
-        "when": conditions.now(),
-        "revision": revision(),
-        "gpu": gpus[0] if gpus else "cpu",
-        "versions": facts["versions"],
-        "tools": {},
-        "left_out": {},
-    }
+    report: dict[str, Any] = conditions.origin(options.device) | {"tools": {}, "left_out": {}}
     conditions.write(options.out, report)
     program = find_program() if options.device == "cuda" else ""
     return run_tools(program, report, options) if program else run_plain(report, options)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 import frd_kernels as fk
 import frd_model
-from frd_kernels.info import collect
 from frd_model.train import Ema, Trainer
 from frd_model.train_config import TrainConfig, load_config
 from frd_model.train_data import open_training_data
@@ -37,7 +36,6 @@ from ... import conditions
 from ...clock import synchronize
 from ...gate import one_line
 from ...model_sides import ICM_FORMS, SMALL_GRIDS, SMALLEST, VARIANTS, gradients_of, swap_layers
-from ...revision import revision
 from .agreement import curves_agree, gradients_agree
 from .data import Batch, forge_batches
 
@@ -288,12 +286,7 @@ def measure(plan: Plan, limit: float, save: Callable[[dict[str, Any]], None]) ->
 
 
 def header(plan: Plan, limit: float) -> dict[str, Any]:
-    cuda = plan.device == "cuda"
-    return {
-        "when": conditions.now(),
-        "revision": revision(),
-        "gpu": torch.cuda.get_device_name() if cuda else "cpu",
-        "versions": collect()["versions"],
+    return conditions.origin(plan.device) | {
         "limit_s": limit,
         "size": plan.size,
         "batch": plan.batch,
