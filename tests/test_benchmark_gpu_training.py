@@ -158,7 +158,20 @@ def test_the_three_runs(small: Any) -> None:
 
 def test_rehearsal(small: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "training.json"
-    command = ["--out", str(out), "--device", "cpu", "--batch", "1", "--steps", "7", "--only", "lite"]
+    command = [
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--limit",
+        "1000",
+        "--batch",
+        "1",
+        "--steps",
+        "7",
+        "--only",
+        "lite",
+    ]
     assert training.main(command) == 0
     report = json.loads(out.read_text())
     record = report["variants"]["lite"]
@@ -199,7 +212,12 @@ def test_what_fails_is_noted(small: Any, tmp_path: pathlib.Path, monkeypatch: py
     monkeypatch.setattr(training, "faster_layout", lambda *_: (False, {}))
     monkeypatch.setattr(training.Runner, "block", fails_late)
     out = tmp_path / "training.json"
-    assert training.main(["--out", str(out), "--device", "cpu", "--batch", "1", "--steps", "7"]) == 1
+    assert (
+        training.main(
+            ["--out", str(out), "--device", "cpu", "--limit", "1000", "--batch", "1", "--steps", "7"]
+        )
+        == 1
+    )
     report = json.loads(out.read_text())
     assert {len(losses) for losses in report["variants"]["lite"]["losses"].values()} == {training.BLOCK}
     text = page.section(report)
@@ -213,7 +231,7 @@ def test_no_variant_and_no_gpu(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
     assert not out.exists()
     assert page.section({}) == ""
     with pytest.raises(RuntimeError, match="got none in"):
-        data.forge_batches([], 1, 1, "cpu", 0.0, 1)
+        data.forge_batches([], 1, 1, "cpu", -1.0)
 
 
 def verdict(**changes: Any) -> dict[str, Any]:

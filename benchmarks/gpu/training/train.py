@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import gc
-import os
 import pathlib
 import statistics
 import sys
@@ -259,13 +258,13 @@ def quartiles(values: list[float]) -> dict[str, float]:
 def measure(plan: Plan, limit: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Trains the variants one after the other, the last for as long as is left; `save` gets the report as it grows."""
     end = time.monotonic() + limit
-    began, processes = time.monotonic(), max(1, (os.cpu_count() or 2) - 1)
+    began = time.monotonic()
     report: dict[str, Any] = header(plan, limit) | {"variants": {}, "left_out": {}}
     save(report)
     dataset = open_training_data(configuration(plan, plan.variants[0], "ours"))
     count = min(BATCHES, plan.steps)
-    batches = forge_batches(dataset, plan.batch, count, plan.device, DATA_SHARE * limit, processes)
-    report["data"] = {"seconds": time.monotonic() - began, "batches": len(batches), "processes": processes}
+    batches = forge_batches(dataset, plan.batch, count, plan.device, DATA_SHARE * limit)
+    report["data"] = {"seconds": time.monotonic() - began, "batches": len(batches)}
     save(report)
     for variant in plan.variants:
         left = end - time.monotonic()
