@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .clock import machine_state
+from .cuda import full_float32
 from .timing import summarise, timed, warm_up
 
 MATRIX = {"cpu": 2048, "cuda": 8192}  # rows and columns
@@ -68,15 +69,11 @@ def _copy(device: str, size: int, seconds: Any, repeats: int) -> dict[str, Any]:
 
 def _matrix(device: str, size: int, dtype: torch.dtype, seconds: Any, repeats: int) -> dict[str, Any]:
     """float32 is float32: TF32 is off."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with full_float32():
         times = _times(lambda: torch.mm(left, right, out=out), seconds, repeats)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
     flops = 2 * size**3
     return {"size": size, "ms": times, "flops_per_s": 1e3 * flops / times["median"]}
 

@@ -114,26 +114,17 @@ class CudaGraph:
     def _record(self, side: str, call: Call, before: Any) -> tuple[torch.cuda.CUDAGraph, Any, Any]:
         graph = torch.cuda.CUDAGraph()
         self.stream.wait_stream(torch.cuda.current_stream())
-        collecting = gc.isenabled()
         with self.sides.context(side), torch.cuda.stream(self.stream):
             for _ in range(WARM_UPS):
                 expected = call()
             if before is not None:
                 before()
             torch.cuda.synchronize()
-            gc.disable()  # what it would free could call CUDA, which a capture does not allow
-            try:
-                graph.capture_begin(pool=self.pool)
-                try:
-                    for _ in range(self.calls):
-                        if before is not None:
-                            before()
-                        result = call()
-                finally:
-                    graph.capture_end()
-            finally:
-                if collecting:
-                    gc.enable()
+            with capturing(graph, self.pool):
+                for _ in range(self.calls):
+                    if before is not None:
+                        before()
+                    result = call()
         torch.cuda.current_stream().wait_stream(self.stream)
         return graph, expected, result
 
@@ -211,6 +202,22 @@ def empty_graph(kernel: Callable[[], object], nodes: int) -> torch.cuda.CUDAGrap
             kernel()
         graph.capture_end()
     return graph
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """What is launched within becomes the graph's, on the stream that is current."""
+    collecting = gc.isenabled()
+    gc.disable()  # what it would free could call CUDA, which a capture does not allow
+    try:
+        graph.capture_begin(pool=pool)
+        try:
+            yield
+        finally:
+            graph.capture_end()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import json
@@ -296,3 +297,19 @@ def test_page_shows_the_nets(case: Any) -> None:
     assert "| lite, batch 8, 512, eager | float32 | forward | wall |" in page
     assert "| 100.0 | 1 / 3 |" in page
     assert "- paper: no time" in page
+
+
+def test_why_a_capture_failed() -> None:
+    """Ending it fails as well, and hides the reason."""
+
+    class Graph:
+        def capture_begin(self, pool: Any = None) -> None:
+            pass
+
+        def capture_end(self) -> None:
+            raise RuntimeError("the capture is not valid")
+
+    with pytest.raises(RuntimeError, match="not valid") as failure, cuda.capturing(Graph()):
+        raise ValueError("waits for the GPU")
+    assert str(failure.value.__context__) == "waits for the GPU"
+    assert gc.isenabled()

@@ -85,7 +85,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     gpu = Gpu()
 
     class Graph:
-        def capture_begin(self) -> None:
+        def capture_begin(self, pool: Any = None) -> None:
             gpu.captured = []
 
         def capture_end(self) -> None:

@@ -79,7 +79,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--short", action="store_true", help="the essential cases, without compilers' searches"
     )
     parser.add_argument("--only", default="", help="the cases whose name holds this text")
-    parser.add_argument("--add", action="store_true", help="only cases that have no time in the folder yet")
+    parser.add_argument(
+        "--add", action="store_true", help="only cases without a time in the folder, then compilers' searches"
+    )
     parser.add_argument(
         "--out", type=pathlib.Path, help="holds a folder for each GPU (default benchmarks/results)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..kernel_tables import cells, header
 from .profiling import page as profiling
 from .proof import page as proof
 from .proof import suite_page
@@ -19,10 +20,6 @@ PROOFS = {
     "checks": proof.checks_section,
     "sanitize": proof.sanitize_section,
 }
-
-
-def _cells(*cells: Any) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def page(name: str, report: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
@@ -68,12 +65,12 @@ def _conditions(report: dict[str, Any]) -> str:
 
 
 def _stages(stages: dict[str, dict[str, Any]]) -> str:
-    lines = [_cells("stage", "seconds", "outcome"), _cells(*["---"] * 3)]
+    lines = header("stage", "seconds", "outcome")
     for name, stage in stages.items():
         outcome = stage.get("problem") or "done"
         if summary := stage.get("summary"):
             outcome = f"{outcome} ({summary.strip('= ')})"
-        lines.append(_cells(name, stage.get("seconds", "running"), outcome.replace("|", "/")))
+        lines.append(cells(name, stage.get("seconds", "running"), outcome.replace("|", "/")))
     return "\n".join(lines)
 
 
@@ -96,7 +93,7 @@ def _calibration(calibration: dict[str, Any]) -> str:
 
 def _table(records: list[dict[str, Any]]) -> str:
     """The cases in which ours does worst come first."""
-    lines = [_cells(*HEAD, "other backends", "other rivals and floors"), _cells(*["---"] * (len(HEAD) + 2))]
+    lines = header(*HEAD, "other backends", "other rivals and floors")
     for record in sorted(records, key=lambda record: record["ratio"]):
         mean = f" (mean {record['mean']:g})" if record["mean"] else ""
         backends = (
@@ -106,7 +103,7 @@ def _table(records: list[dict[str, Any]]) -> str:
         )
         others = {n: p for n, p in record["rivals"].items() if n != record["rival"]} | record["floors"]
         lines.append(
-            _cells(
+            cells(
                 record["op"] + mean,
                 "x".join(map(str, record["shape"])),
                 record["dtype"],
@@ -139,11 +136,11 @@ def _nets(records: list[dict[str, Any]]) -> str:
         "A/A",
         "images/s",
     )
-    lines = [_cells(*head, "peak MiB, ours / rival"), _cells(*["---"] * (len(head) + 1))]
+    lines = header(*head, "peak MiB, ours / rival")
     for record in sorted(records, key=lambda record: record["ratio"]):
         peak = record.get("peak_bytes", {})
         lines.append(
-            _cells(
+            cells(
                 f"{record['variant']}, batch {record['batch']}, {record['size']}, {record['execution']}",
                 record["dtype"],
                 record["mode"],

@@ -20,7 +20,7 @@ import torch
 
 import frd_kernels as fk
 
-from ...cuda import WARM_UPS, side_stream
+from ...cuda import WARM_UPS, capturing, full_float32, side_stream
 from ...gate import CAP, CAP_OF_GRADIENTS, one_line, poisoned, relative_error
 from ...launch import module_command
 from ..worker import usable
@@ -95,15 +95,8 @@ class Captured:
             for _ in range(WARM_UPS):
                 call()
             torch.cuda.synchronize()
-            gc.disable()  # what it would free could call CUDA, which a capture does not allow
-            try:
-                self.graph.capture_begin()
-                try:
-                    self.result = list(call())
-                finally:
-                    self.graph.capture_end()
-            finally:
-                gc.enable()
+            with capturing(self.graph):
+                self.result = list(call())
         torch.cuda.current_stream().wait_stream(stream)
 
     def replay(self, times: int = 1) -> Tensors:
@@ -220,7 +213,6 @@ def run(options: argparse.Namespace) -> int:
     ends = {backend: report.end for backend, _call, _dtype in items}
     if "triton" in ends and len(ends) > 1:
         ends[options.device] -= (1 - SHARE) * options.limit
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
     gc.freeze()  # what importing torch left behind need not be looked at after each call
     for item in items:
         if time.monotonic() > ends[item[0]] or key(item) in report.done:
@@ -257,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=60.0, help="seconds (default 60)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--go-on", action="store_true", help="keep what the file holds, check the rest")
-    return run(parser.parse_args(argv))
+    with full_float32():
+        return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

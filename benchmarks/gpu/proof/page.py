@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...kernel_tables import cells, header
+
 OK = "ok"
 CHECKS = {
     "accuracy": "agrees with float64",
@@ -14,10 +16,6 @@ CHECKS = {
     "memory": "graph keeps no memory",
 }
 NAMES = 12  # of calls that a line lists
-
-
-def _cells(*cells: Any) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
 
 
 def checks_section(report: dict[str, Any]) -> str:
@@ -32,10 +30,10 @@ def checks_section(report: dict[str, Any]) -> str:
         for call in calls:
             groups.setdefault((call["backend"], call["op"]), []).append(call)
         rows = [
-            _cells(*group, *(_passed(found, check) for check in CHECKS), _worst(found))
+            cells(*group, *(_passed(found, check) for check in CHECKS), _worst(found))
             for group, found in groups.items()
         ]
-        parts.append("\n".join([_cells(*head), _cells(*["---"] * len(head)), *rows]))
+        parts.append("\n".join([*header(*head), *rows]))
     wrong = [
         f"- {call['backend']}, {call['dtype']}, {call['name']}: {check}: {outcome}"
         for call in calls
@@ -85,10 +83,16 @@ def sanitize_section(report: dict[str, Any]) -> str:
     if tools := report["tools"]:
         head = ("tool", "outcome", "calls", "errors in kernels that are not ours", "seconds")
         rows = [
-            _cells(name, tool["outcome"], tool["calls"], tool.get("in_others", "-"), tool["seconds"])
+            cells(
+                name,
+                tool["outcome"].replace("|", "/"),
+                tool["calls"],
+                tool.get("in_others", "-"),
+                tool["seconds"],
+            )
             for name, tool in tools.items()
         ]
-        parts.append("\n".join([_cells(*head), _cells(*["---"] * len(head)), *rows]))
+        parts.append("\n".join([*header(*head), *rows]))
     for name, tool in tools.items():
         if tool["outcome"] != OK and tool["log"]:
             parts.append("\n".join([f"{name}:", "", "```", *tool["log"], "```"]))

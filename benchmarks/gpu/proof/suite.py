@@ -8,7 +8,6 @@ A CUDA error spoils the process that it happens in: that one ends (`suite_plugin
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
@@ -19,7 +18,6 @@ import time
 from typing import Any
 
 from ...launch import HOME
-from ...revision import revision
 from ..process import ROOT, last_line, run_logged
 from ..run import read_json, write_text
 from . import suite_plugin
@@ -220,27 +218,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def conditions(device: str) -> dict[str, Any]:
-    """When, what and where. Raises SystemExit where the tests would take the emulator for a GPU."""
-    from frd_kernels.info import collect  # imports torch, for seconds that count
+def where(device: str) -> dict[str, Any]:
+    """Raises SystemExit where the tests would take the emulator for a GPU."""
+    import torch  # for seconds that count
 
-    facts = collect()
-    gpus = facts["torch"]["gpus"] if isinstance(facts["torch"], dict) else []
-    if device == "cuda" and not gpus:
-        raise SystemExit(f"suite: torch must see a GPU for --device cuda, got {facts['torch']}")
-    return {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "revision": revision(),
-        "gpu": gpus[0] if device == "cuda" else "cpu",
-        "versions": facts["versions"],
-    }
+    from ...conditions import origin
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("suite: torch must see a GPU for --device cuda, got none")
+    return origin(device)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 1 where a case failed or none ran."""
     began = time.monotonic()
     options = arguments(argv)
-    here = conditions(options.device)
+    here = where(options.device)
     chosen = {"triton_share": "/".join(map(str, options.triton_share)), "only": options.only}
     record = Record(options.out, here, chosen)
     problem = run_suite(options, began, record)

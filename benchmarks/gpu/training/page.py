@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...kernel_tables import cells, header
+
 HEAD = ("net", "steps", "ours, images/s", "eager, images/s", "ratio", "ours, ms", "eager, ms")
 MEMORY = "peak MiB, ours / eager"
 
@@ -16,7 +18,7 @@ def section(report: dict[str, Any]) -> str:
     parts = ["## Training", _conditions(report)]
     rows = [_row(variant, record) for variant, record in records.items() if "ratio" in record]
     if rows:
-        parts.append("\n".join([_cells(*HEAD, MEMORY), _cells(*["---"] * (len(HEAD) + 1)), *rows]))
+        parts.append("\n".join([*header(*HEAD, MEMORY), *rows]))
     lines = [line for variant, record in records.items() for line in _findings(variant, record)]
     lines += [f"- {variant}: left out, {reason}." for variant, reason in report.get("left_out", {}).items()]
     if lines:
@@ -37,7 +39,7 @@ def _conditions(report: dict[str, Any]) -> str:
 
 def _row(variant: str, record: dict[str, Any]) -> str:
     rate, step, peak = record["images_per_s"], record["step_ms"], record.get("peak_bytes")
-    return _cells(
+    return cells(
         variant,
         record["steps"],
         f"{rate['ours']:.1f}",
@@ -85,7 +87,3 @@ def _curves(found: dict[str, Any]) -> str:
         f"{found['limit']:g} is allowed. Mean loss over the same batches when first and when "
         f"last seen: {falls}{'' if found['falls'] else ': it does NOT FALL'}."
     )
-
-
-def _cells(*cells: Any) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
