@@ -9,11 +9,11 @@ from .dataset import (
     Pair,
     PairDataset,
 )
+from .files import Found, Skipped, describe_skipped, find_images, image_extensions, scan_images
 from .forge import KINDS, ForgeOptions, Forger, Forgery
 from .forge_cli import forge_folder
 from .images import (
     ImageError,
-    find_images,
     overlay,
     read_image,
     read_mask,
@@ -36,18 +36,23 @@ __all__ = [
     "Forger",
     "Forgery",
     "ForgeryDataset",
+    "Found",
     "ImageError",
     "JsonDataset",
     "ManiDataset",
     "Pair",
     "PairDataset",
+    "Skipped",
+    "describe_skipped",
     "find_images",
     "forge_folder",
+    "image_extensions",
     "mask_to_tensor",
     "overlay",
     "read_image",
     "read_mask",
     "sample_photos",
+    "scan_images",
     "to_image",
     "to_tensor",
     "write_bytes",

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .files import PathLike, Skipped, expand_user
 from .forge import ForgeOptions, Forger, Forgery
-from .images import EXTENSIONS, PathLike, find_images, read_image, read_mask
+from .images import read_image, read_mask
+from .pairing import DatasetError, Pair, pair_by_name, read_list
 from .transforms import is_coloured, mask_to_tensor, random_look, random_view, resize, to_tensor
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Sample = tuple[Tensor, Tensor]
-
-
-class DatasetError(ValueError):
-    """A data set whose files do not fit together; one line with the path, the rule and what came."""
 
 
 class ForgeryDataset(Dataset[Sample]):
@@ -114,13 +110,6 @@ class ForgeryDataset(Dataset[Sample]):
         return to_tensor(forgery.image), mask_to_tensor(forgery.mask)
 
 
-class Pair(NamedTuple):
-    """A photo file and its mask file, or None for an untouched photo."""
-
-    image: Path
-    mask: Path | None
-
-
 class PairDataset(Dataset[Sample]):
     """Photos and masks on disk. `pairs` lists the files, `names` the photos' names.
 
@@ -138,6 +127,7 @@ class PairDataset(Dataset[Sample]):
         self.names = [pair.image.name for pair in self.pairs]
         self.size = size
         self.invert_masks = invert_masks
+        self.skipped: list[Skipped] = []
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -187,7 +177,8 @@ class FolderDataset(PairDataset):
     """A folder of photos and one of masks, paired by name: NAME.* with NAME.*, NAME_gt.* or NAME_mask.*.
 
     A photo without a mask is an error that names it, unless `allow_authentic` counts it as untouched. A mask
-    without a photo is always an error: it means that names do not match.
+    without a photo is always an error: it means that names do not match. With `recursive` the folders inside
+    the two are read as well, and a name is the path below the folder. `skipped` lists what is no image.
     """
 
     def __init__(
@@ -197,8 +188,13 @@ class FolderDataset(PairDataset):
         size: tuple[int, int] | None = None,
         allow_authentic: bool = False,
         invert_masks: bool = False,
+        recursive: bool = False,
     ) -> None:
-        super().__init__(_pair_by_name(Path(images), Path(masks), allow_authentic), size, invert_masks)
+        folder = expand_user(images)
+        pairing = pair_by_name(folder, expand_user(masks), allow_authentic, recursive)
+        super().__init__(pairing.pairs, size, invert_masks)
+        self.names = [pair.image.relative_to(folder).as_posix() for pair in self.pairs]
+        self.skipped = pairing.skipped
 
 
 class ManiDataset(FolderDataset):
@@ -207,7 +203,8 @@ class ManiDataset(FolderDataset):
     def __init__(
         self, root: PathLike, size: tuple[int, int] | None = None, invert_masks: bool = False
     ) -> None:
-        super().__init__(Path(root, "Tp"), Path(root, "Gt"), size, invert_masks=invert_masks)
+        folder = expand_user(root)
+        super().__init__(folder / "Tp", folder / "Gt", size, invert_masks=invert_masks)
 
 
 class JsonDataset(PairDataset):
@@ -216,61 +213,4 @@ class JsonDataset(PairDataset):
     def __init__(
         self, path: PathLike, size: tuple[int, int] | None = None, invert_masks: bool = False
     ) -> None:
-        super().__init__(_read_list(Path(path)), size, invert_masks)
-
-
-def _pair_by_name(images: Path, masks: Path, allow_authentic: bool) -> list[Pair]:
-    for folder in (images, masks):
-        if not folder.is_dir():
-            raise DatasetError(f"folder {str(folder)!r} must be a directory, got none there")
-    photos = find_images(images)
-    found: dict[str, Path] = {}
-    for entry in sorted(masks.iterdir()):
-        if entry.suffix.lower() in EXTENSIONS and not entry.name.startswith("."):
-            if entry.stem in found:
-                raise DatasetError(
-                    f"mask {str(entry)!r} must have a name of its own, got {found[entry.stem].name!r}"
-                )
-            found[entry.stem] = entry
-    pairs, used = [], set()
-    for photo in photos:
-        stem = next((s for s in (photo.stem, f"{photo.stem}_gt", f"{photo.stem}_mask") if s in found), None)
-        if stem is None and not allow_authentic:
-            raise DatasetError(
-                f"photo {str(photo)!r} must have a mask of its name in {str(masks)!r}, got none"
-            )
-        if stem in used:
-            raise DatasetError(f"photo {str(photo)!r} must have a name of its own, got another of its name")
-        if stem is not None:
-            used.add(stem)
-        pairs.append(Pair(photo, found[stem] if stem is not None else None))
-    stray = sorted(set(found) - used)
-    if stray:
-        raise DatasetError(
-            f"mask {str(found[stray[0]])!r} must belong to a photo in {str(images)!r}, got none"
-        )
-    return pairs
-
-
-def _read_list(path: Path) -> list[Pair]:
-    try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DatasetError(f"list {str(path)!r} must be a readable file, got: {error.strerror}") from None
-    except ValueError as error:
-        raise DatasetError(f"list {str(path)!r} must be JSON, got: {error}") from None
-    if not isinstance(entries, list) or not entries:
-        raise DatasetError(f"list {str(path)!r} must hold a JSON list of pairs, got {type(entries).__name__}")
-    pairs = []
-    for number, entry in enumerate(entries):
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
-            raise DatasetError(
-                f'list {str(path)!r} entry {number} must be [image, mask or "Negative"], got {entry!r}'
-            )
-        image = path.parent / entry[0]
-        mask = None if entry[1] == "Negative" else path.parent / entry[1]
-        for file in (image, mask):
-            if file is not None and not file.is_file():
-                raise DatasetError(f"list {str(path)!r} entry {number} must name files, got {str(file)!r}")
-        pairs.append(Pair(image, mask))
-    return pairs
+        super().__init__(read_list(expand_user(path)), size, invert_masks)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .files import ImageError, PathLike, image_extensions
+from .files import find_images as find_images
+
 UInt8 = npt.NDArray[np.uint8]
-PathLike = str | os.PathLike[str]
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 MAX_PIXELS = 120_000_000
-
-
-class ImageError(ValueError):
-    """A file that cannot be used as an image; one line with the path, the rule and what came."""
 
 
 def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_PIXELS) -> UInt8:
@@ -37,6 +32,7 @@ def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_P
         ImageError: the path cannot be read, is no complete image, or holds more than `max_pixels` pixels.
     """
     _check_readable(path)
+    image_extensions()  # registers the optional formats
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -135,53 +131,6 @@ def read_mask(
         )
     mask = rgb.sum(axis=2, dtype=np.uint16) > 3 * 127
     return ~mask if invert else mask
-
-
-def find_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
-    """Image files named by files, directories (not recursive) and glob patterns; sorted, each file once.
-
-    A plain file name is handed back as it is, whatever its extension and even if it does not exist, so that
-    reading it reports the error and the others of a batch are still done.
-
-    Raises:
-        ImageError: a directory holds no image or cannot be listed, a pattern matches none, or no path was
-        given.
-    """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    found: dict[str, Path] = {}
-    given = 0
-    for path in paths:
-        given += 1
-        for file in _expand(path):
-            found.setdefault(os.path.realpath(file), file)
-    if not given:
-        raise ImageError("paths must name at least one file, directory or pattern, got none")
-    return sorted(found.values())
-
-
-def _expand(path: PathLike) -> list[Path]:
-    name = os.fspath(path)
-    if os.path.isdir(name):
-        try:
-            entries = [Path(name, entry) for entry in os.listdir(name)]
-        except OSError as error:
-            raise ImageError(f"directory {name!r} must be readable, got: {error.strerror}") from None
-        kind = "directory"
-    elif not os.path.lexists(name) and glob.has_magic(name):
-        entries = [Path(entry) for entry in glob.glob(name, recursive=True)]
-        kind = "pattern"
-    else:
-        return [Path(name)]
-    images = [
-        e for e in entries if e.suffix.lower() in EXTENSIONS and not e.name.startswith(".") and e.is_file()
-    ]
-    if not images:
-        raise ImageError(
-            f"{kind} {name!r} must hold at least one image ({', '.join(EXTENSIONS)}), "
-            f"got {len(entries)} other entries"
-        )
-    return images
 
 
 def write_bytes(path: PathLike, data: bytes) -> Path:

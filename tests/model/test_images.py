@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from frd_model.data import images
-from frd_model.data.images import ImageError, find_images, read_image, read_mask
+from frd_model.data.images import ImageError, read_image, read_mask
 
 
 def photo(height=20, width=30, seed=0):
@@ -141,28 +141,6 @@ def test_mask(tmp_path):
         read_mask(path, (1, 5))
     with pytest.raises(ImageError, match="values above 127, got only 0 and 1"):
         read_mask(save(tmp_path / "one.png", values // 255))
-
-
-def test_find_images(tmp_path):
-    for name in ("b.png", "a.JPG", "c.txt", ".hidden.png"):
-        (tmp_path / name).write_bytes(b"x")
-    (tmp_path / "none").mkdir()
-    names = [p.name for p in find_images(tmp_path)]
-    assert names == ["a.JPG", "b.png"]
-    assert [p.name for p in find_images([tmp_path / "b.png", str(tmp_path / "*.png"), tmp_path])] == names
-    assert find_images(tmp_path / "absent.png") == [tmp_path / "absent.png"]
-    for paths, words in (
-        (tmp_path / "none", "directory .* must hold at least one image .* got 0 other entries"),
-        (str(tmp_path / "*.gif"), "pattern .* must hold at least one image"),
-        ([], "must name at least one file"),
-    ):
-        with pytest.raises(ImageError, match=words):
-            find_images(paths)
-
-
-def test_a_name_with_brackets_is_a_file(tmp_path):
-    path = save(tmp_path / "a[1].png", photo())
-    assert find_images(path) == [path]
 
 
 def test_writers_round_trip(tmp_path):

@@ -1,0 +1,203 @@
+"""Finding image files: which formats count, what a folder holds, and what of it is passed over."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageFile
+
+PathLike = str | os.PathLike[str]
+
+# Not photos, though Pillow opens them: a page description that Ghostscript would have to run, and a video's header.
+_NO_PHOTOS = {"EPS", "MPEG"}
+_HEIF_EXTENSIONS = (".heic", ".heif", ".hif", ".heics", ".heifs")
+
+
+class ImageError(ValueError):
+    """A file that cannot be used as an image; one line with the path, the rule and what came."""
+
+
+class Skipped(NamedTuple):
+    """An entry of a folder that was not taken for an image, and why."""
+
+    path: Path
+    reason: str
+
+
+class Found(NamedTuple):
+    """The image files that paths name, sorted, and what their folders hold beside them."""
+
+    images: list[Path]
+    skipped: list[Skipped]
+
+
+@lru_cache(maxsize=1)
+def image_extensions() -> frozenset[str]:
+    """Lower-case extensions of the raster formats that the installed Pillow opens.
+
+    HEIC and its kin are among them where pillow-heif is installed (`pip install frd-kernels[heif]`).
+    """
+    try:
+        import pillow_heif
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener()
+    extensions = Image.registered_extensions().items()
+    return frozenset(extension.lower() for extension, name in extensions if _opens(name))
+
+
+def _opens(name: str) -> bool:
+    if name not in Image.OPEN or name in _NO_PHOTOS:
+        return False
+    factory = Image.OPEN[name][0]
+    # a stub only recognizes its format and leaves the decoding to a handler that nobody has installed
+    return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
+
+
+def expand_user(path: PathLike) -> Path:
+    """`path` with a leading ~ or ~user replaced by that home directory, unless a file has that very name."""
+    name = os.fspath(path)
+    return Path(name if os.path.lexists(name) else os.path.expanduser(name))
+
+
+def find_images(paths: PathLike | Iterable[PathLike], recursive: bool = False) -> list[Path]:
+    """Image files named by files, directories and glob patterns; sorted, each file once.
+
+    Directories are read with the directories inside them only if `recursive`. A plain file name is handed back
+    as it is, whatever its extension and even if it does not exist, so that reading it reports the error and
+    the others of a batch are still done. `scan_images` also tells what was passed over.
+
+    Raises:
+        ImageError: a directory holds no image or cannot be listed, a pattern matches none, or no path was
+        given.
+    """
+    return scan_images(paths, recursive).images
+
+
+def scan_images(paths: PathLike | Iterable[PathLike], recursive: bool = False) -> Found:
+    """`find_images`, and what the directories and patterns hold beside images. Raises as `find_images`."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    found: dict[str, Path] = {}
+    skipped: dict[Path, Skipped] = {}
+    given = 0
+    for path in paths:
+        given += 1
+        part = _expand(path, recursive)
+        skipped |= {entry.path: entry for entry in part.skipped}
+        for file in part.images:
+            first = found.setdefault(os.path.realpath(file), file)
+            if os.path.abspath(first) != os.path.abspath(file):
+                skipped[file] = Skipped(file, "second name of a file")
+    if not given:
+        raise ImageError("paths must name at least one file, directory or pattern, got none")
+    return Found(sorted(found.values()), sorted(skipped.values()))
+
+
+def scan_folder(folder: PathLike, recursive: bool = False, leave_out: PathLike | None = None) -> Found:
+    """The images of one directory, links to one file each for itself, and what else it holds.
+
+    `leave_out` is a directory inside it that is not looked at.
+
+    Raises:
+        ImageError: the directory cannot be listed.
+    """
+    seen = set() if leave_out is None else {_identity(leave_out)}
+    return _split(_walk(Path(folder), recursive, seen))
+
+
+def describe_skipped(skipped: Iterable[Skipped], names: int = 3) -> str:
+    """One line that counts entries by reason and names the first `names` of each; "" for none."""
+    groups: dict[str, list[str]] = {}
+    for entry in skipped:
+        groups.setdefault(entry.reason, []).append(repr(str(entry.path)))
+    parts = []
+    for reason, found in groups.items():
+        more = f", and {len(found) - names} more" if len(found) > names else ""
+        parts.append(f"{len(found)} x {reason} ({', '.join(found[:names])}{more})")
+    return "; ".join(parts)
+
+
+def _expand(path: PathLike, recursive: bool) -> Found:
+    name = str(expand_user(path))
+    if os.path.isdir(name):
+        kind, found = "directory", scan_folder(name, recursive)
+    elif not os.path.lexists(name) and glob.has_magic(name):
+        kind, found = (
+            "pattern",
+            _split(_classify(map(Path, glob.glob(name, recursive=True)), recursive, set())),
+        )
+    else:
+        return Found([Path(name)], [])
+    if not found.images:
+        held = describe_skipped(found.skipped) or "nothing"
+        raise ImageError(f"{kind} {name!r} must hold at least one image, got {held}")
+    return found
+
+
+def _split(entries: Iterator[Path | Skipped]) -> Found:
+    images, skipped = [], []
+    for entry in entries:
+        if isinstance(entry, Skipped):
+            skipped.append(entry)
+        else:
+            images.append(entry)
+    return Found(sorted(images), sorted(skipped))
+
+
+def _walk(folder: Path, recursive: bool, seen: set[tuple[int, int]]) -> Iterator[Path | Skipped]:
+    try:
+        seen.add(_identity(folder))
+        entries = sorted(folder / name for name in os.listdir(folder))
+    except OSError as error:
+        raise ImageError(f"directory {str(folder)!r} must be readable, got: {error.strerror}") from None
+    yield from _classify(entries, recursive, seen)
+
+
+def _classify(
+    entries: Iterable[Path], recursive: bool, seen: set[tuple[int, int]]
+) -> Iterator[Path | Skipped]:
+    """Each entry as an image or as skipped. `seen` are the directories read already: links may form circles."""
+    for entry in entries:
+        reason = _skip_reason(entry)
+        if reason is None:
+            yield entry
+        elif reason == "directory" and recursive:
+            try:
+                if _identity(entry) not in seen:
+                    yield from _walk(entry, recursive, seen)
+            except (ImageError, OSError):
+                yield Skipped(entry, "unreadable directory")
+        elif reason == "directory":
+            yield Skipped(entry, "directory, read only with --recursive")
+        else:
+            yield Skipped(entry, reason)
+
+
+def _skip_reason(entry: Path) -> str | None:
+    """None for an image. A link that leads nowhere is one too: reading it says so."""
+    if entry.name.startswith("."):
+        return "hidden entry"
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        return "directory"
+    if entry.suffix.lower() not in image_extensions():
+        if entry.suffix.lower() in _HEIF_EXTENSIONS:
+            return "HEIF file, which needs `pip install pillow-heif`"
+        return "file of no image format"
+    return None if stat.S_ISREG(mode) else "device, pipe or socket"
+
+
+def _identity(folder: PathLike) -> tuple[int, int]:
+    info = os.stat(folder)
+    return info.st_dev, info.st_ino
