@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--json", metavar="FILE", help='list of [image, mask or "Negative"]')
     which.add_argument("--mani", metavar="DIR", help="folder with Tp (photos) and Gt (masks)")
     check.add_argument("--masks", metavar="DIR", help="folder of masks, paired with the photos by name")
+    check.add_argument("--recursive", action="store_true", help="read the folders inside the two as well")
     check.add_argument("--allow-authentic", action="store_true", help="photos without a mask are untouched")
     check.add_argument("--invert-masks", action="store_true", help="the masks are black where edited")
 
@@ -26,24 +27,31 @@ def run(args: argparse.Namespace) -> int:
     if (args.images is None) != (args.masks is None):
         print("frd data check: --images and --masks go together", file=sys.stderr)
         return 2
+    if args.recursive and args.json is not None:
+        print("frd data check: --recursive goes with folders, got --json", file=sys.stderr)
+        return 2
     try:
         dataset = _open(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"frd data check: {error}", file=sys.stderr)
         return 1
-    problems = dataset.check()
-    for problem in problems:
-        print(problem)
-    authentic = sum(pair.mask is None for pair in dataset.pairs)
-    print(f"{len(dataset)} photos, {authentic} of them untouched, {len(problems)} findings")
-    return 1 if problems else 0
+    report = dataset.inspect()
+    for line in (*report.faults, *(f"note: {note}" for note in report.notes)):
+        print(line)
+    print(f"{len(dataset)} photos, {report.untouched} of them untouched, {len(report.faults)} findings")
+    return 1 if report.faults else 0
 
 
 def _open(args: argparse.Namespace) -> PairDataset:
+    invert, recursive = args.invert_masks, args.recursive
     if args.json is not None:
-        return JsonDataset(args.json, invert_masks=args.invert_masks)
+        return JsonDataset(args.json, invert_masks=invert)
     if args.mani is not None:
-        return ManiDataset(args.mani, invert_masks=args.invert_masks)
+        return ManiDataset(args.mani, invert_masks=invert, recursive=recursive)
     return FolderDataset(
-        args.images, args.masks, allow_authentic=args.allow_authentic, invert_masks=args.invert_masks
+        args.images,
+        args.masks,
+        allow_authentic=args.allow_authentic,
+        invert_masks=invert,
+        recursive=recursive,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import PathLike, Skipped, expand_user
+from .files import PathLike, Skipped, describe_skipped, expand_user
 from .forge import ForgeOptions, Forger, Forgery
-from .images import read_image, read_mask
+from .images import ImageError, read_image, read_mask
 from .pairing import DatasetError, Pair, pair_by_name, read_list
 from .transforms import is_coloured, mask_to_tensor, random_look, random_view, resize, to_tensor
 
@@ -110,6 +111,23 @@ class ForgeryDataset(Dataset[Sample]):
         return to_tensor(forgery.image), mask_to_tensor(forgery.mask)
 
 
+class Inspection(NamedTuple):
+    """What `frd data check` tells of a data set: faults, what may be meant so, and the number of untouched photos."""
+
+    faults: list[str]
+    notes: list[str]
+    untouched: int
+
+
+def _note(files: list[Path], what: str) -> str:
+    return f"{len(files)} {what}, the first {str(files[0])!r}" if files else ""
+
+
+def is_inverted(mask: Bool) -> bool:
+    """Whether a mask [H,W] marks more than half of its photo, as one does that is black where edited."""
+    return bool(mask.mean() > 0.5)
+
+
 class PairDataset(Dataset[Sample]):
     """Photos and masks on disk. `pairs` lists the files, `names` the photos' names.
 
@@ -148,29 +166,66 @@ class PairDataset(Dataset[Sample]):
         return to_tensor(image), mask_to_tensor(mask)
 
     def check(self) -> list[str]:
-        """One line for each pair that is unreadable, of two sizes, stands twice, or has an odd mask."""
-        problems = []
-        seen: dict[bytes, Path] = {}
+        """One line for each pair that is unreadable, of two sizes, stands twice, or has no mask or an odd one."""
+        return self.inspect().faults
+
+    def inspect(self) -> Inspection:
+        """Read every pair: the faults of `check`, and what may be meant so."""
+        faults: list[str] = []
+        black: list[Path] = []
+        twins: list[Path] = []
+        seen: dict[bytes, tuple[Path, bool]] = {}
         for index, pair in enumerate(self.pairs):
             try:
                 _, mask = self.load(index)
-            except ValueError as error:
-                problems.append(str(error))
+                digest = hashlib.sha256(pair.image.read_bytes()).digest()
+            except (ValueError, OSError) as error:
+                faults.append(" ".join(str(error).split()))
                 continue
-            digest = hashlib.sha256(pair.image.read_bytes()).digest()
-            if digest in seen:
-                problems.append(
-                    f"photo {str(pair.image)!r} must stand once, got the same file as {str(seen[digest])!r}"
+            edited = bool(mask.any())
+            if digest not in seen:
+                seen[digest] = (pair.image, edited)
+            elif edited or seen[digest][1]:
+                other = str(seen[digest][0])
+                faults.append(f"photo {str(pair.image)!r} must stand once, got the same file as {other!r}")
+            else:
+                twins.append(pair.image)
+            if pair.mask is not None and not edited:
+                black.append(pair.mask)
+            elif is_inverted(mask):
+                faults.append(
+                    f"mask {str(pair.mask)!r} must be white where edited, got {mask.mean():.0%} white (inverted?)"
                 )
-            seen.setdefault(digest, pair.image)
-            share = float(mask.mean())
-            if pair.mask is not None and share == 0:
-                problems.append(f"mask {str(pair.mask)!r} must mark edited pixels, got none above 127")
-            elif share > 0.5:
-                problems.append(
-                    f"mask {str(pair.mask)!r} must be white where edited, got {share:.0%} white (inverted?)"
-                )
-        return problems
+        notes = [
+            _note(black, "black masks, whose photos count as untouched"),
+            _note(twins, "untouched photos that stand there before"),
+            f"passed over {describe_skipped(self.skipped)}" if self.skipped else "",
+        ]
+        untouched = len(black) + sum(pair.mask is None for pair in self.pairs)
+        return Inspection(faults, [note for note in notes if note], untouched)
+
+    def inverted_masks(self, sample: int = 200) -> str:
+        """One line where masks mark more than half of their photo, which hints at black for edited; "" for none.
+
+        Reads at most `sample` masks, spread over the set, and no photos: cheap enough for before the work.
+        Masks that cannot be read are left to `load`.
+        """
+        paths = [pair.mask for pair in self.pairs if pair.mask is not None]
+        read, inverted = 0, []
+        for path in paths[:: max(1, -(-len(paths) // sample))]:
+            try:
+                mask = read_mask(path, invert=self.invert_masks)
+            except ImageError:
+                continue
+            read += 1
+            if is_inverted(mask):
+                inverted.append(path)
+        if not inverted:
+            return ""
+        return (
+            f"{len(inverted)} of {read} masks read mark more than half of their photo, the first "
+            f"{str(inverted[0])!r}: masks must be white where edited (inverted?)"
+        )
 
 
 class FolderDataset(PairDataset):
@@ -201,10 +256,14 @@ class ManiDataset(FolderDataset):
     """The layout DIR/Tp (photos) and DIR/Gt (masks) of IMDL-BenCo, paired by name, not by order."""
 
     def __init__(
-        self, root: PathLike, size: tuple[int, int] | None = None, invert_masks: bool = False
+        self,
+        root: PathLike,
+        size: tuple[int, int] | None = None,
+        invert_masks: bool = False,
+        recursive: bool = False,
     ) -> None:
         folder = expand_user(root)
-        super().__init__(folder / "Tp", folder / "Gt", size, invert_masks=invert_masks)
+        super().__init__(folder / "Tp", folder / "Gt", size, False, invert_masks, recursive)
 
 
 class JsonDataset(PairDataset):

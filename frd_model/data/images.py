@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -15,8 +17,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .files import ImageError, PathLike, image_extensions
 from .files import find_images as find_images
+from .masks import MaskError, marked_pixels, widen
 
 UInt8 = npt.NDArray[np.uint8]
+T = TypeVar("T", bound=np.generic)
 
 MAX_PIXELS = 120_000_000
 
@@ -31,6 +35,14 @@ def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_P
     Raises:
         ImageError: the path cannot be read, is no complete image, or holds more than `max_pixels` pixels.
     """
+    return _decode(path, max_pixels, lambda image, _: _to_rgb(_upright(image), background))
+
+
+def _decode(
+    path: PathLike, max_pixels: int, convert: Callable[[Image.Image, str], npt.NDArray[T]]
+) -> npt.NDArray[T]:
+    """`convert` of the loaded image and of Pillow's name for the file's samples; ImageError for a bad file."""
+    name = os.fspath(path)
     _check_readable(path)
     image_extensions()  # registers the optional formats
     with warnings.catch_warnings():
@@ -40,39 +52,54 @@ def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_P
                 width, height = image.size
                 if width * height > max_pixels:
                     raise ImageError(
-                        f"image {os.fspath(path)!r} must have at most {max_pixels} pixels, "
+                        f"image {name!r} must have at most {max_pixels} pixels, "
                         f"got {width} x {height} = {width * height}"
                     )
                 if width * height == 0:
-                    raise ImageError(f"image {os.fspath(path)!r} must not be empty, got {width} x {height}")
+                    raise ImageError(f"image {name!r} must not be empty, got {width} x {height}")
+                raw_mode = _raw_mode(image)
                 image.load()
-                return _to_rgb(_upright(image), background)
+                return convert(image, raw_mode)
         except ImageError:
             raise
         except Image.DecompressionBombError:
-            raise ImageError(
-                f"image {os.fspath(path)!r} must have at most {max_pixels} pixels, got far more"
-            ) from None
+            raise ImageError(f"image {name!r} must have at most {max_pixels} pixels, got far more") from None
         except UnidentifiedImageError:
             raise ImageError(
-                f"image {os.fspath(path)!r} must be an image file Pillow can read, got {_describe(path)}"
+                f"image {name!r} must be an image file Pillow can read, got {_describe(path)}"
             ) from None
         except Exception as error:  # decoders raise anything from OSError to struct.error on a damaged file
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ImageError(f"image {os.fspath(path)!r} must be a complete image, got: {reason}") from None
+            raise ImageError(f"image {name!r} must be a complete image, got: {reason}") from None
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Pillow's name for the samples as they lie in the file, such as "RGB;16B"; "" where it has none."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else None
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
 
 
 def _check_readable(path: PathLike) -> None:
     name = repr(os.fspath(path))
     try:
-        if os.path.isdir(path):
+        info = os.stat(path)
+        if stat.S_ISDIR(info.st_mode):
             raise ImageError(f"image {name} must be a file, got a directory")
-        if os.stat(path).st_size == 0:
+        # opening a pipe would wait for a writer
+        if not stat.S_ISREG(info.st_mode):
+            raise ImageError(f"image {name} must be a file, got a device, pipe or socket")
+        if info.st_size == 0:
             raise ImageError(f"image {name} must not be empty, got 0 bytes")
         with open(path, "rb"):
             pass
     except OSError as error:
         raise ImageError(f"image {name} must be a readable file, got: {error.strerror}") from None
+    except ImageError:
+        raise
+    except ValueError as error:  # a name that no file can have
+        raise ImageError(f"image {name} must be a readable file, got: {error}") from None
 
 
 def _describe(path: PathLike) -> str:
@@ -114,22 +141,31 @@ def _grey_to_uint8(values: npt.NDArray[Any]) -> UInt8:
 def read_mask(
     path: PathLike, size: tuple[int, int] | None = None, *, invert: bool = False
 ) -> npt.NDArray[np.bool_]:
-    """Decode a mask to bool [H,W]: True where the mean over the channels is above 127.
+    """Decode a mask to bool [H,W]: True where it is white, that is, where the photo was edited.
 
-    `size` is the (height, width) the mask must have, that of its photo. Transparent pixels count as black. A
-    file of 0 and 1 only would silently read as untouched, so it is an error.
+    `size` is the (height, width) the mask must have, that of its photo. The samples count as they lie in the
+    file, whatever its kind, and must be plainly two-valued: black and white, grey at soft edges alone. Labels
+    such as 0 and 1, or a single colour, are an error (`frd_model.data.masks` states the rule). Transparent
+    pixels count as black. A black file is the mask of an untouched photo.
+
+    Raises:
+        ImageError: the file cannot be read, has another size, or is no mask; names the values it holds.
     """
-    rgb = read_image(path, background=0)
-    if size is not None and rgb.shape[:2] != tuple(size):
+    name = os.fspath(path)
+
+    def convert(image: Image.Image, raw_mode: str) -> npt.NDArray[np.bool_]:
+        try:
+            image = _upright(widen(image, raw_mode, path))
+            if size is None or image.size[::-1] == tuple(size):
+                return marked_pixels(image)
+        except MaskError as error:
+            raise ImageError(f"mask {name!r} {error}") from None
         raise ImageError(
-            f"mask {os.fspath(path)!r} must have its photo's size {size[1]} x {size[0]}, "
-            f"got {rgb.shape[1]} x {rgb.shape[0]}"
+            f"mask {name!r} must have its photo's size {size[1]} x {size[0]}, "
+            f"got {image.width} x {image.height}"
         )
-    if rgb.max() == 1:
-        raise ImageError(
-            f"mask {os.fspath(path)!r} must mark edited pixels with values above 127, got only 0 and 1"
-        )
-    mask = rgb.sum(axis=2, dtype=np.uint16) > 3 * 127
+
+    mask = _decode(path, MAX_PIXELS, convert)
     return ~mask if invert else mask
 
 

@@ -129,9 +129,33 @@ def test_folder_stray_mask_and_wrong_size(folders):
         ManiDataset(folders / "nowhere")
 
 
-def test_folder_empty_mask_is_reported(folders):
+def test_a_black_mask_is_a_note(folders):
     write_png(folders / "Gt" / "b_gt.png", np.zeros((80, 100), bool))
-    assert "must mark edited pixels, got none" in ManiDataset(folders).check()[0]
+    report = ManiDataset(folders).inspect()
+    assert report.faults == [] and report.untouched == 1
+    assert "1 black masks, whose photos count as untouched, the first" in report.notes[0]
+
+
+def test_twins(folders):
+    """The same photo twice is a fault if it was edited; untouched it is a note."""
+    entries = [["Tp/a.jpg", "Gt/a_gt.png"], ["Tp/b.jpg", "Negative"], ["Tp/b.jpg", "Negative"]]
+    report = JsonDataset(write_list(folders / "list.json", entries)).inspect()
+    assert report.faults == [] and "1 untouched photos that stand there before" in report.notes[0]
+    data = JsonDataset(write_list(folders / "list.json", [*entries, entries[0], ["Tp/b.jpg", "Gt/b_gt.png"]]))
+    assert [text.split("must")[1] for text in data.check()] == [
+        f" stand once, got the same file as {str(folders / 'Tp' / name)!r}" for name in ("a.jpg", "b.jpg")
+    ]
+
+
+def test_inverted_masks(folders):
+    assert ManiDataset(folders).inverted_masks() == ""
+    write_png(folders / "Gt" / "a_gt.png", ~square_mask())
+    line = ManiDataset(folders).inverted_masks()
+    assert line.startswith("1 of 2 masks read mark more than half of their photo") and "a_gt.png" in line
+    assert ManiDataset(folders, invert_masks=True).inverted_masks().startswith("1 of 2 masks")
+    (folders / "Gt" / "b_gt.png").write_bytes(b"no image")
+    assert ManiDataset(folders).inverted_masks().startswith("1 of 1 masks")
+    assert ManiDataset(folders).inverted_masks(sample=1).startswith("1 of 1 masks")
 
 
 def check(*flags):

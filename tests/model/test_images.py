@@ -132,17 +132,6 @@ def test_pixel_limit(tmp_path, monkeypatch):
         read_image(path)
 
 
-def test_mask(tmp_path):
-    values = np.array([[0, 127, 128, 255]], np.uint8)
-    path = save(tmp_path / "m.png", values)
-    assert read_mask(path).tolist() == [[False, False, True, True]]
-    assert read_mask(path, (1, 4), invert=True).tolist() == [[True, True, False, False]]
-    with pytest.raises(ImageError, match="must have its photo's size 5 x 1, got 4 x 1"):
-        read_mask(path, (1, 5))
-    with pytest.raises(ImageError, match="values above 127, got only 0 and 1"):
-        read_mask(save(tmp_path / "one.png", values // 255))
-
-
 def test_writers_round_trip(tmp_path):
     array = photo()
     np.testing.assert_array_equal(read_image(images.write_png(tmp_path / "new" / "a.png", array)), array)
