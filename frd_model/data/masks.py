@@ -3,12 +3,13 @@
 A mask is black where the photo is untouched and white where it was edited. The rule is applied to the samples as the
 file holds them: white is 255, or 65535 where 16-bit samples go beyond 255, 1.0 for floats up to 1; colours count
 by their mean, transparent pixels as black. A sample up to an eighth of white off is still black or white, as
-JPEG leaves it, and a pixel is marked above half of white. Grey is for soft edges alone: black and white must
+JPEG leaves it, and a pixel is marked from half of white on. Grey is for soft edges alone: black and white must
 both lie within a few pixels. A class of its own, a colour or a label that happens to be 0 or 255 is no mask.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,22 +50,28 @@ def marked_pixels(image: Image.Image) -> Bool:
     """
     samples = _read_samples(image)
     grey, white = samples.grey, samples.white
-    high = grey >= white * (7 / 8)
+    high = grey >= _level(grey, white * 7 / 8)
     if not high.any():
         if samples.empty:
             return high
         raise MaskError(_complaint(samples))
     # Where white is exact no compression was at work: a sample near black is then a label, as in 0, 1 and 255.
-    exact = bool((grey[high] == white).all())
-    darkest = grey.min() if grey.min() < white / 8 else 0
-    low = grey <= darkest if exact else grey <= white / 8
+    exact = not (high & (grey < _level(grey, white))).any()
+    low = grey < _level(grey, white / 8)
+    if exact:
+        low &= grey == grey.min()
     stray = ~(high | low)
     if stray.any():
         stray &= ~(_near(high) & _near(low))
     count = int(stray.sum())
     if count > max(_STRAY_OF_MARKED * int(high.sum()), _STRAY_OF_ALL * grey.size):
         raise MaskError(_complaint(samples, f"{count / grey.size:.1%} grey away from edges among "))
-    return np.asarray(grey > white / 2)
+    return np.asarray(grey >= _level(grey, white / 2))
+
+
+def _level(grey: npt.NDArray[Any], value: float) -> float:
+    """`value`, as an integer for integer samples, whose comparison then needs no conversion."""
+    return value if grey.dtype.kind == "f" else math.ceil(value)
 
 
 def widen(image: Image.Image, raw_mode: str, path: PathLike) -> Image.Image:
@@ -110,7 +117,10 @@ def _read_samples(image: Image.Image) -> _Samples:
     else:
         colours = np.asarray(image.convert("RGB"))
         empty = not colours.any()
-    return _Samples(colours, colours.sum(axis=2, dtype=np.uint16), 3 * 255, empty)
+    grey = colours[:, :, 0].astype(np.uint16)
+    grey += colours[:, :, 1]
+    grey += colours[:, :, 2]
+    return _Samples(colours, grey, 3 * 255, empty)
 
 
 def _white(values: npt.NDArray[Any]) -> float:

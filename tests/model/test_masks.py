@@ -149,6 +149,10 @@ BAD = {
         lambda p: Image.fromarray(np.tile(np.arange(96, dtype=np.uint8) * 2, (64, 1))).save(p),
         "96 values",
     ),
+    "two_greys.png": (
+        lambda p: Image.fromarray(np.where(MASK, 255, 100).astype(np.uint8)).save(p),
+        "values 100, 255",
+    ),
     "constant.png": (lambda p: Image.new("L", (96, 64), 100).save(p), "got the value 100"),
     "red.png": (colour((255, 0, 0)), r"got the colours \(0, 0, 0\), \(255, 0, 0\)"),
     "red.jpg": (colour((255, 0, 0)), r"must be black where untouched and white where edited, .* colours"),
