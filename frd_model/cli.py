@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 # Each module offers add_arguments(parser) and run(args) -> exit status. It is imported only when its command is
 # the one asked for, so that `frd --help` needs neither torch nor OpenCV.
@@ -25,13 +25,20 @@ PASSED_ON: dict[str, tuple[str, str]] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says a wrong usage in one line, without the list of all flags; its sub-parsers are of the same class."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see `{self.prog} --help`)\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Usage errors leave through SystemExit(2), as argparse does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in PASSED_ON:
         status: int | None = importlib.import_module(PASSED_ON[arguments[0]][0]).main(arguments[1:])
         return status or 0
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="frd",
         description="Find what was edited in a photo: FRD-Net on fused pixel-difference and clustering kernels.",
         epilog="`frd COMMAND --help` explains one command. Exit status: 0 done, 1 the work failed, 2 usage.",

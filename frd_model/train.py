@@ -1,7 +1,8 @@
 """Train FRD-Net: `frd train`, or `Trainer(config).fit()`.
 
 A run is a function of its configuration: data depends on (seed, epoch, index), the learning rate on the step
-alone, and a resumed run continues bit for bit (same machine, same thread count).
+alone, and a resumed run continues bit for bit (same machine, same thread count). A run that is resumed with more
+epochs follows the learning rate of the longer run from there on: it rises again, and falls to min_lr at the new end.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import contextlib
 import math
 import os
 import random
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 import yaml
 from torch import nn
@@ -24,16 +29,32 @@ from tqdm import tqdm
 
 import frd_kernels as fk
 from frd_model.checkpoints import parse_device
+from frd_model.data.transforms import resize
 from frd_model.frdnet import create_model
 from frd_model.losses import FRDLoss
 from frd_model.metrics import aggregate, image_metrics
-from frd_model.train_config import TrainConfig, from_dict
-from frd_model.train_data import open_training_data, open_validation_data
+from frd_model.predict import predict
+from frd_model.train_config import TrainConfig, flatten, from_dict
+from frd_model.train_data import (
+    Failure,
+    collate,
+    describe,
+    digest,
+    failure,
+    open_data,
+    pairs_of,
+    start_worker,
+)
 from frd_model.weights import save_model
+
+# What may differ in a resumed run: where it runs, what it shows, how long it goes on; nothing that its steps depend on.
+FREE = ("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad")
+WEIGHTS = ("last.pt", "last.safetensors", "best.safetensors")
+PANEL = 384
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: a non-finite loss, or a state that does not belong to this run."""
+    """Training cannot go on: a non-finite loss, too many bad files, a state or an output of another run."""
 
 
 class Ema:
@@ -94,21 +115,31 @@ class Trainer:
             betas=config.optim.betas,
         )
         self.ema = Ema(self.model, config.optim.ema) if config.optim.ema else None
-        self.train_data = open_training_data(config)
-        self.val_data = open_validation_data(config)
+        self.train_data, self.val_data = open_data(config)
         self.steps_per_epoch = math.ceil(len(self.train_data) / config.batch_size)
         self.epoch = 0
         self.best = -math.inf
         self.history: list[dict[str, float]] = []
+        self.selects = True
+        # Per set, the photos that turned out unusable in this process.
+        self.bad: dict[str, set[str]] = {"training": set(), "validation": set()}
 
-    def fit(self, *, stop_after: int | None = None, max_minutes: float | None = None) -> dict[str, float]:
+    def fit(
+        self, *, stop_after: int | None = None, max_minutes: float | None = None, overwrite: bool = False
+    ) -> dict[str, float]:
         """Train until config.epochs, or until `stop_after` epochs or `max_minutes` have passed in this call.
 
-        Returns the validation figures of the last epoch. Raises TrainingError when a loss is not finite.
+        overwrite: remove the weights and the state of an earlier run in the output directory.
+
+        Returns the figures of the last epoch; those that are not defined on the validation set are missing. Raises
+        TrainingError when a loss is not finite, when more photos than `data.max_bad` allows cannot be used, and,
+        before any work, when the output directory holds another run; OSError where it cannot be written.
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self.output.mkdir(parents=True, exist_ok=True)
+        self._prepare_output(overwrite)
+        print(f"training on {describe(self.train_data)}; validation on {describe(self.val_data)}", flush=True)
+        self._check_sets()
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
         (self.output / "config.yaml").write_text(text, encoding="utf-8")
         started = time.monotonic()
@@ -131,33 +162,46 @@ class Trainer:
     def validate(self, board: Any = None) -> dict[str, float]:
         """Mean figures of the forged validation images, and the share of pixels falsely marked in untouched ones.
 
-        With the averaged weights where ema is on.
+        Each image is predicted as `predict` does it, large ones in tiles, with the averaged weights where ema is on.
+        A figure that is not defined on the set is missing.
         """
-        self.model.eval()
-        context = self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext()
         rows: list[dict[str, float]] = []
         alarms: list[float] = []
-        panels: list[torch.Tensor] = []
-        with context, torch.inference_mode():
-            for image, mask in DataLoader(self.val_data, batch_size=1):
-                probability = self._forward(image.to(self.device)).float().sigmoid().cpu()
-                if not mask.any():
-                    alarms.append(float((probability > 0.5).float().mean()))
+        panels: list[npt.NDArray[np.uint8]] = []
+        self.model.eval()
+        context = self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext()
+        with context, self._precision():
+            for index in tqdm(range(len(self.val_data)), desc="validation", disable=None, leave=False):
+                try:
+                    image, mask = self.val_data.load(index)
+                except (ValueError, OSError) as error:
+                    self._skip("validation", failure(self.val_data, index, error))
                     continue
-                rows.append(image_metrics(probability[0, 0].numpy(), mask[0, 0].numpy() > 0.5))
+                result = predict(image, self.model)
+                if not np.isfinite(result.probability).all():
+                    raise TrainingError(
+                        f"the network gives NaN on validation image {index} after epoch {self.epoch}: lower optim.lr"
+                    )
+                if not mask.any():
+                    alarms.append(float(result.mask.mean()))
+                    continue
+                rows.append(image_metrics(result.probability, mask))
                 if len(panels) < self.config.images_logged:
-                    panels.append(_panel(image, mask, probability))
+                    panels.append(_panel(image, mask, result.probability))
         self.model.train()
         if board is not None:
             for i, panel in enumerate(panels):
-                board.add_image(f"val/{i}", panel, self.epoch)
+                board.add_image(f"val/{i}", panel, self.epoch, dataformats="HWC")
         figures = {f"val/{k}": float(v) for k, v in aggregate(rows).items()}
         if alarms:
             figures["val/false_alarm"] = sum(alarms) / len(alarms)
-        return figures
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def resume(self) -> None:
-        """Take up the state in last.pt. Raises TrainingError when it belongs to another configuration."""
+        """Take up the state in last.pt.
+
+        Raises TrainingError when it belongs to another configuration or other files; only FREE settings may differ.
+        """
         path = self.output / "last.pt"
         if not path.exists():
             raise TrainingError(f"nothing to resume: {path} does not exist")
@@ -165,7 +209,16 @@ class Trainer:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
             raise TrainingError(f"{path} cannot be read as a training state: {_one_line(error)}") from None
+        keys = ("config", "model", "optimizer", "ema", "epoch", "best", "history", "rng")
+        if not isinstance(state, dict) or any(key not in state for key in keys):
+            raise TrainingError(f"{path} cannot be read as a training state: it must hold {', '.join(keys)}")
         _check_same_run(from_dict(state["config"]), self.config)
+        _check_same_data(state.get("data", {}), self._digests())
+        if state["epoch"] > self.config.epochs:
+            raise TrainingError(
+                f"cannot resume: epochs must be at least the {state['epoch']} that are done, "
+                f"got {self.config.epochs}"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
@@ -187,16 +240,16 @@ class Trainer:
     def _train_epoch(self, board: Any) -> dict[str, float]:
         self.model.train()
         total, norms = 0.0, 0.0
-        step = self.epoch * self.steps_per_epoch
+        first = self.epoch * self.steps_per_epoch
         bar = tqdm(self._batches(), total=self.steps_per_epoch, desc=f"epoch {self.epoch + 1}", disable=None)
-        for image, mask in bar:
+        for step, (image, mask) in enumerate(bar, first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(step)
             loss, norm = self._step(image, mask, step)
-            total, norms, step = total + loss, norms + norm, step + 1
-            board.add_scalar("train/loss", loss, step)
-            board.add_scalar("train/grad_norm", norm, step)
-            board.add_scalar("train/lr", self.optimizer.param_groups[0]["lr"], step)
+            total, norms = total + loss, norms + norm
+            board.add_scalar("train/loss", loss, step + 1)
+            board.add_scalar("train/grad_norm", norm, step + 1)
+            board.add_scalar("train/lr", self.optimizer.param_groups[0]["lr"], step + 1)
             bar.set_postfix(loss=f"{loss:.3f}")
         return {"train/loss": total / self.steps_per_epoch, "train/grad_norm": norms / self.steps_per_epoch}
 
@@ -226,30 +279,116 @@ class Trainer:
     def _forward(self, image: torch.Tensor) -> torch.Tensor:
         if self.config.channels_last:
             image = image.to(memory_format=torch.channels_last)
+        with self._precision():
+            logits: torch.Tensor = self.model(image)
+        return logits
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        """The backend of the kernels and autocast, as configured."""
         backend = self.config.backend
         with (
             contextlib.nullcontext() if backend == "auto" else fk.use_backend(backend),
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"),
         ):
-            logits: torch.Tensor = self.model(image)
-        return logits
+            yield
 
-    def _batches(self) -> DataLoader[Any]:
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.train_data.set_epoch(self.epoch)
         # The order is a function of seed and epoch, so a resumed run sees what an unbroken one would.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
-        return DataLoader(
+        loader = DataLoader(
             self.train_data,
             batch_size=self.config.batch_size,
             shuffle=True,
             num_workers=self.config.workers,
             generator=generator,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
         )
+        for image, mask, failures in loader:
+            for failed in failures:
+                self._skip("training", failed)
+            if image is None:
+                raise TrainingError(
+                    f"no photo for a batch could be read, the last one: {failures[-1].reason}"
+                )
+            yield image, mask
+
+    def _skip(self, part: str, failed: Failure) -> None:
+        """Name a photo of a set that cannot be used, once; TrainingError where there are too many."""
+        bad = self.bad[part]
+        if failed.name in bad:
+            return
+        bad.add(failed.name)
+        size = len(self.train_data if part == "training" else self.val_data)
+        share = self.config.data.max_bad
+        tqdm.write(f"skipped {failed.reason} ({len(bad)} of {size} {part} photos)", file=sys.stderr)
+        if len(bad) > (max(1, int(share * size)) if share else 0) or len(bad) == size:
+            raise TrainingError(
+                f"{len(bad)} of {size} {part} photos cannot be used, more than data.max_bad {share:g} allows; "
+                f"`frd data check` lists them; the last one: {failed.reason}"
+            )
+
+    def _prepare_output(self, overwrite: bool) -> None:
+        earlier = [self.output / name for name in WEIGHTS if (self.output / name).exists()]
+        # A run that has been resumed, or that has trained already, goes on in its own output.
+        if earlier and self.epoch == 0:
+            if not overwrite:
+                raise TrainingError(
+                    f"output {str(self.output)!r} holds an earlier run ({earlier[0].name}): continue it with --resume, "
+                    f"replace it with --overwrite, or choose another --output"
+                )
+            for path in (*earlier, *self.output.glob("tensorboard/events.out.tfevents.*")):
+                path.unlink()
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"output {str(self.output)!r} must be a directory to write to, got: {error}"
+            ) from None
+
+    def _check_sets(self) -> None:
+        """Say before the first epoch what the sets can neither teach nor tell."""
+        pairs = pairs_of(self.train_data)
+        if pairs and all(pair.mask is None for pair in pairs):
+            _warn("no training photo has a mask: the network can only learn to mark nothing")
+        self.selects = self._can_select()
+        if not self.selects:
+            _warn(
+                "no validation photo has both edited and untouched pixels: no best checkpoint can be chosen, "
+                "only last.safetensors will be written"
+            )
+
+    def _can_select(self) -> bool:
+        pairs = pairs_of(self.val_data)
+        for index in range(len(self.val_data)):
+            if pairs and pairs[index].mask is None:
+                continue
+            try:
+                mask = self.val_data.load(index)[1]
+            except (ValueError, OSError) as error:
+                self._skip("validation", failure(self.val_data, index, error))
+                continue
+            if mask.any() and not mask.all():
+                return True
+        return False
+
+    def _merit(self, figures: dict[str, float]) -> float | None:
+        """What the best epoch is chosen by: the mean of AUC and permute-F1, as far as they are defined."""
+        values = [figures.get(name, math.nan) for name in ("val/auc", "val/permute_f1")]
+        defined = [value for value in values if math.isfinite(value)]
+        return sum(defined) / len(defined) if defined and self.selects else None
+
+    def _digests(self) -> dict[str, str]:
+        return {"training": digest(self.train_data), "validation": digest(self.val_data)}
 
     def _log(self, board: Any, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             board.add_scalar(name, value, self.epoch)
-        shown = ("train/loss", "val/auc", "val/permute_f1", "val/f1", "seconds")
+        shown = ("train/loss", "val/auc", "val/permute_f1", "val/f1", "val/false_alarm", "seconds")
         print(
             f"epoch {self.epoch}/{self.config.epochs} "
             + " ".join(
@@ -259,9 +398,10 @@ class Trainer:
         )
 
     def _save(self, figures: dict[str, float]) -> None:
-        merit = (figures["val/auc"] + figures["val/permute_f1"]) / 2
-        improved = merit > self.best
-        self.best = max(self.best, merit)
+        merit = self._merit(figures)
+        improved = merit is not None and merit > self.best
+        if merit is not None and improved:
+            self.best = merit
         metadata = {"epoch": self.epoch, "figures": figures, "training": self.config.to_dict()}
         with self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext():
             save_model(self.model, self.output / "last.safetensors", metadata)
@@ -276,6 +416,7 @@ class Trainer:
             "epoch": self.epoch,
             "best": self.best,
             "history": self.history,
+            "data": self._digests(),
             "rng": _get_rng(),
         }
         temporary = self.output / "last.pt.tmp"
@@ -285,7 +426,7 @@ class Trainer:
 
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -312,13 +453,21 @@ def _set_rng(state: dict[str, Any]) -> None:
 
 
 def _check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
-    """What may differ in a resumed run: where it runs and what it shows, nothing it depends on."""
-    free = ("output", "device", "workers", "images_logged", "backend")
-    theirs, ours = saved.to_dict(), wanted.to_dict()
-    for key in ours:
-        if key not in free and theirs[key] != ours[key]:
+    theirs, ours = flatten(saved.to_dict()), flatten(wanted.to_dict())
+    changed = [
+        f"{key} was {theirs.get(key)!r} in the saved run, now {ours.get(key)!r}"
+        for key in theirs | ours
+        if key not in FREE and theirs.get(key) != ours.get(key)
+    ]
+    if changed:
+        raise TrainingError(f"cannot resume: {'; '.join(changed)}")
+
+
+def _check_same_data(saved: dict[str, str], found: dict[str, str]) -> None:
+    for part, files in found.items():
+        if saved.get(part, files) != files:
             raise TrainingError(
-                f"cannot resume: {key} was {theirs[key]!r} in the saved run, now {ours[key]!r}"
+                f"cannot resume: the {part} set must hold the files of the saved run, {saved[part]}, got {files}"
             )
 
 
@@ -329,11 +478,22 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def _panel(image: torch.Tensor, mask: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
-    """Photo, truth and probability side by side, [3, H, 3 W] in [0, 1]."""
-    low, high = image.amin(), image.amax()
-    photo = (image[0].cpu() - low) / (high - low).clamp(min=1e-6)
-    return torch.cat([photo, mask[0].float().expand_as(photo), probability[0].expand_as(photo)], dim=2)
+def _panel(
+    image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_], probability: npt.NDArray[np.float32]
+) -> npt.NDArray[np.uint8]:
+    """Photo, truth and probability side by side, uint8 [h, 3 w, 3], sides of at most PANEL."""
+    scale = min(1.0, PANEL / max(mask.shape))
+    height, width = (max(1, round(scale * side)) for side in mask.shape)
+    image, mask = resize(image, mask, (height, width))
+    found = cv2.resize(probability, (width, height), interpolation=cv2.INTER_AREA)
+    maps = [
+        np.repeat((255 * m.astype(np.float32)).astype(np.uint8)[..., None], 3, axis=2) for m in (mask, found)
+    ]
+    return np.concatenate([image, *maps], axis=1)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 # The configuration's keys that have a flag of their own; --set reaches all others.
 FLAGS: dict[str, tuple[str, type, str]] = {
+    "--images": ("data.train_images", str, "folder of training photos; sets data.source to folder"),
+    "--masks": (
+        "data.train_masks",
+        str,
+        "folder of their masks, paired by name; a photo without one is untouched",
+    ),
+    "--val-images": (
+        "data.val_images",
+        str,
+        "folder of validation photos; default: a held-out tenth of the others",
+    ),
+    "--val-masks": ("data.val_masks", str, "folder of their masks"),
+    "--json": (
+        "data.train_json",
+        str,
+        'list of [image, mask or "Negative"] to train on; sets data.source to json',
+    ),
+    "--val-json": ("data.val_json", str, "such a list to validate on"),
+    "--crop": ("data.crop", int, "side of the square training crops, cut at the photos' own scale"),
     "--output": ("output", str, "directory for weights, state, configuration and TensorBoard events"),
     "--epochs": ("epochs", int, "epochs of the whole run"),
     "--batch-size": ("batch_size", int, "images of one step"),
@@ -34,7 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override any key of the configuration, for example --set data.crop=320",
     )
-    parser.add_argument("--resume", action="store_true", help="continue from last.pt in the output directory")
+    parser.add_argument(
+        "--recursive", action="store_true", default=None, help="search the folders with their sub-folders"
+    )
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument(
+        "--resume", action="store_true", help="continue from last.pt in the output, also with more --epochs"
+    )
+    earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output")
     parser.add_argument(
         "--stop-after", type=int, metavar="N", help="end after N epochs of this call; resume later"
     )
@@ -44,26 +72,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from frd_model.train_config import load_config
+    from frd_model.train_config import ConfigError, load_config
 
-    config = load_config(args.config, overrides(args))
-    # After the configuration has been read: a typing mistake in it should not wait for torch.
-    from frd_model.train import Trainer
+    try:
+        _check_limits(args)
+        config = load_config(args.config, overrides(args))
+        # After the configuration has been read: a typing mistake in it should not wait for torch.
+        from frd_model.train import Trainer
 
-    trainer = Trainer(config)
+        trainer = Trainer(config)
+    except ConfigError as error:
+        print(f"frd train: {error}", file=sys.stderr)
+        return 2
     if args.resume:
         trainer.resume()
-    trainer.fit(stop_after=args.stop_after, max_minutes=args.max_minutes)
-    best = trainer.output / "best.safetensors"
-    print(f"best weights by validation (mean of AUC and permute-F1 {trainer.best:.4f}): {best}")
+        if trainer.epoch == config.epochs:
+            print(f"all {config.epochs} epochs are done; a larger --epochs extends the run")
+    trainer.fit(stop_after=args.stop_after, max_minutes=args.max_minutes, overwrite=args.overwrite)
+    for part, names in trainer.bad.items():
+        if names:
+            print(f"{len(names)} {part} photos could not be used, see above", file=sys.stderr)
+    best, last = (trainer.output / f"{name}.safetensors" for name in ("best", "last"))
+    if best.exists():
+        print(f"best weights by validation (mean of AUC and permute-F1 {trainer.best:.4f}): {best}")
+    elif last.exists():
+        print(f"weights of the last epoch, as validation could not choose a best one: {last}")
     return 0
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags change, by dotted key; --set comes last."""
-    from frd_model.train_config import parse_override
+    from frd_model.train_config import ConfigError, parse_override
 
     found = {key: getattr(args, key) for key, _, _ in FLAGS.values() if getattr(args, key) is not None}
     if args.channels_last is not None:
         found["channels_last"] = args.channels_last
+    if args.recursive is not None:
+        found["data.recursive"] = args.recursive
+    # A set that is named by flags replaces the one of the configuration file.
+    for part in ("train", "val"):
+        images, masks, listed = (f"data.{part}_{kind}" for kind in ("images", "masks", "json"))
+        folder = images in found or masks in found
+        if folder and listed in found:
+            raise ConfigError(
+                "--images and --masks exclude --json, --val-images and --val-masks exclude --val-json"
+            )
+        if folder:
+            found[listed] = None
+        elif listed in found:
+            found |= {images: None, masks: None}
+        if part == "train" and (folder or listed in found):
+            found["data.source"] = "folder" if folder else "json"
     return found | dict(parse_override(text) for text in args.set)
+
+
+def _check_limits(args: argparse.Namespace) -> None:
+    from frd_model.train_config import ConfigError
+
+    if args.stop_after is not None and args.stop_after < 1:
+        raise ConfigError(f"--stop-after must be at least 1, got {args.stop_after}")
+    if args.max_minutes is not None and not 0 < args.max_minutes < math.inf:
+        raise ConfigError(f"--max-minutes must be positive and finite, got {args.max_minutes}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +30,36 @@ class ModelSection:
 
 
 @dataclass
-class DataSection:
-    """Where images come from.
+class AugmentSection:
+    """Random changes of the photos of a folder or JSON list, each with its probability; see `Augmentation`."""
 
-    source: "sample" (forgeries of the photos that ship with scikit-image and scikit-learn, by split), "folder"
-        (train_images, train_masks, val_images, val_masks) or "json" (train_json, val_json).
-    crop: side of the square training images, in pixels.
-    samples, val_samples: images of one epoch and of the fixed validation set (source "sample" only).
+    flip: float = 0.5
+    turn: float = 0.5
+    colour: float = 0.2
+    blur: float = 0.1
+    blur_sigma: tuple[float, float] = (0.3, 1.5)
+    jpeg: float = 0.2
+    jpeg_quality: tuple[int, int] = (70, 100)
+
+
+@dataclass
+class DataSection:
+    """Where images come from. Relative paths start at the working directory, ~ is the home directory.
+
+    source: of the training images: "sample" (forgeries of the photos that ship with scikit-image and scikit-learn,
+        by split), "folder" (train_images, train_masks) or "json" (train_json).
+    val_images and val_masks, or val_json: the validation set. Without it "sample" validates on forgeries of other
+        sample photos, "folder" and "json" hold out the share `val_share` of the training set, at least one photo
+        and forged and untouched ones apart, drawn by `val_seed`.
+    recursive: folders are searched with their sub-folders. invert_masks: masks are black where edited.
+    crop: side of the square training images in pixels. It is cut at random out of the photo at the photo's own
+        scale: nothing is squashed or resized. A smaller photo is continued by reflection, its mask alike.
+    augment: what else is done to a crop ("folder" and "json").
+    max_bad: share of the photos of a set that may turn out unusable, one at least unless it is 0. They are named
+        and another photo takes their place; beyond it the run stops.
+    samples, val_samples: images of one epoch and of the fixed validation set ("sample").
     authentic: share of untouched images among the generated ones.
-    zoom, colour: range of the random resize of a view, and share of views with changed colours.
+    zoom, colour: range of the random resize of a view, and share of views with changed colours ("sample").
     forge: fields of `ForgeOptions` to change.
     """
 
@@ -54,6 +78,11 @@ class DataSection:
     val_masks: str | None = None
     train_json: str | None = None
     val_json: str | None = None
+    val_share: float = 0.1
+    recursive: bool = False
+    invert_masks: bool = False
+    max_bad: float = 0.01
+    augment: AugmentSection = field(default_factory=AugmentSection)
 
 
 @dataclass
@@ -101,21 +130,34 @@ class TrainConfig:
     optim: OptimSection = field(default_factory=OptimSection)
 
     def __post_init__(self) -> None:
-        rules = [
-            ("epochs", self.epochs, self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
-            ("workers", self.workers, self.workers >= 0, "at least 0"),
-            ("amp", self.amp, self.amp in ("none", "bf16"), "none or bf16"),
-            ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-            ("optim.lr", self.optim.lr, self.optim.lr > 0, "positive"),
-            ("optim.ema", self.optim.ema, 0 <= self.optim.ema < 1, "in [0, 1)"),
-            ("data.crop", self.data.crop, self.data.crop >= 32, "at least 32"),
-            ("data.source", self.data.source, self.data.source in SOURCES, f"one of {', '.join(SOURCES)}"),
-            ("data.authentic", self.data.authentic, 0 <= self.data.authentic < 1, "in [0, 1)"),
-        ]
-        for name, value, holds, rule in rules:
-            if not holds:
-                raise ConfigError(f"{name} must be {rule}, got {value!r}")
+        for name in PATHS:
+            section, _, key = name.rpartition(".")
+            owner = getattr(self, section) if section else self
+            value = getattr(owner, key)
+            setattr(owner, key, value if value is None else os.path.expanduser(value))
+        values = flatten(self.to_dict())
+        for name, (holds, rule) in RULES.items():
+            if not holds(values[name]):
+                raise ConfigError(f"{name} must be {rule}, got {values[name]!r}")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        data, optim = self.data, self.optim
+        if optim.min_lr > optim.lr:
+            raise ConfigError(
+                f"optim.min_lr must be at most optim.lr ({optim.lr:g}), got {optim.min_lr:g}; set both"
+            )
+        for key, source in (("train_images", "folder"), ("train_masks", "folder"), ("train_json", "json")):
+            if getattr(data, key) is None and data.source == source:
+                raise ConfigError(f"data.{key} must be given for data.source {source}, got nothing")
+            if getattr(data, key) is not None and data.source != source:
+                raise ConfigError(
+                    f"data.source must be {source} where data.{key} is given, got {data.source}"
+                )
+        if data.val_json is not None and data.val_images is not None:
+            raise ConfigError("data.val_json and data.val_images exclude each other, got both")
+        if (data.val_images is None) != (data.val_masks is None):
+            raise ConfigError("data.val_images and data.val_masks must be given together, got only one")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary that `TrainConfig` can be read back from."""
@@ -124,8 +166,70 @@ class TrainConfig:
         return plain
 
 
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _between(low: float, high: float) -> Rule:
+    return lambda value: low <= value <= high, f"between {low} and {high}"
+
+
+def _one_of(*choices: str) -> Rule:
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
+def _ordered(low: float, high: float) -> Rule:
+    """A pair (a, b) with low <= a <= b <= high."""
+    return lambda pair: low <= pair[0] <= pair[1] <= high, f"two rising values between {low} and {high}"
+
+
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SOURCES = ("sample", "folder", "json")
+PATHS = (
+    "output",
+    "model.pretrained",
+    *(f"data.{split}_{kind}" for split in ("train", "val") for kind in ("images", "masks", "json")),
+)
+
+# NumPy's seeds; torch takes more.
+_SEED = _between(0, 2**32 - 1)
+_COUNT: Rule = (lambda value: value >= 1, "at least 1")
+_FROM_ZERO: Rule = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
+_SHARE = _between(0, 1)
+_BELOW_ONE: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
+
+RULES: dict[str, Rule] = {
+    "output": (lambda value: bool(value.strip()), "the name of a directory"),
+    "seed": _SEED,
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
+    "workers": _FROM_ZERO,
+    "images_logged": _FROM_ZERO,
+    "amp": (lambda value: value in ("none", "bf16"), "none or bf16"),
+    "backend": _one_of(*BACKENDS),
+    "data.source": _one_of(*SOURCES),
+    "data.crop": _between(32, 8192),
+    "data.samples": _COUNT,
+    "data.val_samples": _COUNT,
+    "data.val_seed": _SEED,
+    "data.val_share": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "data.max_bad": _BELOW_ONE,
+    "data.authentic": _BELOW_ONE,
+    "data.zoom": _ordered(0.01, 100),
+    "data.colour": _SHARE,
+    **{f"data.augment.{name}": _SHARE for name in ("flip", "turn", "colour", "blur", "jpeg")},
+    "data.augment.blur_sigma": _ordered(0.01, 100),
+    "data.augment.jpeg_quality": _ordered(1, 100),
+    "loss.form": _one_of("paper", "released"),
+    "loss.edge_weight": _FROM_ZERO,
+    "loss.bce": _FROM_ZERO,
+    "optim.lr": (lambda value: 0 < value < math.inf, "positive and finite"),
+    "optim.min_lr": _FROM_ZERO,
+    "optim.betas": (lambda pair: all(0 <= value < 1 for value in pair), "two values in [0, 1)"),
+    "optim.weight_decay": _FROM_ZERO,
+    "optim.warmup_epochs": _between(0, 10_000),
+    "optim.clip_norm": _FROM_ZERO,
+    "optim.ema": _BELOW_ONE,
+}
 
 
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> TrainConfig:
@@ -134,12 +238,9 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     Raises ConfigError that names the key for an unknown key or a value of the wrong type, OSError for a file
     that cannot be read.
     """
-    values: dict[str, Any] = {}
+    values: Any = {}
     if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = _read_yaml(Path(path).expanduser().read_bytes(), str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(values).__name__}")
     for name, value in (overrides or {}).items():
@@ -155,21 +256,42 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
 def parse_override(text: str) -> tuple[str, Any]:
     """ "optim.lr=1e-3" -> ("optim.lr", 0.001); the value is read as YAML."""
     name, equals, value = text.partition("=")
-    if not equals or not name:
+    if not equals or not name.strip():
         raise ConfigError(f"an override must look like name=value, got {text!r}")
-    return name.strip(), yaml.safe_load(value)
+    return name.strip(), _read_yaml(value, f"the value of {name.strip()}")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}; an empty section stays, as {}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_yaml(text: str | bytes, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    # ValueError: a date that does not exist, or bytes that are no text
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
     *sections, last = name.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise ConfigError(f"{section} in {name} is a value, not a section")
     values[last] = value
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
+    # A section whose keys are all commented out reads as None.
+    values = {} if values is None and prefix else values
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, got {values!r}")
     hints = typing.get_type_hints(cls)
@@ -181,30 +303,32 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     arguments = {
         name: _build(hints[name], value, f"{prefix}{name}.")
         if dataclasses.is_dataclass(hints[name])
-        else _convert(hints[name], value, prefix + name)
+        else convert(hints[name], value, prefix + name)
         for name, value in values.items()
     }
     return cls(**arguments)
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
+def convert(hint: Any, value: Any, name: str) -> Any:
     """`value` as the annotated type. YAML reads 1e-3 as text and 1 as int where a float is meant."""
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-        return _convert(hint, value, name)
+        return convert(hint, value, name)
     if origin is tuple:
         arguments = typing.get_args(hint)
+        if arguments[-1] is Ellipsis and isinstance(value, (list, tuple)):
+            arguments = arguments[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ConfigError(f"{name} must be a list of {len(arguments)} values, got {value!r}")
-        return tuple(_convert(arg, item, name) for arg, item in zip(arguments, value, strict=True))
+        return tuple(convert(arg, item, name) for arg, item in zip(arguments, value, strict=True))
     kind: type = origin or hint
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ConfigError(f"{name} must be a number, got {value!r}") from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
