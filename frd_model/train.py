@@ -185,9 +185,13 @@ class Trainer:
                 if not mask.any():
                     alarms.append(float(result.mask.mean()))
                     continue
-                rows.append(image_metrics(result.probability, mask))
                 if len(panels) < self.config.images_logged:
                     panels.append(_panel(image, mask, result.probability))
+                # The exact AUC sorts all pixels: of a large photo nothing else should be held meanwhile.
+                probability = result.probability
+                del image, result
+                rows.append(image_metrics(probability, mask))
+                del probability, mask
         self.model.train()
         if board is not None:
             for i, panel in enumerate(panels):
@@ -212,12 +216,18 @@ class Trainer:
         keys = ("config", "model", "optimizer", "ema", "epoch", "best", "history", "rng")
         if not isinstance(state, dict) or any(key not in state for key in keys):
             raise TrainingError(f"{path} cannot be read as a training state: it must hold {', '.join(keys)}")
-        _check_same_run(from_dict(state["config"]), self.config)
+        saved = from_dict(state["config"])
+        _check_same_run(saved, self.config)
         _check_same_data(state.get("data", {}), self._digests())
         if state["epoch"] > self.config.epochs:
             raise TrainingError(
                 f"cannot resume: epochs must be at least the {state['epoch']} that are done, "
                 f"got {self.config.epochs}"
+            )
+        if saved.epochs != self.config.epochs:
+            print(
+                f"the run now has {self.config.epochs} epochs instead of {saved.epochs}: "
+                f"the learning rate follows the new length from epoch {state['epoch'] + 1} on"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

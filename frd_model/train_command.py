@@ -42,7 +42,12 @@ FLAGS: dict[str, tuple[str, type, str]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file; without it the defaults hold")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file; without it the defaults hold, or those of the run that --resume continues",
+    )
     for flag, (key, kind, text) in FLAGS.items():
         parser.add_argument(flag, dest=key, type=kind, default=None, help=text)
     parser.add_argument(
@@ -76,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         _check_limits(args)
-        config = load_config(args.config, overrides(args))
+        changes = overrides(args)
+        config = load_config(args.config or _saved_config(args.resume, changes), changes)
         # After the configuration has been read: a typing mistake in it should not wait for torch.
         from frd_model.train import Trainer
 
@@ -124,6 +130,14 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         if part == "train" and (folder or listed in found):
             found["data.source"] = "folder" if folder else "json"
     return found | dict(parse_override(text) for text in args.set)
+
+
+def _saved_config(resume: bool, changes: dict[str, Any]) -> Path | None:
+    """Without --config a run is resumed with the configuration that it stored, so that flags need no repeating."""
+    from frd_model.train_config import TrainConfig
+
+    path = Path(str(changes.get("output", TrainConfig.output))).expanduser() / "config.yaml"
+    return path if resume and path.is_file() else None
 
 
 def _check_limits(args: argparse.Namespace) -> None:

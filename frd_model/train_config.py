@@ -235,12 +235,16 @@ RULES: dict[str, Rule] = {
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> TrainConfig:
     """Read a YAML file (None: the defaults) and apply overrides, given by dotted name ("optim.lr": 1e-3).
 
-    Raises ConfigError that names the key for an unknown key or a value of the wrong type, OSError for a file
-    that cannot be read.
+    Raises ConfigError that names the key for an unknown key or a value of the wrong type or out of range, or the
+    file that cannot be read.
     """
     values: Any = {}
     if path is not None:
-        values = _read_yaml(Path(path).expanduser().read_bytes(), str(path)) or {}
+        try:
+            text = Path(path).expanduser().read_bytes()
+        except OSError as error:
+            raise ConfigError(f"{path} must be a readable file, got: {error.strerror}") from None
+        values = _read_yaml(text, str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(values).__name__}")
     for name, value in (overrides or {}).items():
