@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import sys
 import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 
 from frd_model.data.augment import Augmentation
 from frd_model.data.dataset import FolderDataset, ForgeryDataset, JsonDataset, Pair, PairDataset
+from frd_model.data.files import describe_skipped
 from frd_model.data.forge import ForgeOptions
 from frd_model.data.photos import sample_photos
 from frd_model.data.transforms import mask_to_tensor, to_tensor
@@ -249,5 +251,9 @@ def _open_pairs(data: DataSection, part: str) -> PairDataset | None:
         return JsonDataset(listed, invert_masks=data.invert_masks)
     if images is None:
         return None
-    options: dict[str, Any] = {"recursive": True} if data.recursive else {}
-    return FolderDataset(images, masks, allow_authentic=True, invert_masks=data.invert_masks, **options)
+    found = FolderDataset(
+        images, masks, allow_authentic=True, invert_masks=data.invert_masks, recursive=data.recursive
+    )
+    if found.skipped:
+        print(f"not used of {images} and {masks}: {describe_skipped(found.skipped)}", file=sys.stderr)
+    return found
