@@ -77,19 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from frd_model.train_config import ConfigError, load_config
+    from frd_model.train_config import load_config
 
-    try:
-        _check_limits(args)
-        changes = overrides(args)
-        config = load_config(args.config or _saved_config(args.resume, changes), changes)
-        # After the configuration has been read: a typing mistake in it should not wait for torch.
-        from frd_model.train import Trainer
+    _check_limits(args)
+    changes = overrides(args)
+    config = load_config(args.config or _saved_config(args.resume, changes), changes)
+    # After the configuration has been read: a typing mistake in it should not wait for torch.
+    from frd_model.train import Trainer
 
-        trainer = Trainer(config)
-    except ConfigError as error:
-        print(f"frd train: {error}", file=sys.stderr)
-        return 2
+    trainer = Trainer(config)
     if args.resume:
         trainer.resume()
         if trainer.epoch == config.epochs:
