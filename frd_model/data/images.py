@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -23,6 +24,7 @@ UInt8 = npt.NDArray[np.uint8]
 T = TypeVar("T", bound=np.generic)
 
 MAX_PIXELS = 120_000_000
+_PARTS = itertools.count()
 
 
 def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_PIXELS) -> UInt8:
@@ -173,7 +175,8 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
     """Write a file atomically: a reader sees the old content or all of the new. Makes folders."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    # a name of its own, not one made from the target's, which may be as long as names can be
+    part = target.with_name(f".{os.getpid()}-{next(_PARTS)}.part")
     try:
         part.write_bytes(data)
         os.replace(part, target)

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 
-from frd_model.data import forge_cli
+from frd_model.data import check_cli, forge_cli
+from frd_model.data.dataset import FolderDataset
 from frd_model.data.forge import KINDS, ForgeOptions, Forger
 from frd_model.data.images import read_image, read_mask, write_png
 from frd_model.data.shapes import SHAPES, random_shape
@@ -163,10 +164,109 @@ def test_command(tmp_path, capsys):
     assert command(str(tmp_path / "in"), "--out", out, "--count", "3", "--kinds", "removal") == 0
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
     (tmp_path / "in" / "c.png").write_text("no image")
-    assert command(str(tmp_path / "in"), "--out", out, "--count", "3") == 1
+    assert command(str(tmp_path / "in"), "--out", out + "2", "--count", "3") == 1
     assert "c.png' must be an image file" in capsys.readouterr().err
     assert command("--out", out) == 2
-    assert command("--sample", "val", "--out", out, "--count", "2", "--size", "64", "--format", "jpg") == 0
+    assert (
+        command("--sample", "val", "--out", out + "3", "--count", "2", "--size", "64", "--format", "jpg") == 0
+    )
     assert "2 images from 2 photos" in capsys.readouterr().out
-    assert command(str(tmp_path / "in"), "--out", out, "--size", "8") == 2
-    assert command(str(tmp_path / "none.png"), "--out", out) == 1
+    assert command(str(tmp_path / "none.png"), "--out", out + "4") == 1
+
+
+def test_a_second_run_is_refused_or_replaces_the_first(tmp_path, capsys):
+    source, out = tmp_path / "in" / "a.png", tmp_path / "out"
+    write_png(source, photo(1))
+    flags = (str(source), "--out", str(out), "--size", "32")
+    assert command(*flags, "--count", "4") == 0
+    first = content(out)
+    capsys.readouterr()
+    assert command(*flags, "--count", "2", "--seed", "1") == 1
+    assert "must hold no forgeries yet, got 9 files of an earlier run" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="must hold no forgeries yet"):
+        forge_cli.forge_folder({"a": photo(1)}, out, 1)
+    (out / "manifest.json").unlink()  # as after an interrupted run
+    assert command(*flags, "--count", "2") == 1
+    assert content(out).keys() == first.keys() - {(out / "manifest.json").relative_to(out)}
+    (out / "images" / "mine.png").write_bytes(b"x")
+    assert command(*flags, "--count", "2", "--format", "jpg", "--overwrite") == 0
+    names = sorted(str(name) for name in content(out))
+    assert (
+        len(names) == 6
+        and "images/mine.png" in names
+        and not any(n.startswith("images/0") and n.endswith("png") for n in names)
+    )
+    (out / "images" / "mine.png").unlink()
+    assert command(*flags, "--count", "5", "--overwrite") == 0
+    again = content(out)
+    assert all(again[name] == data for name, data in first.items() if name.suffix == ".png")
+
+
+def test_old_forgeries_stay_until_the_photos_are_read(tmp_path):
+    write_png(tmp_path / "a.png", photo(1))
+    out = tmp_path / "out"
+    assert command(str(tmp_path / "a.png"), "--out", str(out), "--count", "2") == 0
+    before = content(out)
+    assert command(str(tmp_path / "none.png"), "--out", str(out), "--overwrite") == 1
+    assert command(str(out), "--recursive", "--out", str(out), "--overwrite") == 1
+    assert content(out) == before
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    write_png(tmp_path / "a.png", photo(1))
+    assert command(str(tmp_path / "a.png"), "--out", str(tmp_path / "a.png")) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--seed", "-1"), "argument --seed: must be a whole number of at least 0, got '-1'"),
+        (("--seed", "1.5"), "argument --seed: must be a whole number of at least 0, got '1.5'"),
+        (("--count", "0"), "argument --count: must be a whole number of at least 1, got '0'"),
+        (("--size", "8"), "argument --size: must be a whole number of at least 32, got '8'"),
+        (("--authentic", "nan"), r"argument --authentic: must be a number in [0, 1], got 'nan'"),
+        (("--authentic", "half"), r"argument --authentic: must be a number in [0, 1], got 'half'"),
+    ],
+)
+def test_bad_flags(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as stopped:
+        command("--sample", "val", "--out", str(tmp_path / "out"), *flags)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_negative_seed_is_named(tmp_path):
+    with pytest.raises(ValueError, match="seed must be at least 0, got -3"):
+        forge_cli.forge_folder({"a": photo(1)}, tmp_path, 1, seed=-3)
+
+
+def test_photos_in_folders_and_under_the_home_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    long = "n" * 240
+    write_png(tmp_path / "in" / "deep" / "a.png", photo(1)).rename(tmp_path / "in" / "deep" / f"{long}.png")
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    assert command("~/in", "--out=~/out", "--count", "1") == 1
+    assert "must hold at least one image, got 1 x directory" in capsys.readouterr().err
+    assert command("~/in", "--out=~/out", "--count", "2", "--recursive") == 0
+    assert "passed over 1 x file of no image format" in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "images").iterdir())) == 2
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["photos"] == [long]
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+@pytest.mark.parametrize("size", [None, 32])
+@pytest.mark.parametrize("authentic", [0.0, 0.5, 1.0])
+def test_data_check_finds_no_fault(tmp_path, capsys, extension, size, authentic):
+    photos = {"a": photo(1), "b": photo(2)}
+    options = {"size": size, "authentic": authentic, "extension": extension}
+    forge_cli.forge_folder(photos, tmp_path / "out", 30, **options)
+    parser = argparse.ArgumentParser()
+    check_cli.add_arguments(parser)
+    folders = [str(tmp_path / "out" / name) for name in ("images", "masks")]
+    flags = ["check", "--images", folders[0], "--masks", folders[1]]
+    assert check_cli.run(parser.parse_args(flags)) == 0
+    out = capsys.readouterr().out
+    black = sum(not mask.any() for _, mask in map(FolderDataset(*folders).load, range(30)))
+    assert f"30 photos, {black} of them untouched, 0 findings" in out
+    assert ("black masks" in out) == (authentic > 0)

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import cv2
 import numpy as np
@@ -157,6 +158,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         images.write_json(path, [2])
     assert path.read_text() == "[\n  1\n]\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("name", ["n" * 251 + ".png", "é" * 125 + ".png", "two\nlines.png"])
+def test_names_as_long_as_they_can_be(tmp_path, name):
+    images.write_png(tmp_path / name, photo())
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    np.testing.assert_array_equal(read_image(tmp_path / name), photo())
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    for name in ("a\0.png", "n" * 300):
+        with pytest.raises(ImageError, match="must be a readable file, got: "):
+            read_image(tmp_path / name)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"a\.png' must be a file, got a device, pipe or socket"):
+        read_image(tmp_path / "a.png")
 
 
 def test_write_rejects_other_arrays(tmp_path):
