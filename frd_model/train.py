@@ -41,6 +41,7 @@ from frd_model.train_data import (
     describe,
     digest,
     failure,
+    inverted_masks,
     open_data,
     pairs_of,
     start_worker,
@@ -365,6 +366,10 @@ class Trainer:
         pairs = pairs_of(self.train_data)
         if pairs and all(pair.mask is None for pair in pairs):
             _warn("no training photo has a mask: the network can only learn to mark nothing")
+        for part, data in (("training", self.train_data), ("validation", self.val_data)):
+            line = inverted_masks(data)
+            if line:
+                _warn(f"{part} set: {line}")
         self.selects = self._can_select()
         if not self.selects:
             _warn(

@@ -187,6 +187,12 @@ def pairs_of(data: Any) -> list[Pair] | None:
     return data.pairs if isinstance(data, PairDataset) else None
 
 
+def inverted_masks(data: Any) -> str:
+    """The line of `PairDataset.inverted_masks`; "" for generated photos."""
+    data = data.pairs if isinstance(data, TrainingPairs) else data
+    return data.inverted_masks() if isinstance(data, PairDataset) else ""
+
+
 def digest(data: Any) -> str:
     """Which files a set holds, in their order; "" for generated photos, which the configuration determines."""
     pairs = pairs_of(data)
