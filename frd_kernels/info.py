@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 _PACKAGES = [
     *("frd-kernels", "torch", "torchvision", "triton", "timm"),
@@ -100,9 +100,14 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints the report; `--json` for machines. Returns the exit status, always 0."""
-    parser = argparse.ArgumentParser(prog="frd info", description="versions, backends with reasons, build")
+    parser = _Parser(prog="frd info", description="versions, backends with reasons, build")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     facts = collect()

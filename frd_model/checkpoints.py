@@ -1,18 +1,20 @@
-"""Which checkpoint a command uses: a file, or the demonstration one that ships with the package."""
+"""Which checkpoint a command uses: a file, or the demonstration one that ships with the package.
+
+Without torch until one is opened, so that help and usage errors of the commands need no seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from frd_model.config import NAME_PREFIX, PRESETS
 
-from frd_model.weights import load_model
-
-DEMO = Path(__file__).parent / "assets" / "demo.safetensors"
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -24,30 +26,50 @@ class Checkpoint:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint demo|FILE."""
+    """--checkpoint demo|FILE, and --model and --preset for files that hold no configuration."""
     parser.add_argument(
         "--checkpoint",
         default=None,
         metavar="demo|FILE",
-        help="safetensors file written by `frd train`; `demo` (default) is the small one in the package",
+        help="weights: a safetensors file or last.pt of `frd train`, or any checkpoint (.pth, .safetensors) of the net; "
+        "`demo` (default) is the small one in the package",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"{NAME_PREFIX}ENCODER, of a checkpoint without a configuration (default: the preset's)",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="of a checkpoint without a configuration (default: released, the authors')",
     )
 
 
-def open_checkpoint(name: str | None, device: str, *, quiet: bool = False) -> Checkpoint:
-    """Load a checkpoint for inference. None means the demo, and says on stderr that it is a demonstration."""
+def open_checkpoint(
+    name: str | None, device: str, *, model: str | None = None, preset: str | None = None, quiet: bool = False
+) -> Checkpoint:
+    """Load a checkpoint for inference. None means the demo, and says on stderr that it is a demonstration.
+
+    Args:
+        model, preset: see :func:`frd_model.load_model`.
+    """
+    from frd_model.weights import load_model
+
     target = parse_device(device)
     if name is None and not quiet:
         print(
             "Using the demo checkpoint: a small network trained on a few sample photos, a demonstration only.",
             file=sys.stderr,
         )
-    path = DEMO if name in (None, "demo") else Path(str(name))
-    model = load_model(path)
-    return Checkpoint(model.eval().to(target), "demo" if path == DEMO else str(path))
+    label = name or "demo"
+    return Checkpoint(load_model(label, target, model=model, preset=preset), label)
 
 
 def parse_device(name: str) -> torch.device:
     """Raises ValueError for a name torch does not know, or a GPU that is not there."""
+    import torch
+
     try:
         device = torch.device(name)
     except RuntimeError:

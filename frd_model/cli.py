@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
+import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Each module offers add_arguments(parser) and run(args) -> exit status. It is imported only when its command is
@@ -24,12 +28,21 @@ PASSED_ON: dict[str, tuple[str, str]] = {
     "info": ("frd_kernels.info", "print versions, backends and build facts"),
 }
 
+# What points at a defect of the code, not at what it was given, keeps its traceback.
+DEFECTS = (AssertionError, AttributeError, LookupError, NameError)
 
-class _Parser(argparse.ArgumentParser):
-    """Says a wrong usage in one line, without the list of all flags; its sub-parsers are of the same class."""
+
+class Parser(argparse.ArgumentParser):
+    """Usage errors in one line; `~` is expanded in arguments of type Path. Its sub-commands are of the same class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see `{self.prog} --help`)\n")
+        # argparse names a type by its function, which may be private.
+        text = re.sub(r"\binvalid _+(\w+) value", r"invalid \1 value", " ".join(message.split()))
+        self.exit(2, f"{self.prog}: {text} (see `{self.prog} --help`)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,30 +51,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in PASSED_ON:
         status: int | None = importlib.import_module(PASSED_ON[arguments[0]][0]).main(arguments[1:])
         return status or 0
-    parser = _Parser(
+    parser = Parser(
         prog="frd",
         description="Find what was edited in a photo: FRD-Net on fused pixel-difference and clustering kernels.",
         epilog="`frd COMMAND --help` explains one command. Exit status: 0 done, 1 the work failed, 2 usage.",
     )
+    parser.add_argument("--version", action="version", version=f"frd {_version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     chosen: Any = None
     for name, (path, summary) in (COMMANDS | PASSED_ON).items():
         sub = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if arguments and name == arguments[0]:
+        if name == arguments[0]:
             chosen = importlib.import_module(path)
             chosen.add_arguments(sub)
     return _run(chosen, parser.parse_args(arguments))
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("frd-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "(a source tree that is not installed)"
+
+
 def _run(module: Any, args: argparse.Namespace) -> int:
     try:
         status: int = module.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("frd: interrupted", file=sys.stderr)
         return 130
-    # What the work may raise on bad input, as one line; anything else is a defect and keeps its traceback.
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"frd {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader (`| head`) has left: nothing more to say, and nothing may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except DEFECTS:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        known = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
+        kind = "" if text and known else type(error).__name__
+        print(f"frd {args.command}: {': '.join(part for part in (kind, text) if part)}", file=sys.stderr)
         return 1
     return status
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,8 @@ class FRDNetConfig:
     encoder_input: str = "planes"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         _check(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,7 +105,7 @@ class FRDNetConfig:
             raise ValueError(
                 f"configuration: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
             )
-        return cls(**{k: _as_tuples(v) for k, v in values.items()})
+        return cls(**values)
 
     def replace(self, **overrides: Any) -> FRDNetConfig:
         """A copy with some fields changed, checked again."""
@@ -118,8 +121,11 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy and torch as Python's, sequences as tuples: JSON and comparisons need them."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(_plain(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _is_int(value: Any, least: int) -> bool:
@@ -127,7 +133,7 @@ def _is_int(value: Any, least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_int_tuple(value: Any, least: int) -> bool:
@@ -246,3 +252,23 @@ PRESETS: dict[str, FRDNetConfig] = {
         encoder_input="trace",
     ),
 }
+
+NAME_PREFIX = "frdnet_"
+
+
+def model_config(name: str | None = None, preset: str = "paper", **overrides: Any) -> FRDNetConfig:
+    """The configuration of a net by the name and preset of :func:`frd_model.create_model`.
+
+    Args:
+        name: ``frdnet_`` and the encoder; None for the preset's own.
+
+    Raises:
+        ValueError: unknown name, preset or field, a value out of its range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if name is None:
+        return PRESETS[preset].replace(**overrides)
+    if not isinstance(name, str) or not name.startswith(NAME_PREFIX):
+        raise ValueError(f"name: must be {NAME_PREFIX}ENCODER, such as frdnet_mit_b2, got {name!r}")
+    return PRESETS[preset].replace(**{"encoder": name.removeprefix(NAME_PREFIX), **overrides})

@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the means, write the files asked for."""
     source = open_source(args)
-    checkpoint = open_checkpoint(args.checkpoint, args.device)
+    checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
     start = time.perf_counter()
     bar = tqdm(source.samples, total=source.length, desc="evaluate", disable=None)
     report = evaluate(bar, checkpoint.model, size=args.size, threshold=args.threshold, device=args.device)

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 import frd_kernels as fk
 
 from .blocks import FRDBlock
-from .config import PRESETS, FRDNetConfig
+from .config import FRDNetConfig, model_config
 from .decoder import DeconvDecoder, PyramidDecoder, TraceBranch
 from .encoder import create_encoder
-
-NAME_PREFIX = "frdnet_"
 
 
 class PDCStem(nn.Module):
@@ -140,18 +138,14 @@ def create_model(
     Raises:
         ValueError: unknown name, preset or field, a value out of its range, a file that does not fit.
     """
-    if not isinstance(name, str) or not name.startswith(NAME_PREFIX):
-        raise ValueError(f"name: must be {NAME_PREFIX}ENCODER, such as frdnet_mit_b2, got {name!r}")
-    if preset not in PRESETS:
-        raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {preset!r}")
-    config = PRESETS[preset].replace(**{"encoder": name.removeprefix(NAME_PREFIX), **overrides})
+    config = model_config(name, preset, **overrides)
     model = FRDNet(config)
     if encoder_weights is not None:
         from .weights import load_encoder_weights
 
         load_encoder_weights(model.encoder, encoder_weights)
     if pretrained is not None:
-        from .weights import demo_path, load_weights
+        from .weights import load_weights
 
-        load_weights(model, demo_path() if pretrained == "demo" else pretrained)
+        load_weights(model, pretrained)
     return model

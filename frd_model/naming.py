@@ -149,7 +149,8 @@ def import_state(
         shape = list(own[key].shape)
         want = _foreign_shape(shape, place)
         for name, part in zip(place.names, parts, strict=True):
-            if list(part.shape) != want:
+            # A scalar may have been stored with and without its one dimension.
+            if list(part.shape) != want and {(*want,), (*part.shape,)} != {(), (1,)}:
                 raise ValueError(f"{name}: shape {want} is needed, got {list(part.shape)}")
         state[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
     return state
@@ -167,6 +168,8 @@ def export_state(own: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]
 
 
 def _foreign_shape(shape: list[int], place: Foreign) -> list[int]:
+    if not shape:
+        return []
     rows = shape[0] // len(place.names)
     dims = len(shape) if place.dims is None else place.dims
     return [rows, *shape[1:], 1, 1][:dims]

@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     jobs, failed = collect(args.paths, args.out)
     if not jobs:
         return 1
-    checkpoint = open_checkpoint(args.checkpoint, args.device, quiet=args.json)
+    checkpoint = open_checkpoint(
+        args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         try:

@@ -1,27 +1,25 @@
-"""Weights on disk: own self-describing safetensors files, the authors' checkpoints, encoder weights.
-
-Nothing is ever unpickled beyond tensors and plain containers (``weights_only=True``).
-"""
+"""Weights on disk: own self-describing safetensors files, checkpoints of other code, encoder weights."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from .config import PRESETS, FRDNetConfig
+from .config import NAME_PREFIX, PRESETS, FRDNetConfig, model_config
 from .encoder import MixTransformer
 from .frdnet import FRDNet
 from .naming import (
+    Foreign,
     Naming,
     check_names,
     export_state,
@@ -30,9 +28,20 @@ from .naming import (
     original_encoder,
     released_model,
 )
+from .state_files import (
+    FORMAT,
+    WRAPPERS,
+    Fit,
+    State,
+    config_in_header,
+    fit,
+    is_safetensors,
+    read,
+    read_safetensors,
+)
 
-FORMAT = "frd_model"
 VERSION = 1
+ASSUMED = "released"
 # Keys of classification and segmentation heads, which an encoder has no use for.
 _HEADS = ("head.", "classifier.", "decode_head.")
 _FOREIGN_STAGE = re.compile(
@@ -50,53 +59,127 @@ def demo_path() -> Path:
 
 
 def save_model(
-    model: FRDNet, path: str | Path, metadata: Mapping[str, Any] | None = None, *, half: bool = False
+    model: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None, *, half: bool = False
 ) -> None:
     """Write `model` as safetensors with its configuration inside; :func:`load_model` needs nothing else.
 
     Args:
-        path: the file; it appears whole or not at all.
+        model: an :class:`FRDNet`, or anything around one: DistributedDataParallel, torch.compile, AveragedModel,
+            a LightningModule, ... The parameters are stored under the net's own names, in the dtypes that they
+            have. Sharded nets (FSDP, ``fully_shard``) are gathered: call it in every process, the first one writes.
+        path: the file, ``~`` is expanded; it appears whole or not at all.
         metadata: anything JSON can hold, for example the training command; :func:`read_metadata` returns it.
-        half: store floating-point parameters as float16, half the size; reading restores float32.
+        half: store floating-point parameters as float16, half the size.
 
     Raises:
-        ValueError: with `half`, a value that float16 cannot hold; metadata that JSON cannot hold.
+        TypeError: `model` holds no FRDNet.
+        ValueError: it holds several; parameters that are not those of its configuration (adapters,
+            parametrisations, pruning) or have no data (meta device); with `half`, a value that float16 cannot
+            hold; metadata that JSON cannot hold.
+        OSError: a file that cannot be written.
     """
-    state = {}
-    for key, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu()
-        if half and tensor.is_floating_point():
-            if not torch.isfinite(tensor.half()).all():
-                raise ValueError(f"{key}: half storage needs finite values within 65504, got larger ones")
-            tensor = tensor.half()
-        state[key] = tensor.contiguous()
+    net = _find_net(model)
+    state = {key: _storable(key, tensor, half) for key, tensor in _full_state(model, net).items()}
     try:
         extra = json.dumps(dict(metadata or {}))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"metadata: must be what JSON can hold: {error}") from error
     header = {
         "format": FORMAT,
         "version": str(VERSION),
-        "config": json.dumps(model.config.to_dict()),
+        "config": json.dumps(net.config.to_dict()),
         "metadata": extra,
     }
-    _write_atomically(Path(path), serialize(state, metadata=header))
+    if not _is_sharded(model) or dist.get_rank() == 0:
+        _check_own_names(net.config, state)
+        _write_atomically(_expand(path), serialize(state, metadata=header))
+
+
+def _find_net(model: nn.Module) -> FRDNet:
+    nets = [m for m in model.modules() if isinstance(m, FRDNet)] if isinstance(model, nn.Module) else []
+    if not nets:
+        raise TypeError(f"model: an FRDNet or a module around one is needed, got {type(model).__name__}")
+    if len(nets) > 1:
+        raise ValueError(f"model: this {type(model).__name__} holds {len(nets)} FRD-Nets; give one of them")
+    return nets[0]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP, of either kind, keeps parts of the parameters in other processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in model.modules())
+
+
+def _full_state(model: nn.Module, net: FRDNet) -> State:
+    """The net's parameters under its own names, whole."""
+    if not _is_sharded(model):
+        return {_own_name(key): tensor for key, tensor in net.state_dict().items()}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(State, get_model_state_dict(_outermost(model, net), options=options))
+
+
+def _outermost(model: nn.Module, net: FRDNet) -> nn.Module:
+    """The outermost of the wrappers that add nothing to `net`: FSDP gathers through the one it made."""
+    for module in model.modules():
+        inner: Any = module
+        while inner is not net and inner is not None:
+            inner = next((c for name, c in inner.named_children() if name in WRAPPERS), None)
+        if inner is net:
+            return module
+    return net
+
+
+def _own_name(key: str) -> str:
+    """Without the names that torch.compile and others put before those of a wrapped part of the net."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def _storable(key: str, tensor: Tensor, half: bool) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(f"{key}: has no data (meta device); load weights first")
+    # A copy of its own: safetensors refuses tensors that share memory.
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if half and tensor.is_floating_point():
+        if not torch.isfinite(tensor.half()).all():
+            raise ValueError(f"{key}: half storage needs finite values within 65504, got larger ones")
+        tensor = tensor.half()
+    return tensor
+
+
+def _check_own_names(config: FRDNetConfig, state: State) -> None:
+    """What load_model will build must be what is written."""
+    with torch.device("meta"):
+        names = set(FRDNet(config).state_dict())
+    try:
+        check_names(names, set(state))
+    except ValueError as error:
+        raise ValueError(
+            f"model: its parameters are not those of its configuration: {error}; merge adapters and remove "
+            "parametrisations and pruning first"
+        ) from None
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a directory; the name of a file is needed")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such directory")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    # The mode that open() gives: as readable as any other file of the user, by umask and folder.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a model is as readable as any other file of the user.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -106,52 +189,98 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no safetensors file, or one without an FRD-Net configuration.
     """
-    _, header = _read_safetensors(Path(path), tensors=False)
-    return {"config": _config_of(Path(path), header), "metadata": json.loads(header.get("metadata") or "{}")}
+    file = _expand(path)
+    if not is_safetensors(file):
+        raise ValueError(f"{file}: no valid safetensors file")
+    _, header = read_safetensors(file, tensors=False)
+    config = config_in_header(file, header)
+    if config is None:
+        raise ValueError(f"{file}: holds no FRD-Net configuration (a file of save_model is needed)")
+    return {"config": config, "metadata": json.loads(header.get("metadata") or "{}")}
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> FRDNet:
-    """The model a file holds, in eval mode.
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    model: str | None = None,
+    preset: str | None = None,
+) -> FRDNet:
+    """The model a file holds, in eval mode and in float32, whatever dtype the file has.
 
     Args:
-        path: a file of :func:`save_model` or ``"demo"``; or a checkpoint of the authors' code (``.pth``),
-            which holds no configuration and is read as the preset ``released``.
+        path: ``"demo"``, a file of :func:`save_model`, or ``last.pt`` of a training run (its averaged weights,
+            where it has them); or a checkpoint without a configuration: a state dict (.pth, .safetensors, or the
+            index of several) as any wrapper or trainer saves it, in the own names or those of the authors' code.
+            A ``config.json`` beside it, with fields of :class:`FRDNetConfig`, tells its configuration.
         device: where to put it.
+        model, preset: name and preset of :func:`frd_model.create_model`, for files without a configuration.
+            Without both a .pth is read as the preset ``released``.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a corrupt file, or one that does not hold such a model.
     """
-    file = demo_path() if str(path) == "demo" else Path(path)
-    config = read_metadata(file)["config"] if _is_safetensors(file) else PRESETS["released"]
-    model = FRDNet(config)
-    load_weights(model, file)
-    return model.to(device).eval()
+    file = _expand(path)
+    stored = read(file)
+    config, assumed = _choose_config(file, stored.config, model, preset)
+    net = FRDNet(config)
+    try:
+        _fill(net, net, stored.state, file)
+    except ValueError as error:
+        if not assumed:
+            raise
+        raise ValueError(
+            f"{error}; the file tells no configuration, assumed was preset {assumed!r} with "
+            f"{NAME_PREFIX}{config.encoder}: give model and preset (--model, --preset)"
+        ) from None
+    return net.to(device).eval()
 
 
-def load_weights(model: FRDNet, path: str | Path) -> None:
-    """Fill `model` from a file of :func:`save_model`, or from the authors' checkpoint.
+def _choose_config(
+    file: Path, stored: FRDNetConfig | None, model: str | None, preset: str | None
+) -> tuple[FRDNetConfig, str | None]:
+    """The configuration to build, and the preset where it is a guess."""
+    if model is None and preset is None:
+        if stored is None and file.suffix in (".safetensors", ".json"):
+            raise ValueError(
+                f"{file}: holds no FRD-Net configuration: give model and preset (--model, --preset), or put its "
+                "config.json beside it"
+            )
+        return stored or PRESETS[ASSUMED], None if stored else ASSUMED
+    given = model_config(model, preset or ASSUMED)
+    if stored is None:
+        return given, None if preset else ASSUMED
+    if model is None:
+        given = given.replace(encoder=stored.encoder)
+    if preset is None:
+        given = stored.replace(encoder=given.encoder)
+    differences = given.differences(stored)
+    if differences:
+        raise ValueError(
+            f"{file}: holds its own configuration, leave out model and preset (--model, --preset); given against "
+            f"file: {'; '.join(differences[:3])}"
+        )
+    return stored, None
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill `model`, an FRDNet or a module around one, from any file that :func:`load_model` reads.
+
+    Values are converted to the dtype of the model's parameters.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a corrupt file, one of another configuration, names or shapes that do not fit.
     """
-    file = Path(path)
-    if _is_safetensors(file):
-        state, header = _read_safetensors(file)
-        differences = model.config.differences(_config_of(file, header))
-        if differences:
-            raise ValueError(
-                f"{file}: holds another configuration; model against file: {'; '.join(differences[:3])}"
-            )
-        _fill(model, state, file)
-        return
-    state = _read_pickle(file)
-    _fill(
-        model,
-        _import(file, model, state, released_model) if "fecblock1.0.norm1.weight" in state else state,
-        file,
-    )
+    file, net = _expand(path), _find_net(model)
+    stored = read(file)
+    differences = net.config.differences(stored.config) if stored.config else []
+    if differences:
+        raise ValueError(
+            f"{file}: holds another configuration; model against file: {'; '.join(differences[:3])}"
+        )
+    _fill(model, net, stored.state, file)
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
@@ -165,15 +294,16 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
         FileNotFoundError: no such file.
         ValueError: a corrupt file, names or shapes that do not fit.
     """
-    file = Path(path)
+    file = _expand(path)
     if not isinstance(encoder, MixTransformer):
         raise ValueError(f"{file}: encoder weights fit a MiT only, got {type(encoder).__name__}")
-    state = _read_safetensors(file)[0] if _is_safetensors(file) else _read_pickle(file)
-    state = {k.removeprefix("segformer."): v for k, v in state.items() if not k.startswith(_HEADS)}
-    naming: Naming = huggingface_encoder if any(k.startswith("encoder.") for k in state) else original_encoder
+    stored = read(file).state
+    namings = (huggingface_encoder, original_encoder)
+    naming, found = _best_fit(file, stored, encoder, namings)
+    state = {k: v for k, v in found.state.items() if not k.startswith(_HEADS)}
     state = {k: v for k, v in state.items() if _stage_of(k) < len(encoder.stages)}
     _widen(encoder, state, naming(_FIRST_WEIGHT).names[0])
-    encoder.load_state_dict(_import(file, encoder, state, naming))
+    encoder.load_state_dict(_import(file, "encoder", encoder.state_dict(), state, naming))
 
 
 def _stage_of(key: str) -> int:
@@ -195,65 +325,49 @@ def export_released(model: FRDNet) -> dict[str, Tensor]:
     return export_state(model.state_dict(), released_model)
 
 
-def _import(file: Path, module: nn.Module, state: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+def _import(file: Path, kind: str, own: State, state: State, naming: Naming) -> State:
     try:
-        return import_state(module.state_dict(), state, naming)
+        return import_state(own, state, naming)
     except ValueError as error:
-        raise ValueError(f"{file}: does not fit this {type(module).__name__}: {error}") from error
+        raise ValueError(f"{file}: does not fit this {kind}: {error}") from error
 
 
-def _fill(model: FRDNet, state: Mapping[str, Tensor], file: Path) -> None:
-    own = model.state_dict()
-    try:
-        check_names(set(own), set(state))
-        for key, tensor in own.items():
-            if state[key].shape != tensor.shape:
-                raise ValueError(f"{key}: shape {list(tensor.shape)} is needed, got {list(state[key].shape)}")
-    except ValueError as error:
-        raise ValueError(f"{file}: does not fit this FRDNet: {error}") from error
-    model.load_state_dict(dict(state))
+def _own(key: str) -> Foreign:
+    return Foreign((key,))
 
 
-def _is_safetensors(file: Path) -> bool:
-    """By content: such a file starts with the length of its JSON header, then the header's brace."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    with file.open("rb") as stream:
-        start = stream.read(9)
-    return file.suffix == ".safetensors" or start[8:9] == b"{"
+def _best_fit(file: Path, state: State, module: nn.Module, namings: Sequence[Naming]) -> tuple[Naming, Fit]:
+    """The naming in which the file has most of the module's names, and what it has there."""
+    found: list[tuple[Naming, Fit]] = []
+    own = [_own_name(key) for key in module.state_dict()]
+    for naming in namings:
+        try:
+            names = {name for key in own for name in naming(key).names}
+        except ValueError:  # the module has parts that this naming does not know
+            continue
+        found.append((naming, fit(file, state, names)))
+    return max(found, key=lambda pair: pair[1].matched)
 
 
-def _read_safetensors(file: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            state = {key: opened.get_tensor(key) for key in opened.keys()} if tensors else {}  # noqa: SIM118
-            return state, opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file}: no valid safetensors file: {_first_line(error)}") from error
+def _fill(model: nn.Module, net: FRDNet, stored: State, file: Path) -> None:
+    naming, found = _best_fit(file, stored, net, (_own, released_model))
+    own = {_own_name(key): tensor for key, tensor in net.state_dict().items()}
+    state = _import(file, "FRDNet", own, found.state, naming)
+    for key, tensor in state.items():
+        if tensor.is_meta:
+            raise ValueError(f"{file}: {key}: has no data (meta device)")
+    if _is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(_outermost(model, net), dict[str, Any](state), options=options)
+        return
+    # A net on the meta device has no memory to copy to: it takes the tensors themselves.
+    meta = any(tensor.is_meta for tensor in own.values())
+    if meta:
+        state = {key: tensor.to(own[key].dtype) for key, tensor in state.items()}
+    net.load_state_dict({key: state[_own_name(key)] for key in net.state_dict()}, assign=meta)
 
 
-def _config_of(file: Path, header: Mapping[str, str]) -> FRDNetConfig:
-    if header.get("format") != FORMAT or "config" not in header:
-        raise ValueError(f"{file}: holds no FRD-Net configuration (a file of save_model is needed)")
-    try:
-        return FRDNetConfig.from_dict(json.loads(header["config"]))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: its configuration is not valid: {_first_line(error)}") from error
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for files it cannot read
-        raise ValueError(f"{file}: no checkpoint of tensors alone: {_first_line(error)}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise ValueError(f"{file}: a state dict of tensors is needed, got {type(loaded).__name__}")
-    return {str(k).removeprefix("module."): v for k, v in loaded.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _expand(path: str | Path) -> Path:
+    return demo_path() if str(path) == "demo" else Path(os.path.expanduser(path))

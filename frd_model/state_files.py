@@ -1,0 +1,345 @@
+"""Reading foreign state dicts: what a file is, which of its tensors are the net's, and under which prefix.
+
+Nothing is unpickled beyond tensors and plain containers (``weights_only=True``); objects of other classes
+become placeholders without behaviour.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import FRDNetConfig, model_config
+
+State = dict[str, Tensor]
+FORMAT = "frd_model"
+# Names that torch's wrappers put between the names of a module and those of its children.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_AVERAGED = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|shadow)(?:_|$)")
+_CONTAINERS = WRAPPERS | {"model", "net", "network", "state_dict", "model_state_dict", "params", "weights"}
+_SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.")
+# Functions and lower-case classes that only build values; any other function in a pickle is refused.
+_VALUES = {
+    "copyreg._reconstructor",
+    "collections.defaultdict",
+    "collections.deque",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "functools.partial",
+}
+
+
+class Stored(NamedTuple):
+    """The tensors of a file, by their dotted path in it, and the configuration it holds, if it does."""
+
+    state: State
+    config: FRDNetConfig | None
+
+
+class Fit(NamedTuple):
+    """The tensors under one prefix of a file; `matched` of them have names that are looked for."""
+
+    prefix: str
+    state: State
+    matched: int
+
+
+def read(file: Path) -> Stored:
+    """Everything in a file of safetensors or of torch.save, or in the shards that an index names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is something else, is damaged, or holds no tensors; one line that says which.
+    """
+    start = _start(file)
+    if _is_index(file):
+        return Stored(_read_shards(file), config_beside(file))
+    if _SHARD.search(file.name):
+        raise ValueError(f"{file}: one shard of several; give the index beside them (*.index.json)")
+    if is_safetensors(file):
+        state, header = read_safetensors(file)
+        return Stored(state, config_in_header(file, header) or config_beside(file))
+    _refuse_foreign(file, start)
+    loaded = _read_pickle(file, start)
+    state = dict(_tensors(loaded))
+    if not state:
+        raise ValueError(f"{file}: a state dict of tensors is needed, got {_kind(loaded)}")
+    return Stored(state, _config_in(file, loaded) or config_beside(file))
+
+
+def fit(file: Path, state: Mapping[str, Tensor], names: Collection[str]) -> Fit:
+    """The part of `state` whose names, behind a common prefix and without the names of wrappers, are `names`.
+
+    Of several complete ones, averaged weights (``ema``, ``swa``, ...) win, then those under usual names (``model``,
+    ``state_dict``, ...). Where none is complete, the one with the most names.
+
+    Raises:
+        ValueError: two different nets, of which neither is preferred.
+    """
+    fits = list(_fits(state, set(names)))
+    complete = [f for f in fits if f.matched == len(names)]
+    if not complete:
+        return max(fits, key=lambda f: (f.matched, -_rank(f.prefix)), default=Fit("", dict(state), 0))
+    rank = min(_rank(f.prefix) for f in complete)
+    first, *others = [f for f in complete if _rank(f.prefix) == rank]
+    for other in others:
+        if any(not torch.equal(first.state[name], other.state[name]) for name in names):
+            raise ValueError(
+                f"{file}: holds several nets, {first.prefix!r} and {other.prefix!r}: save the state dict of one"
+            )
+    return first
+
+
+def _fits(state: Mapping[str, Tensor], names: set[str]) -> Iterator[Fit]:
+    wrappers = WRAPPERS - {part for name in names for part in name.split(".")}
+    counts: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            if ".".join(p for p in parts[i:] if p not in wrappers) in names:
+                counts[".".join([*parts[:i], ""])] += 1
+    # "model." and "model.module." may be the same net: the longer prefix leaves fewer strangers beside it.
+    seen: list[tuple[str, int]] = []
+    for prefix, count in sorted(counts.items(), key=lambda item: -len(item[0])):
+        if any(longer.startswith(prefix) and count == other for longer, other in seen):
+            continue
+        seen.append((prefix, count))
+        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        own = {".".join(p for p in k.split(".") if p not in wrappers): v for k, v in inside.items()}
+        yield Fit(prefix, own, sum(name in own for name in names))
+
+
+def _rank(prefix: str) -> int:
+    parts = [part for part in prefix.split(".") if part]
+    if any(_AVERAGED.search(part.lower()) for part in parts):
+        return 0
+    return 1 if all(part in _CONTAINERS for part in parts) else 2
+
+
+def _tensors(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in nested mappings by their dotted path. Sequences hold optimizers' states and histories only."""
+    if not isinstance(value, Mapping) or depth > 8:
+        return
+    for key, inner in value.items():
+        if isinstance(inner, Tensor):
+            yield f"{where}{key}", whole(inner)
+        else:
+            yield from _tensors(inner, f"{where}{key}.", depth + 1)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A shard of a distributed tensor as the full tensor; a call of all processes. Others as they are."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def is_safetensors(file: Path) -> bool:
+    """By content: such a file starts with the length of its JSON header, then the header's brace."""
+    start = _start(file)
+    return start[8:9] == b"{" and start[5:8] == bytes(3)
+
+
+def _start(file: Path) -> bytes:
+    if file.is_dir():
+        inside = sorted(p.name for p in file.iterdir() if p.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+        hint = f", such as {inside[0]} in it" if inside else ""
+        if (file / ".metadata").is_file():
+            hint = ": convert it, python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE"
+        raise ValueError(f"{file}: a directory; a file is needed{hint}")
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file")
+    with file.open("rb") as stream:
+        start = stream.read(256)
+    if not start:
+        raise ValueError(f"{file}: the file is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file}: a Git LFS pointer, not the weights themselves: run `git lfs pull`")
+    return start
+
+
+def _refuse_foreign(file: Path, start: bytes) -> None:
+    """ValueError that names the format, for files that are neither of safetensors nor of torch.save."""
+    what = ""
+    if file.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80")):
+        what = "no valid safetensors file"
+    elif start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        what = "an HTML page, not a checkpoint: the download has failed"
+    elif start.startswith(b"\x89HDF"):
+        what = "an HDF5 (Keras) file, not a checkpoint of PyTorch"
+    elif file.suffix == ".onnx" or (
+        start[0] == 8 and start[1:2] < b"\x20" and start[2:3] in b"\x12\x1a\x22\x3a\x42"
+    ):
+        what = "an ONNX graph, which holds no state dict: give the checkpoint that it was exported from"
+    elif start.startswith(b"PK"):
+        what = _zip_problem(file)
+    if what:
+        raise ValueError(f"{file}: {what}")
+
+
+def _zip_problem(file: Path) -> str:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, ValueError, OSError):
+        return "no checkpoint of tensors alone: a truncated or damaged zip archive (copied in part?)"
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "a TorchScript archive: save its state dict instead, "
+            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
+        )
+    if any(name.endswith("archive_format") for name in names):
+        return "an archive of torch.export: give the checkpoint that it was exported from"
+    if not any(name.endswith("data.pkl") for name in names):
+        return "a zip archive, but none of torch.save"
+    return ""
+
+
+def _is_index(file: Path) -> bool:
+    return file.name.endswith(".index.json")
+
+
+def _read_shards(file: Path) -> State:
+    try:
+        names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file}: no index of shards: {first_line(error)}") from error
+    state: State = {}
+    for name in names:
+        shard = file.with_name(os.path.basename(name))
+        start = _start(shard)
+        state |= read_safetensors(shard)[0] if is_safetensors(shard) else _tensors(_read_pickle(shard, start))
+    return state
+
+
+def read_safetensors(file: Path, *, tensors: bool = True) -> tuple[State, dict[str, str]]:
+    """Tensors (or none) and header of a safetensors file; ValueError where it is damaged."""
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            state = {key: opened.get_tensor(key) for key in opened.keys()} if tensors else {}  # noqa: SIM118
+            return state, opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file}: no valid safetensors file: {first_line(error)}") from error
+
+
+def config_in_header(file: Path, header: Mapping[str, str]) -> FRDNetConfig | None:
+    """The configuration that save_model writes; None for other files."""
+    if header.get("format") != FORMAT or "config" not in header:
+        return None
+    try:
+        return FRDNetConfig.from_dict(json.loads(header["config"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: its configuration is not valid: {first_line(error)}") from error
+
+
+def config_beside(file: Path) -> FRDNetConfig | None:
+    """The fields of FRDNetConfig in config.json beside the file; None where it has none of them."""
+    path = file.with_name("config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        values = values.get("config", values)
+        known = FRDNetConfig().to_dict().keys() & values.keys()
+    except (AttributeError, ValueError):
+        return None
+    if "encoder" not in known:
+        return None
+    try:
+        return FRDNetConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its configuration is not valid: {first_line(error)}") from error
+
+
+def _config_in(file: Path, loaded: Any) -> FRDNetConfig | None:
+    """The model's section in the configuration of `frd train`, which last.pt holds."""
+    config = loaded.get("config") if isinstance(loaded, Mapping) else None
+    section = config.get("model") if isinstance(config, Mapping) else None
+    if not isinstance(section, Mapping) or not {"name", "preset"} <= section.keys():
+        return None
+    try:
+        return model_config(section["name"], section["preset"], **section.get("options", {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: its configuration is not valid: {first_line(error)}") from error
+
+
+class _Placeholder(list[Any]):
+    """Stands for an object of a class that is not needed: takes any arguments, elements and state."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _read_pickle(file: Path, start: bytes) -> Any:
+    names = {"argparse.Namespace"}
+    is_zip = start.startswith(b"PK")
+    try:
+        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if is_zip else set()
+        _refuse_globals(file, names)
+        with torch.serialization.safe_globals([_stand_in(name) for name in names]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except _Refused:
+        raise
+    except Exception as error:  # torch raises half a dozen types for files it cannot read
+        raise ValueError(f"{file}: no checkpoint of tensors alone: {_reason(error)}") from error
+
+
+class _Refused(ValueError):
+    pass
+
+
+def _stand_in(name: str) -> tuple[Any, str]:
+    # The unpickler fills dictionaries of exactly this type only.
+    return (lambda *_: {}) if name == "collections.defaultdict" else type("_P", (_Placeholder,), {}), name
+
+
+def _refuse_globals(file: Path, names: set[str]) -> None:
+    modules = sorted(n for n in names if n.startswith(("torch.nn.modules.", "frd_model.")))
+    if any(n.startswith("torch.distributed.") and n.endswith(("DTensor", "ShardedTensor")) for n in names):
+        raise _Refused(
+            f"{file}: holds one process's part of a sharded net: save the full state dict (save_model, called in "
+            "every process, does)"
+        )
+    acting = sorted(n for n in names if not _is_value(n))
+    if modules and any(n.endswith(".FRDNet") for n in names):
+        raise _Refused(f"{file}: a whole pickled module: save its state dict instead, or use save_model")
+    if acting:
+        raise _Refused(
+            f"{file}: no checkpoint of tensors alone: it would call {acting[0]}; if you trust it, save its state dict "
+            "alone: torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')"
+        )
+
+
+def _is_value(name: str) -> bool:
+    module, _, last = name.rpartition(".")
+    if module == "builtins":
+        return isinstance(getattr(builtins, last, None), type)
+    return last[:1].isupper() or name in _VALUES or module.split(".")[0] == "numpy"
+
+
+def _reason(error: BaseException) -> str:
+    """What torch.load has met, behind its advice of several lines."""
+    found = re.search(r"WeightsUnpickler error: (.+?)(?: was not an allowed|\n|$)", str(error))
+    return found[1][:200] if found else first_line(error)
+
+
+def _kind(loaded: Any) -> str:
+    return "an object of a class" if isinstance(loaded, _Placeholder) else type(loaded).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for messages of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
