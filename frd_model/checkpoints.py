@@ -31,7 +31,7 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default=None,
         metavar="demo|FILE",
-        help="weights: a safetensors file or last.pt of `frd train`, or any checkpoint (.pth, .safetensors) of the net; "
+        help="weights: a safetensors file or last.pt of `frd train`, or any .pth or .safetensors of the net; "
         "`demo` (default) is the small one in the package",
     )
     parser.add_argument(

@@ -39,6 +39,8 @@ _VALUES = {
     "datetime.timedelta",
     "functools.partial",
 }
+_WAY_OUT = "if you trust it, save its state dict alone: torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+_SHARDED = "holds one process's part of a sharded net: save the full state dict (save_model in every process)"
 
 
 class Stored(NamedTuple):
@@ -76,7 +78,16 @@ def read(file: Path) -> Stored:
     state = dict(_tensors(loaded))
     if not state:
         raise ValueError(f"{file}: a state dict of tensors is needed, got {_kind(loaded)}")
+    if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
+        state = _gather(file, state)
     return Stored(state, _config_in(file, loaded) or config_beside(file))
+
+
+def _gather(file: Path, state: State) -> State:
+    """The full tensors of which the file, one of each process, holds parts; a call of all processes."""
+    if not torch.distributed.is_initialized():
+        raise ValueError(f"{file}: {_SHARDED}")
+    return {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}
 
 
 def fit(file: Path, state: Mapping[str, Tensor], names: Collection[str]) -> Fit:
@@ -134,15 +145,9 @@ def _tensors(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str,
         return
     for key, inner in value.items():
         if isinstance(inner, Tensor):
-            yield f"{where}{key}", whole(inner)
+            yield f"{where}{key}", inner
         else:
             yield from _tensors(inner, f"{where}{key}.", depth + 1)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A shard of a distributed tensor as the full tensor; a call of all processes. Others as they are."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def is_safetensors(file: Path) -> bool:
@@ -184,6 +189,8 @@ def _refuse_foreign(file: Path, start: bytes) -> None:
         what = "an ONNX graph, which holds no state dict: give the checkpoint that it was exported from"
     elif start.startswith(b"PK"):
         what = _zip_problem(file)
+    elif not start.startswith(b"\x80"):
+        what = "no checkpoint of tensors alone: neither a file of safetensors nor of torch.save"
     if what:
         raise ValueError(f"{file}: {what}")
 
@@ -287,17 +294,14 @@ def _read_pickle(file: Path, start: bytes) -> Any:
     is_zip = start.startswith(b"PK")
     try:
         names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if is_zip else set()
-        _refuse_globals(file, names)
-        with torch.serialization.safe_globals([_stand_in(name) for name in names]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except _Refused:
-        raise
     except Exception as error:  # torch raises half a dozen types for files it cannot read
         raise ValueError(f"{file}: no checkpoint of tensors alone: {_reason(error)}") from error
-
-
-class _Refused(ValueError):
-    pass
+    _refuse_globals(file, names)
+    try:
+        with torch.serialization.safe_globals([_stand_in(name) for name in names]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        raise ValueError(f"{file}: no checkpoint of tensors alone: {_reason(error)}") from error
 
 
 def _stand_in(name: str) -> tuple[Any, str]:
@@ -306,20 +310,14 @@ def _stand_in(name: str) -> tuple[Any, str]:
 
 
 def _refuse_globals(file: Path, names: set[str]) -> None:
-    modules = sorted(n for n in names if n.startswith(("torch.nn.modules.", "frd_model.")))
+    """ValueError for what a placeholder cannot stand for: parts of a tensor, the whole net, functions."""
     if any(n.startswith("torch.distributed.") and n.endswith(("DTensor", "ShardedTensor")) for n in names):
-        raise _Refused(
-            f"{file}: holds one process's part of a sharded net: save the full state dict (save_model, called in "
-            "every process, does)"
-        )
+        raise ValueError(f"{file}: {_SHARDED}")
+    if any(n.startswith("frd_model.") and n.endswith(".FRDNet") for n in names):
+        raise ValueError(f"{file}: a whole pickled net: save its state dict instead, or use save_model")
     acting = sorted(n for n in names if not _is_value(n))
-    if modules and any(n.endswith(".FRDNet") for n in names):
-        raise _Refused(f"{file}: a whole pickled module: save its state dict instead, or use save_model")
     if acting:
-        raise _Refused(
-            f"{file}: no checkpoint of tensors alone: it would call {acting[0]}; if you trust it, save its state dict "
-            "alone: torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')"
-        )
+        raise ValueError(f"{file}: no checkpoint of tensors alone: it would call {acting[0]}; {_WAY_OUT}")
 
 
 def _is_value(name: str) -> bool:
@@ -331,7 +329,10 @@ def _is_value(name: str) -> bool:
 
 def _reason(error: BaseException) -> str:
     """What torch.load has met, behind its advice of several lines."""
-    found = re.search(r"WeightsUnpickler error: (.+?)(?: was not an allowed|\n|$)", str(error))
+    found = re.search(r"WeightsUnpickler error: Unsupported global: GLOBAL (\S+)", str(error))
+    if found:
+        return f"it holds {found[1]}; {_WAY_OUT}"
+    found = re.search(r"WeightsUnpickler error: (.+)", str(error))
     return found[1][:200] if found else first_line(error)
 
 

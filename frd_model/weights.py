@@ -151,12 +151,16 @@ def _storable(key: str, tensor: Tensor, half: bool) -> Tensor:
     return tensor
 
 
+def _plan(config: FRDNetConfig) -> State:
+    """Names and shapes of a net, without its memory."""
+    with torch.device("meta"):
+        return FRDNet(config).state_dict()
+
+
 def _check_own_names(config: FRDNetConfig, state: State) -> None:
     """What load_model will build must be what is written."""
-    with torch.device("meta"):
-        names = set(FRDNet(config).state_dict())
     try:
-        check_names(names, set(state))
+        check_names(set(_plan(config)), set(state))
     except ValueError as error:
         raise ValueError(
             f"model: its parameters are not those of its configuration: {error}; merge adapters and remove "
@@ -297,13 +301,12 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
     file = _expand(path)
     if not isinstance(encoder, MixTransformer):
         raise ValueError(f"{file}: encoder weights fit a MiT only, got {type(encoder).__name__}")
-    stored = read(file).state
-    namings = (huggingface_encoder, original_encoder)
-    naming, found = _best_fit(file, stored, encoder, namings)
+    own = encoder.state_dict()
+    naming, found = _best_fit(file, read(file).state, own, (huggingface_encoder, original_encoder))
     state = {k: v for k, v in found.state.items() if not k.startswith(_HEADS)}
     state = {k: v for k, v in state.items() if _stage_of(k) < len(encoder.stages)}
     _widen(encoder, state, naming(_FIRST_WEIGHT).names[0])
-    encoder.load_state_dict(_import(file, "encoder", encoder.state_dict(), state, naming))
+    encoder.load_state_dict(_import(file, "encoder", own, state, naming))
 
 
 def _stage_of(key: str) -> int:
@@ -336,10 +339,9 @@ def _own(key: str) -> Foreign:
     return Foreign((key,))
 
 
-def _best_fit(file: Path, state: State, module: nn.Module, namings: Sequence[Naming]) -> tuple[Naming, Fit]:
-    """The naming in which the file has most of the module's names, and what it has there."""
+def _best_fit(file: Path, state: State, own: State, namings: Sequence[Naming]) -> tuple[Naming, Fit]:
+    """The naming in which the file has most of the names of `own`, and what it has there."""
     found: list[tuple[Naming, Fit]] = []
-    own = [_own_name(key) for key in module.state_dict()]
     for naming in namings:
         try:
             names = {name for key in own for name in naming(key).names}
@@ -350,13 +352,14 @@ def _best_fit(file: Path, state: State, module: nn.Module, namings: Sequence[Nam
 
 
 def _fill(model: nn.Module, net: FRDNet, stored: State, file: Path) -> None:
-    naming, found = _best_fit(file, stored, net, (_own, released_model))
-    own = {_own_name(key): tensor for key, tensor in net.state_dict().items()}
+    sharded = _is_sharded(model)
+    own = _plan(net.config) if sharded else {_own_name(k): v for k, v in net.state_dict().items()}
+    naming, found = _best_fit(file, stored, own, (_own, released_model))
     state = _import(file, "FRDNet", own, found.state, naming)
     for key, tensor in state.items():
         if tensor.is_meta:
             raise ValueError(f"{file}: {key}: has no data (meta device)")
-    if _is_sharded(model):
+    if sharded:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         options = StateDictOptions(full_state_dict=True)
@@ -365,7 +368,7 @@ def _fill(model: nn.Module, net: FRDNet, stored: State, file: Path) -> None:
     # A net on the meta device has no memory to copy to: it takes the tensors themselves.
     meta = any(tensor.is_meta for tensor in own.values())
     if meta:
-        state = {key: tensor.to(own[key].dtype) for key, tensor in state.items()}
+        state = {key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}
     net.load_state_dict({key: state[_own_name(key)] for key in net.state_dict()}, assign=meta)
 
 
