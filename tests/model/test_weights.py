@@ -276,7 +276,7 @@ def test_every_wrapper_saves_and_loads(tmp_path: Path, wrapping: str) -> None:
 
 
 SHARDED = """
-import os, sys, torch
+import sys, torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -284,51 +284,44 @@ from torch.nn.parallel import DistributedDataParallel
 from frd_model import create_model, save_model
 from frd_model.weights import load_weights
 
-def work(rank, source, out):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
-    def net():
-        return create_model("frdnet_mit_b0", "lite", icm=False, stages=(1,), blocks=1)
-    def shard(model):
-        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-        return model
-    def flat(model):
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    for name, wrap in {
-        "ddp": DistributedDataParallel, "fsdp2": shard, "fsdp1": flat,
-    }.items():
-        model = wrap(net())
-        load_weights(model, source)
-        save_model(model, f"{out}/{name}.safetensors")
-        if name == "fsdp2":
-            torch.save(model.state_dict(), f"{out}/part{rank}.pth")
-            whole = net()
-            load_weights(whole, f"{out}/part{rank}.pth")
-            save_model(whole, f"{out}/gathered{rank}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
-
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, sys.argv[1:], 2)
+out, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+def net():
+    return create_model("frdnet_mit_b0", "lite", icm=False, stages=(1,), blocks=1)
+def shard(model):
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return model
+def flat(model):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+for name, wrap in {"ddp": DistributedDataParallel, "fsdp2": shard, "fsdp1": flat}.items():
+    model = wrap(net())
+    load_weights(model, f"{out}/source.safetensors")
+    save_model(model, f"{out}/{name}.safetensors")
+    if name == "fsdp2":
+        torch.save(model.state_dict(), f"{out}/part{rank}.pth")
+        whole = net()
+        load_weights(whole, f"{out}/part{rank}.pth")
+        save_model(whole, f"{out}/gathered{rank}.safetensors")
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
 def test_sharded_nets_save_and_load(tmp_path: Path) -> None:
     net = create_model("frdnet_mit_b0", "lite", icm=False, stages=(1,), blocks=1)
     save_model(net, tmp_path / "source.safetensors")
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(script),
-        str(tmp_path / "source.safetensors"),
-        str(tmp_path),
-    ]
     root = str(Path(sys.modules["frd_model"].__file__ or "").parents[1])
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root})
-    assert done.returncode == 0, done.stderr
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path), str(rank)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
     for name in ("ddp", "fsdp2", "fsdp1", "gathered0", "gathered1"):
         assert states_equal(load_model(tmp_path / f"{name}.safetensors"), net.state_dict()), name
     with pytest.raises(
