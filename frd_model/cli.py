@@ -58,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"frd {_version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    if not arguments:
-        parser.print_help(sys.stderr)
-        parser.exit(2)
     chosen: Any = None
     for name, (path, summary) in (COMMANDS | PASSED_ON).items():
         sub = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name == arguments[0]:
+        if name in arguments[:1]:
             chosen = importlib.import_module(path)
             chosen.add_arguments(sub)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     return _run(chosen, parser.parse_args(arguments))
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from frd_model.cli import COMMANDS, PASSED_ON, main
+from frd_model import cli, create_model
+from frd_model.cli import COMMANDS, PASSED_ON, Parser, main
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +55,149 @@ def test_a_bad_configuration_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     error = capsys.readouterr().err
     assert "unknown key optim.learning_rate" in error
     assert error.count("\n") == 1
+
+
+def test_without_a_command_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and not shown.out
+    assert all(f"    {name}" in shown.err for name in COMMANDS)
+
+
+def test_version_and_module_run() -> None:
+    expected = f"frd {cli._version()}\n"
+    assert expected.split()[1][0].isdigit()
+    code = "import sys; from frd_model.cli import main\n"
+    code += "try: main(['--version'])\nfinally: assert 'torch' not in sys.modules"
+    for arguments in (["-m", "frd_model", "--version"], ["-c", code]):
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    done = subprocess.run([sys.executable, "-m", "frd_model"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: frd" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fly"], "frd: argument COMMAND: invalid choice: 'fly'"),
+        (["predict", "a.png"], "frd predict: the following arguments are required: --out"),
+        (
+            ["predict", "a.png", "--out", "x", "--tile", "8"],
+            "frd predict: argument --tile: must be at least 64",
+        ),
+        (
+            ["predict", "a.png", "--out", "x", "--preset", "big"],
+            "frd predict: argument --preset: invalid choice: 'big'",
+        ),
+        (["data", "check"], "frd data check: one of the arguments"),
+        (["data"], "frd data: the following arguments are required: ACTION"),
+        (["info", "--yaml"], "frd info: unrecognized arguments: --yaml"),
+        (["--verbose"], "frd: "),
+    ],
+)
+def test_usage_errors_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+def test_paths_begin_at_home_and_types_have_public_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def _share(text: str) -> float:
+        return float(text)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = Parser(prog="frd")
+    sub = parser.add_subparsers().add_parser("x")
+    sub.add_argument("--out", type=Path)
+    sub.add_argument("--share", type=_share)
+    assert parser.parse_args(["x", "--out=~/a b"]).out == tmp_path / "a b"
+    assert parser.parse_args(["x", "--out", "~nobody-of-that-name/a"]).out == Path("~nobody-of-that-name/a")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["x", "--share", "much"])
+    assert capsys.readouterr().err.startswith("frd x: argument --share: invalid share value: 'much'")
+
+
+class OwnError(Exception):
+    """As libraries define them, outside Python's hierarchy."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("size: must be\npositive"), "frd x: size: must be positive"),
+        (OwnError("cannot decode"), "frd x: OwnError: cannot decode"),
+        (MemoryError(), "frd x: MemoryError"),
+        (ImportError("libGL.so.1 is missing"), "frd x: libGL.so.1 is missing"),
+        (OverflowError("too large"), "frd x: OverflowError: too large"),
+    ],
+)
+def test_errors_are_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise error
+
+    assert cli._run(SimpleNamespace(run=run), argparse.Namespace(command="x")) == 1
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise KeyError("lost")
+
+    with pytest.raises(KeyError):
+        cli._run(SimpleNamespace(run=run), argparse.Namespace(command="x"))
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    code = """
+import sys
+from types import SimpleNamespace
+from frd_model import cli
+
+def run(_):
+    for i in range(100000):
+        print(i)
+    return 0
+
+sys.exit(cli._run(SimpleNamespace(run=run), SimpleNamespace(command="x")))
+"""
+    command = ["sh", "-c", '"$0" -c "$1" | head -1', sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_a_foreign_checkpoint_is_used_by_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from frd_model.data.images import write_png
+
+    write_png(tmp_path / "photo.png", torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy())
+    state = create_model("frdnet_mit_b0", "lite").state_dict()
+    torch.save({"net": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "net.pth")
+    command = ["predict", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]
+    assert (
+        main(
+            [
+                *command,
+                "--checkpoint",
+                str(tmp_path / "net.pth"),
+                "--model",
+                "frdnet_mit_b0",
+                "--preset",
+                "lite",
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "out" / "photo_mask.png").is_file()
+    capsys.readouterr()
+    assert main([*command, "--checkpoint", str(tmp_path / "net.pth")]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "assumed was preset 'released'" in error and "(--model, --preset)" in error and error.count("\n") == 1
+    )
 
 
 def test_info_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from frd_model import PRESETS, FRDNetConfig
 
@@ -72,3 +74,28 @@ def test_refuses_in_one_line(values: dict[str, Any], message: str) -> None:
 def test_needs_a_mapping() -> None:
     with pytest.raises(TypeError, match="a mapping is needed, got list"):
         FRDNetConfig.from_dict([("blocks", 2)])  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_and_torch_become_pythons() -> None:
+    given = FRDNetConfig(
+        stages=np.array([1, 2]),  # type: ignore[arg-type]
+        blocks=np.int64(2),  # type: ignore[arg-type]
+        drop_path=np.float32(0.25),  # type: ignore[arg-type]
+        icm=np.bool_(False),  # type: ignore[arg-type]
+        grids=np.array([[8, 8], [4, 4], [2, 1]]),  # type: ignore[arg-type]
+        decoder_widths=[np.int32(8), torch.tensor(4)],  # type: ignore[arg-type]
+        mlp_ratio=np.array(2.0),  # type: ignore[arg-type]
+        encoder=np.str_("mit_b0"),
+    )
+    plain = FRDNetConfig("mit_b0", (1, 2), 0.25, blocks=2, icm=False, decoder_widths=(8, 4), mlp_ratio=2.0)
+    assert given == plain and hash(given) == hash(plain)
+    assert FRDNetConfig.from_dict(json.loads(json.dumps(given.to_dict()))) == plain
+    assert PRESETS["lite"].replace(blocks=np.uint8(1)).blocks == 1
+    for values in (
+        {"blocks": np.float64(2.0)},
+        {"icm": np.int64(1)},
+        {"drop_path": np.nan},
+        {"layer_scale": np.inf},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(values))}: must"):
+            FRDNetConfig(**values)
