@@ -55,11 +55,12 @@ def marked_pixels(image: Image.Image) -> Bool:
         if samples.empty:
             return high
         raise MaskError(_complaint(samples))
-    # Where white is exact no compression was at work: a sample near black is then a label, as in 0, 1 and 255.
-    exact = not (high & (grey < _level(grey, white))).any()
     low = grey < _level(grey, white / 8)
-    if exact:
-        low &= grey == grey.min()
+    # Where white is exact no compression was at work: a flat area near black is a label, as in 0, 1 and 255.
+    if not (high & (grey < _level(grey, white))).any():
+        labels = low & (grey != grey.min())
+        if labels.any():
+            low &= ~(labels & _flat(grey))
     stray = ~(high | low)
     if stray.any():
         stray &= ~(_near(high) & _near(low))
@@ -132,6 +133,12 @@ def _white(values: npt.NDArray[Any]) -> float:
             if high <= white:
                 return float(white)
     raise MaskError(f"must hold samples in [0, {whites[-1]}], got {low} to {high}")
+
+
+def _flat(grey: npt.NDArray[Any]) -> Bool:
+    """Pixels of one value with the eight around them."""
+    values, kernel = grey.astype(np.float32), np.ones((3, 3), np.uint8)
+    return np.asarray(cv2.dilate(values, kernel) == cv2.erode(values, kernel))
 
 
 def _near(marked: Bool) -> Bool:

@@ -80,7 +80,9 @@ def _named_files(folder: Path, recursive: bool, other: Path) -> tuple[dict[str, 
 
 
 def _key(file: Path, folder: Path) -> str:
-    return unicodedata.normalize("NFC", file.relative_to(folder).with_suffix("").as_posix())
+    name = file.relative_to(folder).with_suffix("").as_posix()
+    # by the bytes on disk, which a process in another locale does not take for UTF-8
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def _match(photos: dict[str, Path], masks: dict[str, Path]) -> dict[str, Path]:

@@ -69,6 +69,8 @@ GOOD = {
     "palette_turned.png": lambda p: palette(~MASK, [(255, 255, 255), (0, 0, 0)]).save(p),
     "palette_4_bit.png": lambda p: palette(MASK * 7, [(0, 0, 0)] * 7 + [(255, 255, 255)] * 9).save(p, bits=4),
     "nearly.png": lambda p: Image.fromarray(np.where(MASK, 250, 4).astype(np.uint8)).save(p),
+    "one_bit_transparent.png": lambda p: Image.fromarray(MASK).save(p, transparency=0),
+    "palette_alpha.png": lambda p: palette(MASK, [(255, 255, 255)] * 2).save(p, transparency=b"\x00\xff"),
     "off_white.png": lambda p: Image.fromarray(
         np.where(MASK[..., None], (255, 250, 240), 0).astype(np.uint8)
     ).save(p),
@@ -252,6 +254,14 @@ def test_soft_edges(tmp_path, method, factor):
     small.save(tmp_path / "a.png")
     assert len(np.unique(np.asarray(small))) > 3
     np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), np.asarray(small) > 127)
+
+
+@pytest.mark.parametrize(("dark", "light"), [(9, 1), (1, 9), (9, 9)])
+def test_noise_is_no_label(tmp_path, dark, light):
+    rng = np.random.default_rng(0)
+    noisy = np.where(MASK, 256 - rng.integers(1, light + 1, MASK.shape), rng.integers(0, dark, MASK.shape))
+    Image.fromarray(noisy.astype(np.uint8)).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), MASK)
 
 
 def test_one_soft_side_alone(tmp_path):
