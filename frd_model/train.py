@@ -41,7 +41,6 @@ from frd_model.train_data import (
     describe,
     digest,
     failure,
-    inverted_masks,
     open_data,
     pairs_of,
     start_worker,
@@ -363,13 +362,13 @@ class Trainer:
 
     def _check_sets(self) -> None:
         """Say before the first epoch what the sets can neither teach nor tell."""
-        pairs = pairs_of(self.train_data)
-        if pairs and all(pair.mask is None for pair in pairs):
+        training = pairs_of(self.train_data)
+        if training is not None and all(pair.mask is None for pair in training.pairs):
             _warn("no training photo has a mask: the network can only learn to mark nothing")
-        for part, data in (("training", self.train_data), ("validation", self.val_data)):
-            line = inverted_masks(data)
-            if line:
-                _warn(f"{part} set: {line}")
+        for part, pairs in (("training", training), ("validation", pairs_of(self.val_data))):
+            inverted = pairs.inverted_masks() if pairs is not None else ""
+            if inverted:
+                _warn(f"{part} set: {inverted}; data.invert_masks turns them round")
         self.selects = self._can_select()
         if not self.selects:
             _warn(
@@ -380,7 +379,7 @@ class Trainer:
     def _can_select(self) -> bool:
         pairs = pairs_of(self.val_data)
         for index in range(len(self.val_data)):
-            if pairs and pairs[index].mask is None:
+            if pairs is not None and pairs.pairs[index].mask is None:
                 continue
             try:
                 mask = self.val_data.load(index)[1]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from frd_model.data.augment import Augmentation
-from frd_model.data.dataset import FolderDataset, ForgeryDataset, JsonDataset, Pair, PairDataset
+from frd_model.data.dataset import FolderDataset, ForgeryDataset, JsonDataset, PairDataset
 from frd_model.data.files import describe_skipped
 from frd_model.data.forge import ForgeOptions
 from frd_model.data.photos import sample_photos
@@ -181,16 +181,10 @@ def split(pairs: PairDataset, share: float, seed: int) -> tuple[PairDataset, Pai
     return training, validation
 
 
-def pairs_of(data: Any) -> list[Pair] | None:
-    """The files of a set, or None for generated photos."""
+def pairs_of(data: Any) -> PairDataset | None:
+    """The files behind a set, or None for generated photos."""
     data = data.pairs if isinstance(data, TrainingPairs) else data
-    return data.pairs if isinstance(data, PairDataset) else None
-
-
-def inverted_masks(data: Any) -> str:
-    """The line of `PairDataset.inverted_masks`; "" for generated photos."""
-    data = data.pairs if isinstance(data, TrainingPairs) else data
-    return data.inverted_masks() if isinstance(data, PairDataset) else ""
+    return data if isinstance(data, PairDataset) else None
 
 
 def digest(data: Any) -> str:
@@ -198,7 +192,7 @@ def digest(data: Any) -> str:
     pairs = pairs_of(data)
     if pairs is None:
         return ""
-    lines = [f"{pair.image.name}\0{pair.mask.name if pair.mask else ''}" for pair in pairs]
+    lines = [f"{pair.image.name}\0{pair.mask.name if pair.mask else ''}" for pair in pairs.pairs]
     return f"{len(lines)} photos ({hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]})"
 
 
@@ -207,7 +201,7 @@ def describe(data: Any) -> str:
     pairs = pairs_of(data)
     if pairs is None:
         return f"{len(data)} generated photos"
-    return f"{len(pairs)} photos, {sum(pair.mask is not None for pair in pairs)} of them with a mask"
+    return f"{len(pairs)} photos, {sum(pair.mask is not None for pair in pairs.pairs)} of them with a mask"
 
 
 def forge_options(values: dict[str, Any]) -> ForgeOptions:

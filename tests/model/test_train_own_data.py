@@ -151,6 +151,21 @@ def test_a_set_that_cannot_choose_is_said_before_training(
     assert all(torch.isfinite(value).all() for value in weights(run).values())
 
 
+def test_inverted_masks_are_warned_of_and_can_be_turned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = make_plain(tmp_path, 3)
+    for path in (tmp_path / "masks").iterdir():
+        mask = np.full((40, 40), 255, np.uint8)
+        mask[:8, :8] = 0
+        Image.fromarray(mask).save(path)
+    assert train(tmp_path / "run", *flags) == 0
+    assert "training set: 2 of 2 masks read mark more than half" in capsys.readouterr().err
+    turned = ["--set", "data.invert_masks=true", "--overwrite"]
+    assert train(tmp_path / "run", *flags, *turned) == 0
+    assert "more than half" not in capsys.readouterr().err
+
+
 def test_undefined_figures_never_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter(
         [
