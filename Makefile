@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --root-user-action=ignore --disable-pip-version-check -c constraints.txt
 STEP := tools/step.sh
 CORES := $(shell nproc 2>/dev/null || echo 1)
-SOURCES := $(shell find csrc frd_kernels frd_model benchmarks build_backend -type f ! -name '*.so' ! -name '*.pyc') \
+SOURCES := $(shell find csrc frd_kernels frd_model build_backend -type f ! -name '*.so' ! -name '*.pyc') \
            CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
 

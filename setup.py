@@ -125,11 +125,7 @@ def replace_file(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 setup(
-    packages=[
-        *find_packages(include=["frd_kernels*", "frd_model*"]),
-        *(f"frd_kernels.{name}" for name in find_packages(include=["benchmarks*"])),
-    ],
-    package_dir={"frd_kernels.benchmarks": "benchmarks"},
+    packages=find_packages(include=["frd_kernels*", "frd_model*"]),
     package_data={"frd_kernels": ["py.typed"], "frd_model": ["py.typed", "assets/*", "configs/*"]},
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -1,1 +1,1 @@
-"""Kernel benchmarks: `python -m benchmarks.cpu` in the source tree, `frd bench` once installed."""
+"""Benchmarks of frd_kernels and frd_model, run from a source checkout: `python -m benchmarks --help`."""

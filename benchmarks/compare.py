@@ -1,36 +1,58 @@
-"""`frd bench compare A.json B.json`: what has changed from one result file to another.
+"""What has changed: `compare A.json B.json` between two result files, `compare --base REV` between this tree and
+another git revision, built in a worktree and run interleaved with this one.
 
-The headline is the normalised ratio: how much faster than the rival B is, over how much faster than the rival A is. The
-rival ran in turns with ours, so it cancels what the machine did to both. Above 1 B is the faster one.
+Between files the headline is the normalised ratio: how much faster than the baseline B is, over how much faster than
+the baseline A is. The baseline was interleaved with ours, so that it cancels what the machine did to both. Above 1 B
+is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import math
+import os
 import pathlib
 import statistics
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TextIO
 
-Key = tuple[str, str, str, str]  # device, our backend, timing, name of the case
-Range = tuple[float, float, float]  # p10, median, p90
+from .machine import ROOT, keep_memory
+
+# Device, our backend, timing, name of the case.
+Key = tuple[str, str, str, str]
+# p10, median, p90.
+Range = tuple[float, float, float]
 
 WITHIN_NOISE, BUSY = "within noise", "unsure on a busy machine"
 CHANGED = ("faster", "slower")
+THRESHOLD = 0.05
+TURNS, BLOCK_S, MAX_CALLS = 20, 0.02, 20
+# After its turn, in which the threads of a parallel loop stop spinning.
+PAUSE_S = 0.01
+
+
+class CompareError(RuntimeError):
+    """The comparison cannot be made, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One case in both files. `plain` is A's median of ours over B's, `normalised` the same in units of the rival."""
+    """One case in both files. `plain` is A's median of ours over B's, `normalised` the same in units of the
+    baseline, `noise` the larger A/A spread."""
 
     key: Key
     plain: float
     normalised: float
-    noise: float  # the larger A/A spread
+    noise: float
     verdict: str
 
     @property
@@ -43,20 +65,19 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     """A result file.
 
     Raises:
-        ValueError: it is none.
+        CompareError: it is none.
     """
     try:
         report = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"a result file must be readable JSON, got {path}: {error}") from None
+        raise CompareError(f"a result file must be readable JSON, got {path}: {error}") from None
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list):
-        raise ValueError(f"a result file holds a list `cases`, {path} does not")
+        raise CompareError(f"a result file contains a list `cases`, {path} does not")
     return report
 
 
 def records(report: dict[str, Any], only: str = "") -> dict[Key, dict[str, Any]]:
-    """A record for each of our backends in the cases whose name holds `only`; files of earlier versions know the CPU
-    alone."""
+    """A record for each of our backends in the cases whose name contains `only`."""
     found: dict[Key, dict[str, Any]] = {}
     for record in report["cases"]:
         if only not in record["name"]:
@@ -69,13 +90,13 @@ def records(report: dict[str, Any], only: str = "") -> dict[Key, dict[str, Any]]
 
 
 def _range(record: dict[str, Any]) -> Range:
-    """p10, median and p90 of ours, in units of the rival's median in the same series."""
-    ours, rival = record["ours_ms"], record["rival_ms"]["median"]
-    return ours["p10"] / rival, ours["median"] / rival, ours["p90"] / rival
+    """Of ours, in units of the baseline's median in the same series."""
+    ours, baseline = record["ours_ms"], record["baseline_ms"]["median"]
+    return ours["p10"] / baseline, ours["median"] / baseline, ours["p90"] / baseline
 
 
 def judge(a: Range, b: Range, noise: float, threshold: float) -> tuple[float, str]:
-    """A's median over B's, and what that says. Noise is a difference below the A/A spreads, or medians of which each
+    """A's median over B's, and what that says. Noise is a difference below the A/A spread, or medians of which each
     lies between the other's p10 and p90."""
     (a_low, a_median, a_high), (b_low, b_median, b_high) = a, b
     ratio = a_median / b_median
@@ -87,14 +108,13 @@ def judge(a: Range, b: Range, noise: float, threshold: float) -> tuple[float, st
 
 
 def change(key: Key, a: dict[str, Any], b: dict[str, Any], threshold: float) -> Change:
-    """Compares two records."""
     plain = a["ours_ms"]["median"] / b["ours_ms"]["median"]
     noise = max(a["aa_spread"], b["aa_spread"])
     normalised, verdict = judge(_range(a), _range(b), noise, threshold)
     if verdict in CHANGED and not (a.get("quiet", True) and b.get("quiet", True)):
         verdict = f"{BUSY}, else {verdict}"
-    if a["rival"] != b["rival"]:
-        verdict += f" (another rival: {a['rival']} / {b['rival']})"
+    if a["baseline"] != b["baseline"]:
+        verdict += f" (another baseline: {a['baseline']} / {b['baseline']})"
     return Change(key, plain, normalised, noise, verdict)
 
 
@@ -104,7 +124,8 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
 
     def fact(section: str, name: str) -> Any:
         known = machine.get(section)
-        return known.get(name) if isinstance(known, dict) else None  # a text where it could not be found out
+        # A text where it could not be found out.
+        return known.get(name) if isinstance(known, dict) else None
 
     return {
         "CPU": fact("machine", "cpu"),
@@ -115,48 +136,299 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
     } | {name: fact("versions", name) for name in ("python", "torch", "triton")}
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """In which of these facts the files differ, and which of them was taken on a busy machine."""
+def warnings_of(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
+    """The facts in which the files differ, and which of them was measured on a busy machine."""
     first, second = facts(a), facts(b)
-    found = [f"{name}: {first[name]} / {second[name]}" for name in first if first[name] != second[name]]
-    found += [
-        f"{name} was measured on a busy machine"
-        for name, r in (("A", a), ("B", b))
-        if not r.get("quiet", True)
-    ]
-    return found
+    yield from (f"{name}: {first[name]} / {second[name]}" for name in first if first[name] != second[name])
+    for name, report in (("A", a), ("B", b)):
+        if not report.get("quiet", True):
+            yield f"{name} was measured on a busy machine"
 
 
 def geomean(ratios: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
-def lines(
-    a: dict[str, Any], b: dict[str, Any], changes: list[Change], missing: dict[str, list[Key]]
-) -> Iterator[str]:
-    """The comparison in words, the worst case first."""
-    for name, report in (("A", a), ("B", b)):
-        yield f"{name}: {report.get('when', 'no date')}, revision {report.get('revision', 'unknown')[:12]}"
-    for difference in differences(a, b):
-        yield f"WARNING: {difference}"
+def print_changes(changes: list[Change]) -> None:
+    """The worst case first."""
     width = max((len(each.name) for each in changes), default=0)
-    yield f"{'case':{width}} {'A/B':>8} {'normalised':>11} {'noise':>7}  verdict"
+    print(f"{'case':{width}} {'A/B':>8} {'normalised':>11} {'noise':>7}  verdict")
     for each in changes:
-        yield (
-            f"{each.name:{width}} {each.plain:7.3f}x {each.normalised:10.3f}x {100 * each.noise:6.1f}%  "
-            f"{each.verdict}"
-        )
-    for name, keys in missing.items():
-        for key in keys:
-            yield f"only in {name}: {', '.join(key)}"
-    if changes:
-        yield (
-            f"{len(changes)} cases: geomean {geomean(c.plain for c in changes):.3f}x, normalised "
-            f"{geomean(c.normalised for c in changes):.3f}x; worst {changes[0].normalised:.3f}x ({changes[0].name})"
+        print(
+            f"{each.name:{width}} {each.plain:7.3f}x {each.normalised:10.3f}x {100 * each.noise:6.1f}%  {each.verdict}"
         )
 
 
-def _share(text: str) -> float:
+def compare_files(options: argparse.Namespace) -> int:
+    """Prints the comparison. Returns the exit status: 1 where a case is slower than `--fail-below` allows.
+
+    Raises:
+        CompareError: a file is no result file, or the files have no case in common.
+    """
+    a, b = map(load, options.files)
+    first, second = records(a, options.only), records(b, options.only)
+    common = [key for key in first if key in second]
+    if not common:
+        raise CompareError(f"the files have no case in common that contains {options.only!r} in its name")
+    changes = [change(key, first[key], second[key], options.threshold) for key in common]
+    changes.sort(key=lambda each: each.normalised)
+    for name, report in (("A", a), ("B", b)):
+        print(f"{name}: {report.get('when', 'no date')}, revision {report.get('revision', 'unknown')[:12]}")
+    for text in warnings_of(a, b):
+        print(f"WARNING: {text}")
+    print_changes(changes)
+    for name, own, other in (("A", first, second), ("B", second, first)):
+        for key in own:
+            if key not in other:
+                print(f"only in {name}: {', '.join(key)}")
+    plain, normalised = (geomean(getattr(c, name) for c in changes) for name in ("plain", "normalised"))
+    print(
+        f"{len(changes)} cases: geomean {plain:.3f}x, normalised {normalised:.3f}x; worst "
+        f"{changes[0].normalised:.3f}x ({changes[0].name})"
+    )
+    if options.fail_below is None:
+        return 0
+    sure = (each for each in changes if not each.verdict.startswith((WITHIN_NOISE, BUSY)))
+    return int(any(each.normalised < options.fail_below for each in sure))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Of one case, in milliseconds: REV's median over ours, the spread of two halves of one tree's own blocks."""
+
+    ours: float
+    base: float
+    ratio: float
+    spread: float
+    verdict: str
+
+
+class Tree:
+    """A process that builds, checks and times the cases on the package `frd_kernels` in the folder `package`, with the
+    benchmark code of this tree. It starts when it is first asked, and anew after it has crashed."""
+
+    def __init__(self, package: pathlib.Path, folder: pathlib.Path, threads: int) -> None:
+        folder.mkdir()
+        (folder / "frd_kernels").symlink_to(package.resolve())
+        (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+        self.folder, self.threads = folder, threads
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+        """The answer; with "error" where the process failed at it, or ended."""
+        process = self.process = self.process or self._start()
+        assert process.stdin and process.stdout
+        # The empty answer tells.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        status = process.wait()
+        self.process = None
+        return {"error": f"the process ended with status {status}"}
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self.threads)],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(self.folder)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Tree:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+
+
+class Worker:
+    """The other end of `Tree`: answers "list", "build" and "time" with its own `frd_kernels`."""
+
+    def __init__(self) -> None:
+        self.call: Any = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        actions: dict[str, Callable[..., dict[str, Any]]] = {
+            "list": self.list,
+            "build": self.build,
+            "time": self.time,
+        }
+        try:
+            return actions[request.pop("do")](**request)
+        # Whatever another revision's kernels raise.
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        finally:
+            time.sleep(PAUSE_S)
+
+    def list(self, only: str, quick: bool) -> dict[str, Any]:
+        from .registry import cases
+
+        return {"cases": [case.name for case in cases("cpu", only, quick)]}
+
+    def build(self, name: str) -> dict[str, Any]:
+        """Gate first. Baselines are not timed, so none is compiled."""
+        from .gate import gate
+        from .registry import cases
+        from .timing import timed, warm_up
+
+        self.call = None
+        (case,) = (case for case in cases("cpu") if case.name == name)
+        case = dataclasses.replace(case, compiled=())
+        impls = case.build(case)
+        gate(case, impls)
+        self.call = next(iter(impls.ours.values()))
+        del impls
+        gc.collect()
+        warm_up(self.call, 5)
+        return {"seconds": timed(self.call)}
+
+    def time(self, calls: int) -> dict[str, Any]:
+        """The first call finds what the other process has left in the caches, and is not counted."""
+        from .timing import timed
+
+        self.call()
+        return {"seconds": [timed(self.call) for _ in range(calls)]}
+
+
+def serve(source: TextIO, target: TextIO) -> None:
+    worker = Worker()
+    for line in source:
+        print(json.dumps(worker.answer(json.loads(line))), file=target, flush=True)
+
+
+def compare_case(ours: Tree, base: Tree, name: str, turns: int = TURNS) -> Result | str:
+    """The case in both trees, of which one computes at a time, or why one of them cannot run it."""
+    first = {}
+    for label, tree in (("this tree", ours), ("the base", base)):
+        first[label] = tree.ask("build", name=name)
+        if "error" in first[label]:
+            return f"{label} cannot run it: {first[label]['error']}"
+    slower = max(answer["seconds"] for answer in first.values())
+    calls = max(1, min(MAX_CALLS, round(BLOCK_S / slower)))
+    blocks: dict[Tree, list[list[float]]] = {ours: [], base: []}
+    for turn in range(turns):
+        for tree in (ours, base) if turn % 2 == 0 else (base, ours):
+            answer = tree.ask("time", calls=calls)
+            if "error" in answer:
+                return f"{'this tree' if tree is ours else 'the base'} failed: {answer['error']}"
+            blocks[tree].append(answer["seconds"])
+    return result(blocks[ours], blocks[base])
+
+
+def result(ours: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Result:
+    """From the seconds in each block of either tree."""
+    from .timing import summarize
+
+    mine, other = (summarize([s for block in blocks for s in block]) for blocks in (ours, base))
+    noise = max(spread(ours), spread(base))
+    before, now = ((times.p10, times.median, times.p90) for times in (other, mine))
+    ratio, verdict = judge(before, now, noise, THRESHOLD)
+    return Result(mine.median, other.median, ratio, noise, verdict)
+
+
+def spread(blocks: Sequence[Sequence[float]]) -> float:
+    """One tree against itself: its blocks dealt in turns to two series."""
+    even, odd = (statistics.median(s for block in blocks[i::2] for s in block) for i in (0, 1))
+    return abs(even / odd - 1)
+
+
+def git(root: pathlib.Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise CompareError(f"git {arguments[0]}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def built(root: pathlib.Path, revision: str, folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The package `frd_kernels` of a revision, with its CPU library."""
+    tree = folder / "tree"
+    git(root, "worktree", "add", "--detach", str(tree), revision)
+    try:
+        build(tree)
+        yield tree / "frd_kernels"
+    finally:
+        subprocess.run(["git", "-C", str(root), "worktree", "remove", "--force", str(tree)], check=False)
+        subprocess.run(["git", "-C", str(root), "worktree", "prune"], check=False)
+
+
+def build(tree: pathlib.Path) -> None:
+    """By the revision's own setup.py, with this Python and its torch."""
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"],
+        cwd=tree,
+        env=os.environ | {"FRD_CUDA": "OFF", "PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        last = "\n".join(done.stdout.splitlines()[-30:])
+        raise CompareError(f"the revision does not build:\n{last}")
+
+
+def warn_if_stale(package: pathlib.Path) -> None:
+    """A library that is older than its sources would be measured in place of them."""
+    library = package / "libfrd_cpu.so"
+    newest = max((ROOT / "csrc").rglob("*.*"), key=lambda path: path.stat().st_mtime)
+    if library.exists() and newest.stat().st_mtime > library.stat().st_mtime:
+        print(f"WARNING: {library} is older than {newest.relative_to(ROOT)}: build this tree first")
+
+
+def print_results(ours: Tree, base: Tree, only: str, quick: bool) -> int:
+    """Measures and prints; returns how many cases could be measured."""
+    names = ours.ask("list", only=only, quick=quick)["cases"]
+    width, ratios = max(map(len, names), default=0), []
+    print(f"{'case':{width}} {'ours ms':>9} {'base ms':>9} {'ratio':>8} {'A/A':>6}  verdict", flush=True)
+    for name in names:
+        found = compare_case(ours, base, name)
+        if isinstance(found, str):
+            print(f"{name:{width}} {found}", flush=True)
+            continue
+        ratios.append(found.ratio)
+        times = f"{found.ours:9.3f} {found.base:9.3f} {found.ratio:7.3f}x {100 * found.spread:5.1f}%"
+        print(f"{name:{width}} {times}  {found.verdict}", flush=True)
+    if ratios:
+        print(f"{len(ratios)} cases: geomean {geomean(ratios):.3f}x, worst {min(ratios):.3f}x")
+    return len(ratios)
+
+
+def compare_revision(options: argparse.Namespace) -> int:
+    """Returns the exit status: 1 where nothing could be compared.
+
+    Raises:
+        CompareError: the revision is unknown or does not build.
+    """
+    import frd_kernels
+
+    package = pathlib.Path(frd_kernels.__file__).parent
+    revision = git(ROOT, "rev-parse", "--verify", "--end-of-options", f"{options.base}^{{commit}}")
+    warn_if_stale(package)
+    with tempfile.TemporaryDirectory(prefix="frd-compare-") as name:
+        folder = pathlib.Path(name)
+        print(f"building {options.base} ({revision[:12]}) for the CPU", flush=True)
+        with (
+            built(ROOT, revision, folder) as base_package,
+            Tree(package, folder / "ours", options.threads) as ours,
+            Tree(base_package, folder / "base", options.threads) as base,
+        ):
+            print(f"ours: {package}; base: {options.base}; above 1 ours is faster", flush=True)
+            return 0 if print_results(ours, base, options.only, options.quick) else 1
+
+
+def fraction(text: str) -> float:
     """ "5%" or "0.05" -> 0.05."""
     number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     if not 0 <= number < 1:
@@ -164,46 +436,47 @@ def _share(text: str) -> float:
     return number
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where a case is slower than `--fail-below` allows, 2 for files without a case in
-    common."""
-    parser = argparse.ArgumentParser(
-        prog="frd bench compare", description="what has changed from A to B; above 1 B is the faster one"
-    )
-    parser.add_argument("a", type=pathlib.Path, metavar="A.json")
-    parser.add_argument("b", type=pathlib.Path, metavar="B.json")
-    parser.add_argument("--only", default="", help="the cases whose name holds this text")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="A.json B.json", help="result files")
+    parser.add_argument("--base", metavar="REV", help="instead of files: a git revision")
+    parser.add_argument("--only", default="", help="the cases whose name contains this text")
+    parser.add_argument("--quick", action="store_true", help="with --base: the essential cases")
+    parser.add_argument("--threads", type=int, default=2, help="with --base: CPU threads (default 2)")
     parser.add_argument(
-        "--threshold", type=_share, default=0.05, help="smaller changes are not called one (default 5%%)"
+        "--threshold", type=fraction, default=THRESHOLD, help="smaller changes are not called one (5%%)"
     )
     parser.add_argument(
         "--fail-below",
         type=float,
         metavar="RATIO",
-        help="exit status 1 if the normalised ratio of a case is smaller, beyond noise and on a quiet machine",
+        help="exit status 1 if a file's case is slower, beyond noise and on a quiet machine",
     )
-    options = parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status: 2 where the comparison cannot be made."""
+    if (options.base is None) == (len(options.files) != 2):
+        print("compare: give two result files, or --base REV", file=sys.stderr)
+        return 2
     try:
-        a, b = load(options.a), load(options.b)
-    except ValueError as error:
-        parser.error(str(error))
-    first, second = records(a, options.only), records(b, options.only)
-    common = [key for key in first if key in second]
-    if not common:
-        parser.error(f"the files have no case in common that holds {options.only!r} in its name")
-    changes = [change(key, first[key], second[key], options.threshold) for key in common]
-    changes.sort(key=lambda each: each.normalised)
-    missing = {
-        "A": [key for key in first if key not in second],
-        "B": [key for key in second if key not in first],
-    }
-    print("\n".join(lines(a, b, changes, missing)))
-    if options.fail_below is None:
-        return 0
-    sure = (each for each in changes if not each.verdict.startswith((WITHIN_NOISE, BUSY)))
-    failed = [each for each in sure if each.normalised < options.fail_below]
-    return 1 if failed else 0
+        return compare_files(options) if options.base is None else compare_revision(options)
+    except CompareError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+
+
+def main() -> None:
+    """Serves the requests of a `Tree`; the argument is the number of threads."""
+    import torch
+
+    with os.fdopen(os.dup(1), "w") as answers:
+        # What else is printed must not get between the answers.
+        os.dup2(2, 1)
+        gc.disable()
+        torch.set_num_threads(int(sys.argv[1]))
+        keep_memory()
+        serve(sys.stdin, answers)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,66 +1,663 @@
-"""FRD-Net as a whole, with our layers against eager PyTorch: `python -m benchmarks.model --help`.
+"""FRD-Net as a whole, our layers against eager PyTorch with the same weights: latency interleaved (A B B A), images a
+second, peak memory, a training step; parameters and multiply-accumulates (`--count`).
 
-Both nets have the same weights; every side runs in the memory layout that is faster for it, chosen by a pilot run.
-Latency by turns (A B B A), images a second, peak memory, a training step, the share of time of each component. On a
-CPU whatever no longer fits into `--limit` is listed under `left_out`, the large batches first.
+Every implementation runs in the memory layout that a pilot run found faster for it. A residual scale of 1e-5, as at
+the start of training, would hide any error of the FRD blocks from the logits, so the scales are 1 here. The arg-max of
+the clustering makes the output jump: images in which float64 finds a token whose two best cosines nearly tie are
+skipped, because rounding would decide there in any implementation.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import ctypes
 import dataclasses
-import datetime
 import functools
 import gc
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from frd_kernels.info import collect
+import frd_kernels as fk
+from frd_model import FRDNet, create_model
+from frd_model.complexity import count_macs, count_parameters
+from frd_model.losses import FRDLoss
 
-from . import components, model_memory
-from .clock import machine_state
-from .cuda import full_float32
-from .gate import GateError, one_line
-from .harness import keep_memory
-from .measure import load_limit
-from .model_sides import VARIANTS, Subject
-from .model_timing import (
-    Setting,
-    Side,
-    build_sides,
-    case_of,
-    check_inference,
-    check_training,
-    compare_sides,
-    peak_bytes_on_gpu,
-    timings_of,
-)
-from .revision import revision
-from .timing import CannotTime
+from . import baselines
+from .gate import GateError, allowed_error, one_line, poisoned, relative_error
+from .machine import ROOT, cpu_threads, frame, keep_memory, load_limit, machine_state, write_json
+from .registry import LAYOUTS, Call, Case, Context, Impls, own_backends
+from .timing import CannotTime, CudaGraph, CudaWall, Wall, compare_all, full_float32
+
+VARIANTS = {"paper": "frdnet_mit_b2", "released": "frdnet_mit_b2", "lite": "frdnet_mit_b0"}
+OPS = ("pdc2d", "pdc_weight", "pdc_block", "icm")
+# For each `variant` of the ICM its eager forms, first the one that its authors or users write.
+ICM_FORMS: dict[str, dict[str, Callable[..., Tensor]]] = {
+    "released": {"eager": baselines.icm_products, "eager, gather and scatter_add": baselines.icm_gather},
+    "paper": {"eager": baselines.icm_dense},
+}
+FOLDED = "folded"
+# A difference of cosines that float32 might reverse.
+NEAR_TIE = 1e-5
+TRIES = 64
+# Below this size the presets' first round would have more centres than tokens, so that every image had ties.
+SMALL_SIZE, SMALL_GRIDS = 256, ((2, 2), (2, 1), (1, 1))
+# What no net that computes the right thing reaches. Far above a kernel's cap, because the library's layers around ours
+# err too: GroupNorm on the CPU sums a channels_last image in one chain (2e-5 at 1024 x 1024, ours and eager alike),
+# and in 16 bit all roundings of a net add up to some hundredths.
+CAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# Of gradients: a ReLU of the decoder whose input the last bit moves across zero changes what flows into every layer
+# before it, in the eager net by the same amount (nearly 1e-2 was seen).
+GRADIENT_CAP = {torch.float32: 5e-2, torch.bfloat16: 2e-1}
 
 CPU_LIMIT_S = 300.0
-# Of one record, in forward passes: gate, pilot, five turns of each pair and their warm-up.
-CALLS_OF_A_RECORD = 60
-CALLS_OF_A_BATCH = 32  # likewise, against one rival and in known layouts
-CALLS_OF_A_STEP = 180
-COMPILE_S = 45
+# Of one record, in forward passes: gate, pilot, the turns of each pair and their warm-up.
+CALLS, CALLS_OF_A_BATCH, CALLS_OF_A_STEP, COMPILE_S = 60, 32, 180, 45
+SLOW_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How a net is measured. At most `baselines` baselines and `backends` of ours take part: a large net compiles
+    dozens of Triton kernels. `budget_s` is that of one comparison."""
+
+    batch: int
+    mode: str = "forward"  # or "training step"
+    execution: str = "eager"  # or "compiled"
+    dtype: torch.dtype = torch.float32
+    budget_s: float = 6.0
+    baselines: int = 9
+    backends: int = 9
+
+
+@dataclasses.dataclass
+class Net:
+    """A model in a layout, to be called within its context; `source` is the same model, not compiled."""
+
+    model: nn.Module
+    source: nn.Module
+    layout: str
+    call: Call
+    context: Context = contextlib.nullcontext
+
+
+def build_model(variant: str, seed: int = 0, /, **overrides: Any) -> FRDNet:
+    """The preset with random weights, in eval mode, without stochastic depth; overrides as in `create_model`."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options = {"drop_path": 0.0, "layer_scale": 1.0, **overrides}
+        model = create_model(VARIANTS[variant], preset=variant, **options)
+    return model.eval()
+
+
+class EagerICM(nn.Module):
+    """An `fk.ICM` computed by one of the eager forms. [B, C, H, W] -> [B, C, H, W]."""
+
+    def __init__(self, icm: fk.ICM, form: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.icm, self.form = icm, form
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounds: list[Any] = list(self.icm.rounds)
+        projections = [(p.key.weight, p.key.bias, p.value.weight, p.value.bias) for p in rounds]
+        return self.form(x, projections, self.icm.alpha, self.icm.beta, self.icm.grids)
+
+
+class EagerDPM(nn.Module):
+    """An `fk.DPM` in eager PyTorch. [B, C, H, W] -> [B, C, H, W]."""
+
+    def __init__(self, dpm: fk.DPM) -> None:
+        super().__init__()
+        self.dpm = dpm
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.dpm.angular, self.dpm.central
+        weights = first.pdc.weight, first.point.weight, second.pdc.weight, second.point.weight
+        return baselines.dpm(x, *weights)
+
+
+class EagerStemPDC(nn.Module):
+    """A dense, replicate-padded `fk.PDC2d` in eager PyTorch. [B, C, H, W] -> [B, O, H, W]."""
+
+    def __init__(self, pdc: fk.PDC2d) -> None:
+        super().__init__()
+        if pdc.kind not in ("angular", "central") or pdc.groups != 1 or pdc.bias is not None:
+            raise ValueError(f"pdc must be a dense angular or central layer without bias, got {pdc}")
+        self.pdc = pdc
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.pdc.weight
+        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        if self.pdc.kind == "angular":
+            return F.conv2d(padded, baselines.angular_weight(weight))
+        return F.conv2d(padded, weight) - F.conv2d(x, weight.sum((2, 3), keepdim=True))
+
+
+def swap_layers(model: nn.Module, form: Callable[..., Tensor]) -> None:
+    """Replaces our layers by eager ones, in place; layers that were folded before stay."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, fk.ICM):
+                setattr(parent, name, EagerICM(child, form))
+            elif isinstance(child, fk.DPM) and isinstance(child.angular, fk.PDCBlock2d):
+                setattr(parent, name, EagerDPM(child))
+        if isinstance(parent, nn.ModuleList):
+            for index, child in enumerate(parent):
+                if isinstance(child, fk.PDC2d):
+                    parent[index] = EagerStemPDC(child)
+
+
+def baselines_of(model: FRDNet, training: bool = False) -> dict[str, nn.Module]:
+    """Name -> a copy of the model in eager PyTorch. `folded`, whose difference convolutions were converted to plain
+    ones beforehand, is for inference only."""
+    forms = ICM_FORMS[model.config.variant]
+    found: dict[str, nn.Module] = {}
+    for name, form in forms.items():
+        found[name] = copy.deepcopy(model)
+        swap_layers(found[name], form)
+    if not training:
+        found[FOLDED] = fk.convert.fold(model)
+        swap_layers(found[FOLDED], list(forms.values())[-1])
+    return found
+
+
+def autocast(device: str, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """16 bit is what autocast makes of a float32 net, as users run it."""
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+
+class Subject:
+    """A variant on a device at one size, its images, and what float64 makes of them."""
+
+    def __init__(self, variant: str, size: int, device: str = "cpu", /, **overrides: Any) -> None:
+        self.variant, self.size, self.device = variant, size, device
+        if size < SMALL_SIZE:
+            overrides = {"grids": SMALL_GRIDS, **overrides}
+        self.model = build_model(variant, 0, **overrides).to(device)
+        self.exact_model = copy.deepcopy(self.model).double()
+        # [1, 3, size, size], none with a near tie; of each the logits and the output of each FRD block.
+        self.images: list[Tensor] = []
+        self.exact: list[tuple[Tensor, ...]] = []
+        self.drawn = 0
+
+    def batch(self, count: int) -> tuple[Tensor, list[Tensor]]:
+        """The first `count` images, and their exact logits and outputs of the FRD blocks."""
+        while len(self.images) < count:
+            if self.drawn >= TRIES:
+                raise GateError(
+                    f"{self.variant} at {self.size}: {TRIES} images drawn, {len(self.images)} without a near tie"
+                )
+            image = draw_image(self.size, seed=self.drawn).to(self.device)
+            self.drawn += 1
+            with near_ties(self.exact_model) as gaps, fk.use_backend("reference"):
+                outputs = block_outputs(self.exact_model, image.double())
+            if min(gaps, default=1.0) > NEAR_TIE:
+                self.images.append(image)
+                self.exact.append(tuple(outputs))
+        exact = [torch.cat(parts) for parts in zip(*self.exact[:count], strict=True)]
+        return torch.cat(self.images[:count]), exact
+
+    def error(
+        self, model: nn.Module, count: int, dtype: torch.dtype, layout: str, logits_only: bool = False
+    ) -> float:
+        """The largest relative error of `model` on the first `count` images."""
+        images, exact = self.batch(count)
+        with autocast(self.device, dtype):
+            outputs = block_outputs(model, images.contiguous(memory_format=LAYOUTS[layout]), logits_only)
+        return net_error(outputs, exact[: len(outputs)])
+
+
+def draw_image(size: int, seed: int) -> Tensor:
+    """[1, 3, size, size]: flat tiles under noise, so that the parts of an image differ as those of a photo do."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.randn(1, 3, 8, 8, generator=generator)
+    noise = torch.randn(1, 3, size, size, generator=generator)
+    return F.interpolate(tiles, size=(size, size), mode="nearest") + 0.3 * noise
+
+
+def draw_mask(images: Tensor) -> Tensor:
+    """[B, 1, H, W]: a rectangle is forged."""
+    mask = torch.zeros_like(images[:, :1])
+    height, width = images.shape[-2:]
+    mask[..., height // 4 : height // 2, width // 4 : 3 * width // 4] = 1
+    return mask
+
+
+def block_outputs(model: nn.Module, images: Tensor, logits_only: bool = False) -> list[Tensor]:
+    """Logits, then the output of each FRD block; hooks would break the graph of a compiled model."""
+    outputs: list[Tensor] = []
+    blocks: Any = () if logits_only else model.blocks
+    hooks = [block.register_forward_hook(lambda *args: outputs.append(args[2].detach())) for block in blocks]
+    try:
+        with torch.no_grad():
+            logits = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [logits, *outputs]
+
+
+def net_error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """The largest relative error of logits and block outputs. Logits count from the mean of the exact ones: that of a
+    random net is one large constant, beside which every error would look small."""
+    mean = exact[0].mean()
+    centred = [outputs[0].double() - mean, *outputs[1:]]
+    return relative_error(centred, [exact[0] - mean, *exact[1:]])
+
+
+@contextlib.contextmanager
+def near_ties(model: nn.Module) -> Iterator[list[float]]:
+    """Collects for each round of each `fk.ICM` that runs the smallest distance between a token's two best cosines."""
+    gaps: list[float] = []
+
+    def watch(icm: fk.ICM, args: tuple[Tensor, ...]) -> None:
+        tokens, hw = args[0].flatten(2).transpose(1, 2), tuple(args[0].shape[2:])
+        rounds: list[Any] = list(icm.rounds)
+        for turn, (projections, grid) in enumerate(zip(rounds, icm.grids, strict=True)):
+            keys, values = projections.key(tokens), projections.value(tokens)
+            if grid[0] * grid[1] > 1:
+                pooled = F.adaptive_avg_pool2d(keys.transpose(1, 2).unflatten(2, hw), grid)
+                best = baselines.cosines(keys, pooled.flatten(2).transpose(1, 2)).topk(2, dim=-1).values
+                gaps.append(float((best[..., 0] - best[..., 1]).min()))
+            options: dict[str, Any] = (
+                {"aggregate": "count", "alpha": icm.alpha}
+                if icm.variant == "paper"
+                else {"aggregate": "similarity", "alpha": icm.alpha[turn], "beta": icm.beta[turn]}
+            )
+            tokens, hw = fk.reference.cluster(keys, values, grid, hw, **options).centres, tuple(grid)
+
+    hooks = [m.register_forward_pre_hook(watch) for m in model.modules() if isinstance(m, fk.ICM)]
+    try:
+        yield gaps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def inference(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Call:
+    def call() -> tuple[Tensor]:
+        with torch.no_grad(), autocast(images.device.type, dtype):
+            return (model(images),)
+
+    return call
+
+
+def training_step(model: nn.Module, images: Tensor, dtype: torch.dtype, form: str) -> Call:
+    """Forward, loss, backward, AdamW. With a learning rate of 0 a step costs the same, and the weights stay those that
+    float64 has."""
+    loss, mask = FRDLoss(form), draw_mask(images)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def call() -> tuple[Tensor]:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(images.device.type, dtype):
+            logits = model(images)
+        total = loss(logits, mask)["total"]
+        total.backward()
+        optimizer.step()
+        return (total.detach(),)
+
+    return call
+
+
+def make_net(subject: Subject, model: nn.Module, setting: Setting, layout: str, context: Context) -> Net:
+    """A copy of the model in a layout, with its call."""
+    images, _ = subject.batch(setting.batch)
+    images = images.contiguous(memory_format=LAYOUTS[layout])
+    source = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
+    if setting.mode == "training step":
+        call = training_step(source.train(), images, setting.dtype, subject.model.config.variant)
+        return Net(source, source, layout, call, context)
+    compiled: nn.Module = source.eval()
+    if setting.execution == "compiled":
+        # Dynamo gives up after a few nets that share their code.
+        torch._dynamo.reset()
+        compiled = cast(nn.Module, torch.compile(source, dynamic=False))
+    return Net(compiled, source, layout, inference(compiled, images, setting.dtype), context)
+
+
+def seconds_of(net: Net, device: str, calls: int = 3) -> float:
+    """The faster of some calls, after one to warm up; of slow ones, one is enough."""
+    with net.context():
+        net.call()
+        times: list[float] = []
+        while len(times) < calls and sum(times) < SLOW_S:
+            _synchronize(device)
+            start = time.perf_counter()
+            net.call()
+            _synchronize(device)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_layout(
+    subject: Subject, model: nn.Module, setting: Setting, context: Context
+) -> tuple[Net, dict[str, float]]:
+    """The model in the faster layout, and the milliseconds of a call in each."""
+    nets = {layout: make_net(subject, model, setting, layout, context) for layout in LAYOUTS}
+    found = {layout: 1e3 * seconds_of(net, subject.device) for layout, net in nets.items()}
+    return nets[min(found, key=lambda layout: found[layout])], found
+
+
+@dataclasses.dataclass
+class Nets:
+    """Of one setting: ours by backend, the baselines, the pilot times behind the layouts, and what is left out."""
+
+    ours: dict[str, Net]
+    baselines: dict[str, Net]
+    pilot_ms: dict[str, dict[str, float]]
+    left_out: dict[str, str]
+
+
+def build_nets(subject: Subject, setting: Setting, layouts: dict[str, str]) -> Nets:
+    """`layouts` keeps the choices of a smaller batch: a pilot run of each net takes long on a CPU.
+
+    Raises:
+        CannotTime: no backend or no baseline can be built.
+    """
+    image = torch.empty(1, 3, subject.size, subject.size, device=subject.device)
+    backends, contexts, left_out = own_backends(case_of(subject, setting), OPS, image)
+    left_out |= dict.fromkeys(backends[setting.backends :], "not measured in this setting, to save time")
+    models: dict[str, nn.Module] = dict.fromkeys(backends[: setting.backends], subject.model)
+    others = baselines_of(subject.model, setting.mode == "training step")
+    others = dict(list(others.items())[: 1 if setting.execution == "compiled" else setting.baselines])
+    if subject.device == "cuda" and setting.baselines > 1:
+        others["reference"] = subject.model
+        contexts["reference"] = functools.partial(fk.use_backend, "reference")
+    found: dict[str, Net] = {}
+    pilots: dict[str, dict[str, float]] = {}
+    for name, model in (models | others).items():
+        context = contexts.get(name, contextlib.nullcontext)
+        try:
+            if name in layouts:
+                found[name] = make_net(subject, model, setting, layouts[name], context)
+            else:
+                found[name], pilots[name] = best_layout(subject, model, setting, context)
+        # Whatever a compiler or a backend raises.
+        except Exception as failure:
+            if list(models) == [name]:
+                raise
+            left_out[name] = one_line(failure)
+    layouts |= {name: net.layout for name, net in found.items()}
+    nets = Nets(
+        {name: found[name] for name in models if name in found},
+        {name: found[name] for name in others if name in found},
+        pilots,
+        left_out,
+    )
+    if not nets.ours or not nets.baselines:
+        raise CannotTime(f"model {subject.variant}: no backend or no baseline: {left_out}")
+    return nets
+
+
+def case_of(subject: Subject, setting: Setting) -> Case:
+    """The setting in the terms of the registry."""
+
+    def build(case: Case) -> Impls:
+        raise NotImplementedError(f"{case.name}: `build_nets` builds a model's implementations")
+
+    shape = (setting.batch, 3, subject.size, subject.size)
+    mode = "forward" if setting.mode == "forward" else "forward+backward"
+    return Case(f"model {subject.variant}", shape, mode, build, dtype=setting.dtype, device=subject.device)
+
+
+def check(
+    name: str, error: float, peer: float, dtype: torch.dtype, cap: dict[torch.dtype, float] = CAP
+) -> None:
+    """Raises GateError where an error of ours is over twice that of its peer, the eager net in the same layout, or over
+    the cap: what the library's layers lose in that layout is not ours."""
+    allowed = allowed_error(peer, dtype, cap)
+    if not error <= allowed:
+        raise GateError(f"{name}: relative error {error:.2e}, at most {allowed:.2e} is allowed")
+
+
+def gate_nets(subject: Subject, setting: Setting, nets: Nets) -> dict[str, Any]:
+    """Every net's relative error: of the outputs, or in a training step of the gradients by part. Drops baselines that
+    are wrong.
+
+    Raises:
+        GateError: a net of ours is over twice the first baseline in the same layout, or the cap.
+    """
+    training = setting.mode == "training step"
+    cap = GRADIENT_CAP if training else CAP
+    error = gradient_error_of(subject, setting) if training else output_error_of(subject, setting)
+    errors: dict[str, Any] = {}
+    for name, net in nets.baselines.items():
+        with net.context():
+            errors[name] = error(net.model, net.layout)
+    first = next(iter(nets.baselines.values()))
+    for name, net in nets.ours.items():
+        same = first.layout == net.layout
+        peer_model = (
+            first.source if same else copy.deepcopy(first.source).to(memory_format=LAYOUTS[net.layout])
+        )
+        peer = error(peer_model, net.layout)
+        with poisoned(), net.context():
+            errors[name] = error(net.model, net.layout)
+        for part, value in errors[name].items():
+            check(f"model {subject.variant}, {name}, {part}", value, peer[part], setting.dtype, cap)
+    for name in list(nets.baselines):
+        if not (worst := max(errors[name].values())) <= cap[setting.dtype]:
+            del nets.baselines[name]
+            nets.left_out[name] = f"relative error {worst:.2e}"
+    return errors
+
+
+def output_error_of(subject: Subject, setting: Setting) -> Callable[[nn.Module, str], dict[str, float]]:
+    logits_only = setting.execution == "compiled"
+    return lambda model, layout: {
+        "outputs": subject.error(model, setting.batch, setting.dtype, layout, logits_only)
+    }
+
+
+def gradient_error_of(subject: Subject, setting: Setting) -> Callable[[nn.Module, str], dict[str, float]]:
+    """Without the loss's edge term: its maxima over flat predictions jump between pixels with the last bit."""
+    images, _ = subject.batch(setting.batch)
+    loss, mask = FRDLoss(subject.model.config.variant, edge_weight=0.0), draw_mask(images)
+
+    def gradients(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        with autocast(subject.device, dtype):
+            logits = model(x)
+        return gradients_of(model, loss(logits, mask)["total"])
+
+    with fk.use_backend("reference"):
+        exact = gradients(subject.exact_model, images.double(), torch.float32)
+
+    def error(model: nn.Module, layout: str) -> dict[str, float]:
+        x = images.contiguous(memory_format=LAYOUTS[layout])
+        return gradient_errors(gradients(model, x, setting.dtype), exact)
+
+    return error
+
+
+def gradient_errors(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error over all parameters of the ICMs, of the DPMs, and of the rest, each as one vector."""
+    groups: dict[str, list[str]] = {}
+    for name in exact:
+        part = next((part for part in ("icm", "dpm") if f".{part}." in name), "rest")
+        groups.setdefault(f"gradients of {part}", []).append(name)
+
+    def vector(tensors: dict[str, Tensor], names: list[str]) -> list[Tensor]:
+        return [torch.cat([tensors[name].flatten() for name in names])]
+
+    return {
+        part: relative_error(vector(gradients, names), vector(exact, names)) for part, names in groups.items()
+    }
+
+
+def parameter_name(name: str) -> str:
+    """A parameter's name in our model, given that in a model with eager layers."""
+    for wrapper in (".icm.icm.", ".dpm.dpm."):
+        name = name.replace(wrapper, wrapper[:5])
+    parts = name.split(".")
+    return ".".join(part for i, part in enumerate(parts) if not (part == "pdc" and parts[0] == "stem" and i))
+
+
+def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Name in our model -> gradient of `loss`."""
+    named = {parameter_name(name): p for name, p in model.named_parameters()}
+    found = torch.autograd.grad(loss, list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+def measure(subject: Subject, setting: Setting, layouts: dict[str, str]) -> list[dict[str, Any]]:
+    """Gate, then a record for each timing: wall clock, and for single images on a GPU, where the host limits, CUDA
+    graphs too.
+
+    Raises:
+        GateError: a net of ours is wrong.
+        CannotTime: none of the timings worked.
+    """
+    before = os.getloadavg()[0]
+    nets = build_nets(subject, setting, layouts)
+    errors = gate_nets(subject, setting, nets)
+    everything = nets.ours | nets.baselines
+    impls = Impls(
+        ours={name: net.call for name, net in nets.ours.items()},
+        baselines={name: net.call for name, net in nets.baselines.items()},
+        oracle=tuple,
+        contexts={name: net.context for name, net in everything.items()},
+        left_out=nets.left_out,
+    )
+    graphs = setting.mode == "forward" and setting.execution == "eager" and setting.batch == 1
+    kinds: tuple[type[Wall], ...] = (CudaWall, CudaGraph) if graphs else (CudaWall,)
+    case, records = case_of(subject, setting), []
+    for kind in (Wall,) if subject.device == "cpu" else kinds:
+        timing = kind(case, impls, setting.budget_s)
+        try:
+            record = compare_all(impls, timing)
+        except CannotTime as reason:
+            nets.left_out[kind.name] = str(reason)
+            continue
+        finally:
+            timing.close()
+        record |= describe(subject, setting, case, record)
+        record |= {"pilot_ms": nets.pilot_ms, "relative_errors": errors}
+        record["layouts"] = {name: net.layout for name, net in everything.items()}
+        record["layout"] = record["layouts"][record["backend"]]
+        load = max(before, os.getloadavg()[0])
+        record |= {"load": load, "quiet": load <= load_limit()}
+        if subject.device == "cuda":
+            names = {"ours": record["backend"], "baseline": record["baseline"]}
+            record["peak_bytes"] = {key: peak_bytes_on_gpu(everything[name]) for key, name in names.items()}
+        records.append(record)
+    if not records:
+        raise CannotTime(f"{case.op}: {nets.left_out}")
+    return records
+
+
+def describe(subject: Subject, setting: Setting, case: Case, record: dict[str, Any]) -> dict[str, Any]:
+    shape = "x".join(map(str, case.shape))
+    return {
+        "name": f"{case.op} {setting.execution} [{shape}] {case.dtype_name} {setting.mode}",
+        "op": case.op,
+        "variant": subject.variant,
+        "batch": setting.batch,
+        "size": subject.size,
+        "shape": list(case.shape),
+        "dtype": case.dtype_name,
+        "mode": setting.mode,
+        "execution": setting.execution,
+        "device": subject.device,
+        "images_per_s": {
+            key: 1e3 * setting.batch / record[f"{key}_ms"]["median"] for key in ("ours", "baseline")
+        },
+    }
+
+
+def peak_bytes_on_gpu(net: Net) -> int:
+    """The most memory allocated at once during a call, over what was allocated before."""
+    with net.context():
+        net.call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        net.call()
+        torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_bytes_on_cpu(
+    variant: str, size: int, batches: list[int], layouts: dict[str, str], timeout_s: float
+) -> dict[str, dict[str, int]]:
+    """Batch -> bytes of ours and of the first baseline, measured in a fresh process.
+
+    Raises:
+        RuntimeError: it failed, or took longer.
+    """
+    request = json.dumps([variant, size, batches, layouts, torch.get_num_threads()])
+    command = [sys.executable, "-m", __name__, request]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"peak memory: not done after {timeout_s:.0f} s") from error
+    if result.returncode:
+        raise RuntimeError(f"peak memory: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
+    found: dict[str, dict[str, int]] = json.loads(result.stdout)
+    return found
+
+
+def probe_memory(
+    variant: str, size: int, batches: list[int], layouts: dict[str, str], threads: int
+) -> dict[str, dict[str, int]]:
+    """By how many bytes a forward pass raises resident memory at its peak. Blocks from 64 KiB up are mapped one by one
+    here, so that freed ones do not count; the allocator's caches would hide a second, smaller peak."""
+    mmap_threshold, smallest_mapped = -3, 1 << 16
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_threshold, smallest_mapped)
+    torch.set_num_threads(threads)
+    ours = build_model(variant, **({"grids": SMALL_GRIDS} if size < SMALL_SIZE else {}))
+    models = {"ours": ours, "baseline": next(iter(baselines_of(ours).values()))}
+    found: dict[str, dict[str, int]] = {}
+    for name, model in models.items():
+        model.to(memory_format=LAYOUTS[layouts[name]])
+        # The first call also allocates what stays.
+        for batch in [batches[0], *batches]:
+            images = torch.cat([draw_image(size, seed) for seed in range(batch)])
+            images = images.contiguous(memory_format=LAYOUTS[layouts[name]])
+            gc.collect()
+            libc.malloc_trim(0)
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+            before = _resident_bytes("VmRSS")
+            with torch.no_grad():
+                model(images)
+            found.setdefault(str(batch), {})[name] = max(0, _resident_bytes("VmHWM") - before)
+    return found
+
+
+def _resident_bytes(field: str) -> int:
+    """VmRSS, or VmHWM: the maximum since the last reset."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 class Run:
-    """The records of one run, its time limit, and what was left out for it."""
+    """The records of one run, its time limit, and what was left out for it. The file is written after each job."""
 
-    def __init__(self, limit_s: float, save: Callable[[Run], None] | None = None) -> None:
-        self.end = time.monotonic() + limit_s
-        self.limit_s, self.save = limit_s, save
+    def __init__(self, device: str, size: int, limit_s: float, out: pathlib.Path | None = None) -> None:
+        self.end, self.out, self.device = time.monotonic() + limit_s, out, device
+        self.report = frame(device) | {"size": size, "limit_s": limit_s}
         self.records: list[dict[str, Any]] = []
-        self.components: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
         self.red: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
@@ -68,107 +665,55 @@ class Run:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def attempt(self, name: str, expected_s: float, job: Callable[[], None]) -> bool:
+    def attempt(self, name: str, expected_s: float, job: Callable[[], None]) -> None:
         """Runs a job if its expected time is left; whatever it raises is noted, so that the next ones still run."""
         if self.left() < expected_s:
-            self.left_out[name] = f"needs about {expected_s:.0f} s, {max(0.0, self.left()):.0f} s were left"
-            return False
+            self.left_out[name] = (
+                f"needs about {expected_s:.0f} s, {max(0.0, self.left()):.0f} s of the limit were left"
+            )
+            return
         began = time.monotonic()
         try:
             job()
         except GateError as error:
             self.red[name] = str(error)
             print(f"RED GATE, no time shown: {name}: {error}", flush=True)
-            return False
-        except Exception as error:  # a compiler, a backend, the machine's memory
+        # A compiler, a backend, the machine's memory.
+        except Exception as error:
             self.left_out[name] = one_line(error)
             print(f"left out: {name}: {self.left_out[name]}", flush=True)
-            return False
         finally:
             self.seconds[name] = time.monotonic() - began
-            if self.save is not None:
-                self.save(self)
-        return True
+            self.save()
 
-
-def measure_net(
-    subject: Subject, setting: Setting, layouts: dict[str, str]
-) -> tuple[list[dict[str, Any]], dict[str, Side]]:
-    """Gate, then the records of one setting, one for each timing, and the sides that were measured.
-
-    Raises:
-        GateError: one of our backends is wrong.
-    """
-    before = os.getloadavg()[0]
-    ours, rivals, pilots, left_out = build_sides(subject, setting, layouts)
-    gate = check_inference if setting.mode == "forward" else check_training
-    errors, wrong = gate(subject, setting, ours, rivals)
-    left_out |= wrong
-    case, records = case_of(subject, setting), []
-    for kind in timings_of(subject, setting):
-        try:
-            compared = compare_sides(kind, case, ours, rivals, setting)
-        except CannotTime as reason:
-            left_out[kind.name] = str(reason)
-            continue
-        load = max(before, os.getloadavg()[0])
-        shape = "x".join(map(str, case.shape))
-        name = f"{case.op} {setting.execution} [{shape}] {case.dtype_name} {setting.mode}"
-        record = {
-            "name": name,
-            "op": case.op,
-            "variant": subject.variant,
-            "batch": setting.batch,
-            "size": subject.size,
-            "shape": list(case.shape),
-            "dtype": case.dtype_name,
-            "mode": setting.mode,
-            "execution": setting.execution,
-            "device": subject.device,
-            "target": None,
-            **compared,
-            "layouts": {name: side.layout for name, side in (ours | rivals).items()},
-            "pilot_ms": pilots,
-            "relative_errors": errors,
-            "load": load,
-            "quiet": load <= load_limit(),
+    def save(self) -> None:
+        found = {
+            "load_after": list(os.getloadavg()),
+            "quiet": all(record["quiet"] for record in self.records),
+            "seconds": self.seconds,
+            "records": self.records,
+            "red": self.red,
+            "left_out": self.left_out,
         }
-        record["layout"] = record["layouts"][record["backend"]]
-        record["images_per_s"] = {
-            side: 1e3 * setting.batch / record[key]["median"]
-            for side, key in (("ours", "ours_ms"), ("rival", "rival_ms"))
-        }
-        record["left_out"] |= left_out
-        records.append(record)
-    if not records:
-        raise CannotTime(f"{case.op}: {left_out}")
-    return records, ours | rivals
-
-
-def show(record: dict[str, Any]) -> None:
-    ours, rival = record["ours_ms"], record["rival_ms"]
-    busy = "" if record["quiet"] else f"  busy machine, load {record['load']:.1f}"
-    print(
-        f"{record['name']:62} {record['timing']:6} {ours['median']:9.2f} {rival['median']:9.2f} ms "
-        f"{record['ratio']:6.2f}x  A/A {100 * record['aa_spread']:4.1f}%  "
-        f"{record['images_per_s']['ours']:8.2f} images/s{busy}",
-        flush=True,
-    )
+        self.report |= found
+        if self.out:
+            write_json(self.out, self.report | {"state_after": machine_state(self.device)})
 
 
 def measure_into(run: Run, subject: Subject, setting: Setting, layouts: dict[str, str]) -> None:
-    """Adds the records of a setting, on a GPU with peak memory."""
-    records, sides = measure_net(subject, setting, layouts)
-    for record in records:
-        if subject.device == "cuda":
-            chosen = {"ours": record["backend"], "rival": record["rival"]}
-            record["peak_bytes"] = {key: peak_bytes_on_gpu(sides[name]) for key, name in chosen.items()}
-        show(record)
-    run.records += records
+    for record in measure(subject, setting, layouts):
+        run.records.append(record)
+        busy = "" if record["quiet"] else f"  busy machine, load {record['load']:.1f}"
+        print(
+            f"{record['name']:62} {record['timing']:6} {record['ours_ms']['median']:9.2f} "
+            f"{record['baseline_ms']['median']:9.2f} ms {record['ratio']:6.2f}x  "
+            f"A/A {100 * record['aa_spread']:4.1f}%  {record['images_per_s']['ours']:8.2f} images/s{busy}",
+            flush=True,
+        )
 
 
 def add_memory(run: Run, subject: Subject) -> None:
-    """Peak memory on the CPU, by a fresh process, for the forward records of a subject that have none yet."""
+    """Peak memory on the CPU for the forward records of a subject that have none yet."""
     records = [
         record
         for record in run.records
@@ -179,170 +724,110 @@ def add_memory(run: Run, subject: Subject) -> None:
     if not records:
         return
     first = records[0]
-    layouts = {"ours": first["layout"], "rival": first["layouts"][first["rival"]]}
+    layouts = {"ours": first["layout"], "baseline": first["layouts"][first["baseline"]]}
     batches = sorted({record["batch"] for record in records})
-    found = model_memory.measure(subject.variant, subject.size, batches, layouts, max(1.0, run.left()))
+    found = peak_bytes_on_cpu(subject.variant, subject.size, batches, layouts, max(1.0, run.left()))
     for record in records:
         record["peak_bytes"] = found[str(record["batch"])]
 
 
-def add_components(run: Run, subject: Subject, dtype: torch.dtype) -> None:
-    shares = components.measure(subject, dtype)
-    run.components.append(
-        {"variant": subject.variant, "size": subject.size, "device": subject.device, **shares}
-    )
+def run_on_cpu(run: Run, options: argparse.Namespace, **overrides: Any) -> None:
+    """One image of every variant and its memory first, then training steps, compiled nets and larger batches, the
+    shortest first, as long as time is left. Compiling a large net takes minutes on a CPU, so only `lite` is."""
+    subjects = {variant: Subject(variant, options.size, **overrides) for variant in options.variants}
+    layouts: dict[str, dict[str, str]] = {variant: {} for variant in subjects}
+    first, budget_s = options.batches[0], options.budget
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a run on the CPU measures."""
-
-    variants: tuple[str, ...] = ("lite", "paper", "released")
-    batches: tuple[int, ...] = (1, 8, 16)
-    size: int = 512
-    modes: tuple[str, ...] = ("eager", "compiled")
-    compiled: tuple[str, ...] = ("lite",)  # compiling a large net takes minutes on a CPU
-    budget_s: float = 4.0
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the configuration
-
-
-def run_on_cpu(plan: Plan, run: Run) -> None:
-    """One image of every variant first, then memory and components, then training steps, compiled nets and larger
-    batches, what takes least first, as long as time is left."""
-    subjects = {variant: Subject(variant, plan.size, **plan.overrides) for variant in plan.variants}
-    layouts: dict[str, dict[str, str]] = {variant: {} for variant in plan.variants}
-    first = plan.batches[0]
-
-    def net(variant: str, setting: Setting, expected_s: float) -> None:
+    def attempt(variant: str, setting: Setting, expected_s: float) -> None:
+        kept = layouts[variant] if setting.mode == "forward" else {}
         name = f"{variant}, batch {setting.batch}, {setting.mode}, {setting.execution}"
-        chosen = layouts[variant] if setting.mode == "forward" else {}
-        run.attempt(
-            name, expected_s, functools.partial(measure_into, run, subjects[variant], setting, chosen)
-        )
+        run.attempt(name, expected_s, functools.partial(measure_into, run, subjects[variant], setting, kept))
 
     def memory(variant: str, images: int) -> None:
         job = functools.partial(add_memory, run, subjects[variant])
         run.attempt(f"{variant}, peak memory", 15 + 4 * known[variant] * images, job)
 
-    for variant in plan.variants:
-        net(variant, Setting(first, budget_s=plan.budget_s), 0.0)
+    for variant in subjects:
+        attempt(variant, Setting(first, budget_s=budget_s), 0.0)
     known = {
-        record["variant"]: 1e-3 * max(record["ours_ms"]["median"], record["rival_ms"]["median"]) / first
-        for record in run.records
+        r["variant"]: 1e-3 * max(r["ours_ms"]["median"], r["baseline_ms"]["median"]) / first
+        for r in run.records
     }
     for variant in known:
         memory(variant, first)
+    rest: list[tuple[float, str, Setting]] = []
     for variant, seconds in known.items():
-        job = functools.partial(add_components, run, subjects[variant], torch.float32)
-        run.attempt(f"{variant}, components", 25 * seconds, job)
-    rest = [
-        (CALLS_OF_A_STEP * seconds, variant, Setting(1, "training step", budget_s=plan.budget_s))
-        for variant, seconds in known.items()
-    ]
-    if "compiled" in plan.modes:
-        rest += [
-            (COMPILE_S + CALLS_OF_A_RECORD * known[variant] * first, variant, setting)
-            for setting in [Setting(first, execution="compiled", budget_s=plan.budget_s)]
-            for variant in plan.compiled
-            if variant in known
-        ]
-    rest += [
-        (CALLS_OF_A_BATCH * seconds * batch, variant, Setting(batch, budget_s=plan.budget_s, rivals=1))
-        for variant, seconds in known.items()
-        for batch in plan.batches[1:]
-    ]
+        rest.append((CALLS_OF_A_STEP * seconds, variant, Setting(1, "training step", budget_s=budget_s)))
+        if variant == "lite" and options.compiled:
+            setting = Setting(first, execution="compiled", budget_s=budget_s)
+            rest.append((COMPILE_S + CALLS * seconds * first, variant, setting))
+        for batch in options.batches[1:]:
+            setting = Setting(batch, budget_s=budget_s, baselines=1)
+            rest.append((CALLS_OF_A_BATCH * seconds * batch, variant, setting))
     for expected_s, variant, setting in sorted(rest, key=lambda job: job[0]):
-        net(variant, setting, expected_s)
+        attempt(variant, setting, expected_s)
     for variant in known:
-        memory(variant, sum(plan.batches[1:]))
+        memory(variant, sum(options.batches[1:]))
 
 
 def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
-    """Variant, setting and the seconds it may take, the essential ones first."""
-    short = Setting(1, dtype=torch.bfloat16, budget_s=0.25, rivals=1, backends=1)
+    """Variant, setting and the seconds it may take, the essential ones first: bf16 autocast at batches 1, 8 and 16,
+    training steps at batch 8, float32, all our backends and a compiled net once."""
+    short = Setting(1, dtype=torch.bfloat16, budget_s=0.25, baselines=1, backends=1)
     for variant in ("paper", "released"):
-        yield variant, dataclasses.replace(short, rivals=9), 10
+        yield variant, dataclasses.replace(short, baselines=9), 10
     for batch in (8, 16):
         for variant in ("paper", "released", "lite"):
             yield variant, dataclasses.replace(short, batch=batch), 10
     for variant in ("paper", "released", "lite"):
         yield variant, dataclasses.replace(short, batch=8, mode="training step"), 10
     yield "paper", dataclasses.replace(short, dtype=torch.float32), 8
-    yield "lite", dataclasses.replace(short, rivals=9, backends=9), 40
-    yield "paper", dataclasses.replace(short, execution="compiled", rivals=9), 60
+    yield "lite", dataclasses.replace(short, baselines=9, backends=9), 40
+    yield "paper", dataclasses.replace(short, execution="compiled", baselines=9), 60
 
 
-def gpu_records(
-    limit_s: float,
-    size: int = 512,
-    device: str = "cuda",
-    save: Callable[[dict[str, Any]], None] | None = None,
-    variants: Sequence[str] = tuple(VARIANTS),
-    **overrides: Any,
-) -> dict[str, Any]:
-    """What `python -m benchmarks.gpu` adds of whole nets, as far as `limit_s` seconds go: bf16 autocast at batches 1, 8
-    and 16, training steps at batch 8, float32 (without TF32), all our backends and a compiled net once; ours against
-    eager.
-
-    Returns the report of `report_of`; what was left out and why is part of it. `save` gets it after each setting.
-    """
-
-    def keep(run: Run) -> None:
-        if save is not None:
-            save(report_of(run, device, size))
-
-    run = Run(limit_s, keep)
+def run_on_gpu(run: Run, options: argparse.Namespace) -> None:
     subjects: dict[str, Subject] = {}
 
     def job(variant: str, setting: Setting) -> None:
         if variant not in subjects:
-            subjects[variant] = Subject(variant, size, device, **overrides)
+            subjects[variant] = Subject(variant, options.size, "cuda")
         measure_into(run, subjects[variant], setting, {})
-        if setting.batch == 1 and setting.rivals > 1 and setting.execution == "eager":
-            add_components(run, subjects[variant], setting.dtype)
 
-    with full_float32():
-        for variant, setting, expected_s in gpu_settings():
-            if variant not in variants:
-                continue
-            name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
-            run.attempt(name, expected_s, functools.partial(job, variant, setting))
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    return report_of(run, device, size)
+    for variant, setting, expected_s in gpu_settings():
+        if variant not in options.variants:
+            continue
+        name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
+        run.attempt(name, expected_s, functools.partial(job, variant, setting))
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def report_of(
-    run: Run, device: str, size: int, load_before: tuple[float, ...] = (), kept: bool = False
-) -> dict[str, Any]:
-    """A report file: the machine, `records` as those of the kernels, `components`, `red` gates, `left_out`."""
-    return {
-        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
-        "size": size,
-        "threads": torch.get_num_threads(),
-        "load_before": list(load_before),
-        "load_after": list(os.getloadavg()),
-        "load_limit": load_limit(),
-        "memory_kept": kept,
-        "quiet": all(record["quiet"] for record in run.records),
-        "limit_s": run.limit_s,
-        "seconds": dict(run.seconds),
-        "machine": collect(),
-        "state": machine_state(device),
-        "revision": revision(),
-        "records": list(run.records),
-        "components": list(run.components),
-        "red": dict(run.red),
-        "left_out": dict(run.left_out),
+# Rows as their source gives them: the text of the figures, not numbers that were computed here.
+QUOTED = [
+    {
+        "model": "FRD-Net, as published",
+        "parameters": "39 M",
+        "macs": "25.6 G",
+        "source": "FRD-Net's paper (AAAI 2026), Table 2, where multiply-accumulates are called FLOPs",
     }
+]
 
 
-def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+def count(size: int, variants: Sequence[str]) -> dict[str, Any]:
+    """Parameters, and multiply-accumulates of one image in whole and by part, of each preset."""
+    rows = []
+    for variant in variants:
+        model = create_model(VARIANTS[variant], preset=variant)
+        macs = count_macs(model, size, size)
+        rows.append({"variant": variant, "parameters": count_parameters(model), "macs": macs})
+    return {"size": size, "counted": rows, "quoted": QUOTED}
+
+
+def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in known]:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {unknown[0]!r}")
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(VARIANTS)}, got {unknown[0]!r}")
     return names
 
 
@@ -356,39 +841,43 @@ def _batches(text: str) -> tuple[int, ...]:
     return batches
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where a correctness gate was red."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.model", description="FRD-Net, our layers against eager PyTorch"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--variants", type=lambda text: _names(text, tuple(VARIANTS)), default=Plan.variants)
-    parser.add_argument("--batches", type=_batches, default=Plan.batches, help="CPU; default 1,8,16")
-    parser.add_argument("--size", type=int, default=Plan.size, help="pixels of a side (default 512)")
-    parser.add_argument("--modes", type=lambda text: _names(text, Plan.modes), default=Plan.modes)
-    parser.add_argument("--compile", type=lambda text: _names(text, tuple(VARIANTS)), default=Plan.compiled)
+    parser.add_argument("--variants", type=_names, default=("lite", "paper", "released"))
+    parser.add_argument("--batches", type=_batches, default=(1, 8, 16), help="on the CPU; default 1,8,16")
+    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="no compiled net")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds of a comparison on the CPU")
     parser.add_argument("--limit", type=float, default=CPU_LIMIT_S, metavar="SECONDS")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--count", action="store_true", help="only count parameters and MACs")
     parser.add_argument("--out", type=pathlib.Path, help="write the report as JSON")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    load, kept = os.getloadavg(), keep_memory()
 
-    def save(report: dict[str, Any]) -> None:
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
 
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status: 1 where a correctness gate was red."""
+    if options.count:
+        found = count(options.size, options.variants)
+        write_json(options.out, found) if options.out else print(json.dumps(found, indent=1))
+        return 0
     if options.device == "cuda":
-        report = gpu_records(options.limit, options.size, save=save)
-        return 1 if report["red"] else 0
-    run = Run(options.limit, lambda run: save(report_of(run, "cpu", options.size, load, kept)))
-    plan = Plan(options.variants, options.batches, options.size, options.modes, options.compile)
-    run_on_cpu(plan, run)
-    for name, reason in run.left_out.items():
+        if not torch.cuda.is_available():
+            print("benchmarks: torch sees no GPU", file=sys.stderr)
+            return 2
+        job = Run("cuda", options.size, options.limit, options.out)
+        with full_float32():
+            run_on_gpu(job, options)
+    else:
+        with cpu_threads(options.threads):
+            kept = keep_memory()
+            job = Run("cpu", options.size, options.limit, options.out)
+            job.report["memory_kept"] = kept
+            run_on_cpu(job, options)
+    job.save()
+    for name, reason in job.left_out.items():
         print(f"left out: {name}: {reason}")
-    return 1 if run.red else 0
+    return 1 if job.red else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    print(json.dumps(probe_memory(*json.loads(sys.argv[1]))))

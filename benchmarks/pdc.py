@@ -12,65 +12,66 @@ import torch.nn.functional as F
 
 import frd_kernels as fk
 
-from . import eager
-from .cases import MODES, Case, Providers, normal, with_gradients
-from .providers import eager_forms, folded_rivals, providers
+from . import baselines
+from .registry import (
+    LAYOUTS,
+    MODES,
+    Case,
+    Impls,
+    build_impls,
+    eager_forms,
+    folded_forms,
+    normal,
+    with_gradients,
+)
 
-# The depthwise layers of FRD-Net (16x16 at a photo of 512x512), and a larger map.
+# The depthwise layers of FRD-Net (maps of 16x16 for a photo of 512x512), and a larger map.
 SHAPES = ((4, 256, 16, 16), (1, 256, 64, 64))
 DENSE, SMALL, WEIGHT = (4, 64, 64, 64), (4, 64, 16, 16), (256, 256, 3, 3)
-LAYOUTS = ("nchw", "channels_last")
 GPU_SMALL, GPU_LARGE = (16, 256, 16, 16), (8, 256, 64, 64)
-MEAN = 8.0  # of images with a large mean, in standard deviations
+# Of images with a large mean, in standard deviations.
+MEAN = 8.0
 KINDS = ("angular", "central", "radial")
 
 
-def build_conv(case: Case, *, kind: str, depthwise: bool) -> Providers:
+def build_conv(case: Case, *, kind: str, depthwise: bool) -> Impls:
     """padding 1, no bias: the layers of PiDiNet and FRD-Net."""
     channels = case.shape[1]
     groups = channels if depthwise else 1
     x = normal(case.shape, case, seed=1, mean=case.mean)
     weight = normal((channels, channels // groups, 3, 3), case, seed=2, scale=(9 * channels / groups) ** -0.5)
     options: dict[str, Any] = {"kind": kind, "padding": 1, "groups": groups}
-    sides = providers(
+    impls = build_impls(
         case,
         inputs=(x, weight),
         ours=lambda x, w: fk.pdc2d(x, w, **options),
-        rivals=eager_forms(case, functools.partial(eager.PDC[kind], groups=groups), kind),
+        baselines=eager_forms(case, functools.partial(baselines.PDC[kind], groups=groups), kind),
         reference=lambda x, w: fk.reference.pdc2d(x, w, **options),
         ops=("pdc2d",) if depthwise else ("pdc2d", "pdc_weight"),
     )
     if kind == "vanilla":
-        return sides
+        return impls
     if not case.backward:
-        sides.rivals.update(folded_rivals(case, x, eager.folded(weight, kind, groups)))
+        impls.baselines.update(folded_forms(case, x, baselines.folded(weight, kind, groups)))
     grad = normal(case.shape, case, seed=0) if case.backward else None
     plain = functools.partial(F.conv2d, padding=1, groups=groups)
-    sides.floors["plain F.conv2d"] = with_gradients(plain, (x, weight), grad, case.mode)
-    return sides
+    impls.lower_bounds["plain F.conv2d"] = with_gradients(plain, (x, weight), grad, case.mode)
+    return impls
 
 
-def build_weight(case: Case, *, kind: str) -> Providers:
-    return providers(
+def build_weight(case: Case, *, kind: str) -> Impls:
+    return build_impls(
         case,
         inputs=(normal(case.shape, case, seed=1),),
         ours=lambda w: fk.pdc_weight(w, kind=kind),
-        rivals=eager_forms(case, eager.WEIGHT[kind], kind),
+        baselines=eager_forms(case, baselines.WEIGHT[kind], kind),
         reference=lambda w: fk.reference.pdc_weight(w, kind=kind),
         ops=("pdc_weight",),
         convolves=False,
     )
 
 
-def target(kind: str, layout: str, mode: str) -> float | None:
-    """Of a depthwise layer in float32 on the CPU."""
-    if mode == "forward+backward":
-        return 2.0
-    forward = {"angular": 1.5 if layout == "nchw" else 1.0, "central": 2.0}
-    return forward.get(kind)
-
-
-def depthwise(kind: str) -> functools.partial[Providers]:
+def depthwise(kind: str) -> functools.partial[Impls]:
     return functools.partial(build_conv, kind=kind, depthwise=True)
 
 
@@ -80,15 +81,14 @@ def depthwise_cases() -> Iterator[Case]:
         for mode in MODES:
             for shape in SHAPES:
                 for layout in LAYOUTS:
-                    goal = target(kind, layout, mode)
                     chosen = (shape, layout) == (SHAPES[0], "nchw") and kind != "radial"
-                    short = chosen and mode == "forward"
+                    quick = chosen and mode == "forward"
                     compiled = _compiled(kind, mode) if chosen else ()
-                    yield Case(op, shape, mode, build, layout, target=goal, short=short, compiled=compiled)
+                    yield Case(op, shape, mode, build, layout, quick=quick, compiled=compiled)
             if kind != "radial":
-                sixteen = Case(op, SMALL, mode, build, "channels_last", torch.bfloat16)
-                yield sixteen
-                yield dataclasses.replace(sixteen, mean=MEAN)
+                half = Case(op, SMALL, mode, build, "channels_last", torch.bfloat16)
+                yield half
+                yield dataclasses.replace(half, mean=MEAN)
         yield Case(op, SMALL, "forward", build, mean=MEAN)
     for layout in LAYOUTS:
         yield Case("pdc vanilla depthwise", SHAPES[1], "forward", depthwise("vanilla"), layout)
@@ -110,7 +110,7 @@ def dense_cases() -> Iterator[Case]:
 
 
 def weight_cases(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Case]:
-    for kind in eager.WEIGHT:
+    for kind in baselines.WEIGHT:
         build = functools.partial(build_weight, kind=kind)
         for mode in MODES:
             first = kind == "angular" and mode == "forward"
@@ -123,7 +123,7 @@ def weight_cases(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Ite
                 dtype=dtype,
                 device=device,
                 compiled=compiled,
-                short=first and device == "cuda",
+                quick=first and device == "cuda",
             )
 
 
@@ -134,24 +134,24 @@ def gpu_cases() -> Iterator[Case]:
             f"pdc {kind} depthwise", GPU_LARGE, MODES[0], depthwise(kind), dtype=torch.bfloat16, device="cuda"
         )
         for mode in MODES:
-            short = kind != "radial"
-            compiled = _compiled(kind, mode) if short else ()
+            quick = kind != "radial"
+            compiled = _compiled(kind, mode) if quick else ()
             large = dataclasses.replace(case, mode=mode, layout="channels_last")
-            yield dataclasses.replace(large, short=short, compiled=compiled)
-            yield dataclasses.replace(large, shape=GPU_SMALL, short=kind == "angular")
+            yield dataclasses.replace(large, quick=quick, compiled=compiled)
+            yield dataclasses.replace(large, shape=GPU_SMALL, quick=kind == "angular")
             yield dataclasses.replace(case, mode=mode)
-            if short:
-                yield dataclasses.replace(large, mean=MEAN, short=kind == "angular" and mode == "forward")
+            if quick:
+                yield dataclasses.replace(large, mean=MEAN, quick=kind == "angular" and mode == "forward")
         for dtype in (torch.float32, torch.float16):
             yield dataclasses.replace(case, layout="channels_last", dtype=dtype)
     yield from dense_gpu_cases()
     for case in weight_cases("cuda", torch.bfloat16):
-        if case.short or case.op == "pdc_weight radial":
+        if case.quick or case.op == "pdc_weight radial":
             yield case
 
 
 def dense_gpu_cases() -> Iterator[Case]:
-    """The library's convolution of a kernel that one launch of ours makes."""
+    """The library's convolution with a kernel that one launch of ours computes."""
     build = functools.partial(build_conv, kind="angular", depthwise=False)
     case = Case(
         "pdc angular dense", GPU_LARGE, MODES[0], build, "channels_last", torch.bfloat16, device="cuda"

@@ -1,94 +1,396 @@
-"""Writes the tables of docs/ and README.md from the result files: `python -m benchmarks.report [--check]`.
+"""Writes what is generated from the result files: `results/<machine>/README.md` with every case, the tables of the
+documents, with `--plots` three plots a machine. `--check` writes nothing and names what differs.
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; what is outside the marks is left alone.
+A table of a document stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`; the rest is left alone. Imports
+neither torch nor frd_kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from . import demo_tables, kernel_tables, model_tables
-from .gpu import section as gpu_section
+from .compare import geomean
+from .machine import RESULTS, ROOT, read_json
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+Record = dict[str, Any]
+
 DOCUMENTS = ("docs/performance.md", "docs/model-card.md", "README.md")
+# The rows of README's table.
+SUMMARY = (
+    ("pdc angular depthwise", "forward"),
+    ("pdc central depthwise", "forward+backward"),
+    ("dpm", "forward"),
+    ("dpm", "forward+backward"),
+    ("icm paper", "forward"),
+    ("icm paper", "forward+backward"),
+)
+# dtype and timing that stand for a device in it.
+SUMMARY_TIMINGS = {"cpu": (("float32", "wall"),), "cuda": (("bfloat16", "wall"), ("bfloat16", "graph"))}
+BARS_OF_A_PLOT = 45
+OURS, SLOWER = "#1f6feb", "#cf222e"
 
 
-def replace_table(text: str, name: str, table: str) -> str:
-    """Puts `table` between the marks of `name`; text without these marks stays as it is."""
-    pattern = rf"(<!-- table:{name} -->\n).*?(<!-- /table:{name} -->)"
-    return re.sub(pattern, lambda match: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL)
+def cells(*values: Any) -> str:
+    return "| " + " | ".join(str(value).replace("|", "/") for value in values) + " |"
 
 
-def _result(name: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((RESULTS / name).read_text())
-    return report
+def table(titles: tuple[str, ...], rows: list[str]) -> str:
+    return "\n".join([cells(*titles), cells(*["---"] * len(titles)), *rows])
 
 
-def _optional(name: str) -> dict[str, Any] | None:
-    return _result(name) if (RESULTS / name).exists() else None
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
 
 
-def cpu_tables() -> dict[str, str]:
-    report = _result("cpu/kernels.json")
-    return {
-        "cpu": kernel_tables.every_case(report),
-        "cpu-summary": kernel_tables.by_op(report),
-        "cpu-conditions": kernel_tables.conditions(report),
-        "cpu-overall": kernel_tables.overall(report),
-        "cpu-behind": kernel_tables.behind(report),
-        "cpu-compiled": kernel_tables.compiled(report),
-        "cpu-left-out": kernel_tables.left_out(report),
-    }
+def op(record: Record) -> str:
+    return f"{record['op']} (mean {record['mean']:g})" if record.get("mean") else str(record["op"])
 
 
-def plots(folder: pathlib.Path) -> str:
-    """The plots of a folder, as the documents in docs/ link to them."""
-    found = sorted(folder.glob("*.png"))
-    return (
-        "\n".join(f"![{plot.stem}](../benchmarks/results/{folder.name}/{plot.name})" for plot in found)
-        or "None."
+def label(record: Record) -> str:
+    return f"{op(record)} {'x'.join(map(str, record['shape']))} {record['layout']} {record['mode']}"
+
+
+def milliseconds(record: Record, key: str) -> str:
+    """Four digits, whatever the size."""
+    return f"{record[key]['median']:.4g}"
+
+
+def noise(record: Record) -> str:
+    return f"{100 * record['aa_spread']:.1f}%"
+
+
+def machines() -> list[pathlib.Path]:
+    """The folders with results of kernels."""
+    return sorted(path.parent for path in RESULTS.glob("*/kernels.json"))
+
+
+def device_of(report: Record) -> str:
+    return str(next((record.get("device", "cpu") for record in report.get("cases", [])), "cpu"))
+
+
+def name_of(folder: pathlib.Path) -> str:
+    """The GPU's name, or the CPU's."""
+    report = read_json(folder / "kernels.json")
+    gpu: str | None = report.get("state_before", {}).get("gpu", {}).get("name")
+    return gpu or report.get("machine", {}).get("machine", {}).get("cpu", folder.name)
+
+
+def conditions(report: Record) -> str:
+    """When, on what and how quiet the machine was."""
+    machine = report.get("machine", {})
+    build, versions = machine.get("build", {}), machine.get("versions", {})
+    facts = [f"{report['threads']} threads"] if report.get("threads") else []
+    if device_of(report) == "cpu" and isinstance(build, dict) and "cpu_isa" in build:
+        facts.append(f"{build['cpu_isa']} kernels")
+    facts += [f"{name} {versions[name]}" for name in ("torch", "triton", "python") if versions.get(name)]
+    facts += [f"revision {report.get('revision', 'unknown')[:12]}", report["when"][:10]]
+    if load := report.get("load_before"):
+        facts.append(f"load average before the run {load[0]:.1f}")
+    busy = sum(not record["quiet"] for record in report["cases"])
+    warning = (
+        f" **Something else was running during {busy} of {len(report['cases'])} cases.**" if busy else ""
+    )
+    return ", ".join(facts) + "." + warning
+
+
+def calibration_lines(calibration: Record) -> Iterator[str]:
+    """What the machine itself reached."""
+    if not calibration:
+        return
+    yield f"- copy: {calibration['copy']['bytes_per_s'] / 1e9:.0f} GB/s, read and written"
+    for dtype, entry in calibration["matrix"].items():
+        size, rate = entry["size"], entry["flops_per_s"]
+        yield f"- {dtype} product {size}x{size}x{size}: {rate / 1e12:.2f} TFLOP/s"
+    if launch := calibration.get("launch"):
+        graph, wall = (1e3 * launch[key]["median"] / launch["launches"] for key in ("graph_ms", "wall_ms"))
+        yield f"- an empty kernel: {graph:.2f} us in a graph, {wall:.2f} us launched by the host"
+
+
+def by_timing(records: list[Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.get("timing", "wall"), []).append(record)
+    return found
+
+
+def overall_rows(records: list[Record]) -> Iterator[list[str]]:
+    """For each dtype: worst, geomean and best ratio to the first baseline, and to each case's fastest one."""
+    for dtype in dict.fromkeys(record["dtype"] for record in records):
+        chosen = [record for record in records if record["dtype"] == dtype]
+        fastest = [min(pair["ratio"] for pair in r["baselines"].values()) for r in chosen]
+        for against, ratios in (("first", [r["ratio"] for r in chosen]), ("fastest", fastest)):
+            worst = chosen[ratios.index(min(ratios))]
+            behind = sum(ratio < 1 - r["aa_spread"] for ratio, r in zip(ratios, chosen, strict=True))
+            figures = map(times, (min(ratios), geomean(ratios), max(ratios)))
+            yield [dtype, against, str(len(chosen)), str(behind), *figures, label(worst)]
+
+
+OVERALL = ("dtype", "baseline", "cases", "slower", "worst", "geomean", "best", "worst case")
+
+
+def slower_rows(records: list[Record]) -> list[str]:
+    """Every baseline that is faster than ours by more than noise, the worst first."""
+    found = [
+        (pair["ratio"], name, record)
+        for record in records
+        for name, pair in record["baselines"].items()
+        if pair["ratio"] < 1 - record["aa_spread"]
+    ]
+    found.sort(key=lambda entry: entry[0])
+    return [cells(times(ratio), noise(r), label(r), r["dtype"], name) for ratio, name, r in found]
+
+
+def pairs_text(pairs: dict[str, Record]) -> str:
+    return ", ".join(f"{name} {times(pair['ratio'])}" for name, pair in pairs.items()) or "-"
+
+
+def case_row(record: Record) -> str:
+    backends = {n: p for n, p in record.get("backends", {}).items() if n != record["backend"]}
+    baselines = {n: p for n, p in record["baselines"].items() if n != record["baseline"]}
+    return cells(
+        label(record),
+        record["dtype"],
+        milliseconds(record, "ours_ms"),
+        record["backend"],
+        milliseconds(record, "baseline_ms"),
+        times(record["ratio"]),
+        noise(record),
+        pairs_text(backends),
+        pairs_text(baselines),
+        pairs_text(record["lower_bounds"]),
     )
 
 
-def net_tables() -> dict[str, str]:
-    model = _optional("cpu/model.json")
-    return {
-        "model": model_tables.latency(model),
-        "model-conditions": model_tables.conditions(model),
-        "model-components": model_tables.shares(model),
-        "growth": model_tables.growth(_optional("cpu/growth.json")),
-        "table2": model_tables.published(_optional("cpu/table2.json")),
-        "plots": plots(RESULTS / "cpu"),
+CASE = ("case", "dtype", "ours, ms", "backend", "baseline, ms", "ratio", "A/A", "other backends")
+CASE_ENDS = ("other baselines", "lower bounds")
+
+
+def kernel_sections(report: Record) -> Iterator[str]:
+    for timing, records in by_timing(report["cases"]).items():
+        yield f"## Kernels, {timing}"
+        yield table(OVERALL, [cells(*row) for row in overall_rows(records)])
+        if rows := slower_rows(records):
+            yield "Baselines that are faster than ours by more than noise:"
+            yield table(("ratio", "A/A", "case", "dtype", "baseline"), rows)
+        yield "Every case, the worst ratio first:"
+        rows = [case_row(record) for record in sorted(records, key=lambda record: float(record["ratio"]))]
+        yield table((*CASE, *CASE_ENDS), rows)
+
+
+def net_row(record: Record) -> str:
+    peak = record.get("peak_bytes")
+    others = {n: p for n, p in record["baselines"].items() if n != record["baseline"]}
+    return cells(
+        f"{record['variant']}, batch {record['batch']}, {record['size']}",
+        f"{record['mode']}, {record['execution']}",
+        f"{record['dtype']}, {record['timing']}",
+        milliseconds(record, "ours_ms"),
+        milliseconds(record, "baseline_ms"),
+        times(record["ratio"]),
+        noise(record) if record.get("aa_spread") is not None else "-",
+        f"{record['images_per_s']['ours']:.2f}",
+        " / ".join(f"{peak[key] / 2**20:.0f}" for key in ("ours", "baseline")) if peak else "-",
+        pairs_text(others),
+    )
+
+
+NET = ("net", "mode", "dtype, timing", "ours, ms", "eager, ms", "ratio", "A/A", "images/s")
+NET_ENDS = ("peak MiB, ours / eager", "other baselines")
+
+
+def net_section(model: Record) -> Iterator[str]:
+    if not model:
+        return
+    yield "## FRD-Net"
+    yield table((*NET, *NET_ENDS), [net_row(record) for record in model["records"]])
+    missing = [f"- red gate, no time: {name}: {reason}" for name, reason in model["red"].items()]
+    missing += [f"- left out: {name}: {reason}" for name, reason in model["left_out"].items()]
+    if missing:
+        yield "\n".join(missing)
+
+
+def complexity_table(found: Record) -> str:
+    """Parameters and multiply-accumulates as counted, beside the published rows."""
+    rows = []
+    for row in found["counted"]:
+        macs = row["macs"]
+        parts = ", ".join(f"{macs[part] / 1e9:.2f} G" for part in ("encoder", "blocks", "decoder"))
+        figures = f"{row['parameters'] / 1e6:.2f} M", f"{macs['total'] / 1e9:.2f} G", parts
+        rows.append(
+            cells(f"FRD-Net `{row['variant']}`", *figures, f"counted at {found['size']} x {found['size']}")
+        )
+    for entry in found["quoted"]:
+        rows.append(
+            cells(entry["model"], entry["parameters"], entry["macs"], "-", f"quoted: {entry['source']}")
+        )
+    titles = (
+        "model",
+        "parameters",
+        "multiply-accumulates",
+        "of which encoder, FRD blocks, decoder",
+        "source",
+    )
+    return table(titles, rows)
+
+
+def suite_section(suite: Record) -> Iterator[str]:
+    """The test runs on this GPU that `suite.json` records."""
+    if not suite:
+        return
+    yield "## Tests"
+    lines = []
+    for run in suite["runs"]:
+        names = ("passed", "failed", "skipped", "errors", "hazards")
+        figures = ", ".join(f"{run[name]} {name}" for name in names if name in run)
+        note = f" ({run['note']})" if run.get("note") else ""
+        lines.append(f"- revision {run['revision'][:12]}, {run['what']}: {figures}{note}")
+    yield "\n".join(lines)
+
+
+def left_out_lines(report: Record) -> list[str]:
+    lines = [f"- no time: {case}: {reason}" for case, reason in report.get("problems", {}).items()]
+    reasons: dict[tuple[str, str], int] = {}
+    for record in report["cases"]:
+        for name, reason in record.get("left_out", {}).items():
+            reasons[name, reason] = reasons.get((name, reason), 0) + 1
+    return lines + [f"- {name}, {count} records: {reason}" for (name, reason), count in reasons.items()]
+
+
+def page(folder: pathlib.Path) -> str:
+    """Markdown with everything that the files of a machine say."""
+    report = read_json(folder / "kernels.json")
+    parts = [
+        f"# {name_of(folder)}",
+        "Generated by `python -m benchmarks report`; "
+        "[docs/performance.md](../../../docs/performance.md) explains the words.",
+        conditions(report),
+    ]
+    if stages := report.get("stages"):
+        rows = [
+            cells(
+                name, stage.get("seconds", "running"), stage.get("problem") or stage.get("summary") or "done"
+            )
+            for name, stage in stages.items()
+        ]
+        parts += [table(("stage", "seconds", "outcome"), rows)]
+    parts += suite_section(read_json(folder / "suite.json"))
+    calibration = read_json(folder / "calibration.json") or report.get("calibration", {})
+    parts += ["## Calibration", "\n".join(calibration_lines(calibration))] if calibration else []
+    parts += kernel_sections(report)
+    parts += net_section(read_json(folder / "model.json"))
+    if complexity := read_json(folder / "complexity.json"):
+        parts += ["## Parameters and operations", complexity_table(complexity)]
+    if lines := left_out_lines(report):
+        parts += ["## Left out", "\n".join(lines)]
+    parts += [f"![{plot.stem}]({plot.name})" for plot in sorted(folder.glob("*.png"))]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_page(folder: pathlib.Path) -> None:
+    (folder / "README.md").write_text(page(folder))
+
+
+def summary() -> str:
+    """README's rows: for each machine the span of the ratio over shapes and layouts."""
+    columns: list[tuple[str, dict[tuple[str, str], list[float]]]] = []
+    for folder in machines():
+        report = read_json(folder / "kernels.json")
+        for dtype, timing in SUMMARY_TIMINGS[device_of(report)]:
+            ratios: dict[tuple[str, str], list[float]] = {}
+            for record in report["cases"]:
+                if (record["dtype"], record["timing"], record["mean"]) == (dtype, timing, 0):
+                    ratios.setdefault((record["op"], record["mode"]), []).append(record["ratio"])
+            columns.append((f"{name_of(folder)}, {dtype}, {timing}", ratios))
+    rows = [
+        cells(f"{name}, {mode}", *(span(ratios.get((name, mode), [])) for _, ratios in columns))
+        for name, mode in SUMMARY
+    ]
+    return table(("against eager PyTorch", *(title for title, _ in columns)), rows)
+
+
+def span(ratios: list[float]) -> str:
+    if not ratios:
+        return "-"
+    low, high = times(min(ratios)), times(max(ratios))
+    return low if low == high else f"{low} to {high}"
+
+
+def overall() -> str:
+    rows = []
+    for folder in machines():
+        link = f"[{name_of(folder)}](../benchmarks/results/{folder.name}/README.md)"
+        for timing, records in by_timing(read_json(folder / "kernels.json")["cases"]).items():
+            rows += [cells(link, timing, *row) for row in overall_rows(records)]
+    return table(("machine", "timing", *OVERALL), rows)
+
+
+def nets() -> str:
+    rows = []
+    for folder in machines():
+        for record in read_json(folder / "model.json").get("records", []):
+            titles = (name_of(folder), f"{record['variant']}, batch {record['batch']}", record["dtype"])
+            mode = f"{record['mode']}, {record['execution']}, {record['timing']}"
+            ms = (milliseconds(record, key) for key in ("ours_ms", "baseline_ms"))
+            rows.append(cells(*titles, mode, *ms, times(record["ratio"]), noise(record)))
+    return table(("machine", "net", "dtype", "mode", "ours, ms", "eager, ms", "ratio", "A/A"), rows)
+
+
+FIGURES = {"permute_f1": "permute-F1", "f1": "F1", "auc": "AUC", "iou": "IoU"}
+
+
+def demo_heldout() -> str:
+    """Means over forged images: the checkpoint (and by kind of forgery), the untrained net, the all-white mask."""
+    trained, untrained = (read_json(RESULTS / "demo" / f"{name}.json") for name in ("heldout", "untrained"))
+    rows = {"**demo checkpoint**": trained["forged"]}
+    rows |= {f"... {kind.replace('_', '-')} alone": row for kind, row in trained["by_kind"].items()}
+    rows |= {"the same net, untrained": untrained["forged"], "all-white mask": trained["white_mask"]}
+    lines = [cells(name, *(f"{row[key]:.3f}" for key in FIGURES)) for name, row in rows.items()]
+    return table(("on forged images", *FIGURES.values()), lines)
+
+
+def demo_alarms() -> str:
+    """What the nets mark in untouched photos."""
+    rows = []
+    for name, file in (("**demo checkpoint**", "heldout"), ("the same net, untrained", "untrained")):
+        clean = read_json(RESULTS / "demo" / f"{file}.json")["authentic"]
+        alarms = (f"{100 * clean[key]:.1f} %" for key in ("pixel_false_alarm", "photo_false_alarm"))
+        rows.append(cells(name, *alarms, f"{clean['score_auc']:.3f}"))
+    titles = ("pixels marked", "score above 0.5", "AUC of the score, forged against untouched")
+    return table(("on untouched images", *titles), rows)
+
+
+def demo_training() -> str:
+    """The run that made the checkpoint, and the validation figures of the epoch that was kept."""
+    run = read_json(RESULTS / "demo" / "training.json")
+    kept, steps = run["kept"], f"{run['epochs']}, {run['steps_per_epoch']}, {run['batch_size']}"
+    figures = (
+        f"AUC {kept['val/auc']:.3f}, permute-F1 {kept['val/permute_f1']:.3f}, F1 {kept['val/f1']:.3f}, "
+        f"pixels marked in untouched images {100 * kept['val/false_alarm']:.1f} %"
+    )
+    rows = {
+        "seed": run["seed"],
+        "epochs, steps of each, images of a step": steps,
+        "fastest epoch": f"{run['fastest_epoch_seconds']:.0f} s",
+        "kept": f"epoch {kept['epoch']:.0f}",
+        "validation figures of that epoch": figures,
+        "machine": run["machine"],
     }
+    return table(("run", ""), [cells(*row) for row in rows.items()])
 
 
-def demo_model_tables() -> dict[str, str]:
-    trained, untrained = _result("demo/heldout.json"), _result("demo/untrained.json")
-    return {
-        "demo-heldout": demo_tables.heldout_table(trained, untrained),
-        "demo-alarms": demo_tables.alarm_table(trained, untrained),
-        "demo-training": demo_tables.training_table(_result("demo/training.json")),
-    }
-
-
-def gpu_tables() -> dict[str, str]:
-    return {
-        "gpu": gpu_section.all_gpus(RESULTS),
-        "gpu-summary": gpu_section.summary(RESULTS),
-        "gpu-state": gpu_section.state(RESULTS),
-    }
-
-
-def all_tables() -> dict[str, str]:
-    """Name -> Markdown."""
-    return cpu_tables() | net_tables() | demo_model_tables() | gpu_tables()
+TABLES = {
+    "summary": summary,
+    "overall": overall,
+    "nets": nets,
+    "demo-heldout": demo_heldout,
+    "demo-alarms": demo_alarms,
+    "demo-training": demo_training,
+}
 
 
 def filled(text: str, tables: dict[str, str], name: str) -> str:
@@ -97,37 +399,100 @@ def filled(text: str, tables: dict[str, str], name: str) -> str:
     Raises:
         ValueError: it has a mark that is no table's.
     """
-    unknown = set(re.findall(r"<!-- /?table:(\S+) -->", text)) - set(tables)
-    if unknown:
+    marks = set(re.findall(r"<!-- /?table:(\S+) -->", text))
+    if unknown := marks - set(tables):
         raise ValueError(f"{name}: a mark must name a table, got {', '.join(sorted(unknown))}")
-    for table, content in tables.items():
-        text = replace_table(text, table, content)
+    for mark in marks:
+        pattern = rf"(<!-- table:{mark} -->\n).*?(<!-- /table:{mark} -->)"
+        content = tables[mark].replace("\\", r"\\")
+        text = re.sub(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
     return text
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where `--check` finds a document that differs from what the files give."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description="write the tables of the documents from the result files",
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing, name the documents that differ")
-    options = parser.parse_args(argv)
-    tables = all_tables()
-    differing = []
+def generated() -> Iterator[tuple[pathlib.Path, str]]:
+    """Each file and what it should contain."""
+    for folder in machines():
+        yield folder / "README.md", page(folder)
+    tables = {name: make() for name, make in TABLES.items()}
     for name in DOCUMENTS:
-        path = ROOT / name
-        before = path.read_text()
-        after = filled(before, tables, name)
-        if before != after:
-            differing.append(name)
-            if not options.check:
-                path.write_text(after)
-    if options.check and differing:
-        print(f"not what the result files give: {', '.join(differing)}; run python -m benchmarks.report")
-        return 1
+        yield ROOT / name, filled((ROOT / name).read_text(), tables, name)
+
+
+def ratio_figure(plt: Any, records: list[Record], title: str) -> Any:
+    """Time of the first baseline over ours, the worst at the bottom; where ours is slower the bar is red. Of very many
+    both ends: the worst are never cut."""
+    ordered = sorted(records, key=lambda record: float(record["ratio"]))
+    if len(ordered) > BARS_OF_A_PLOT:
+        ordered = ordered[: -(-2 * BARS_OF_A_PLOT // 3)] + ordered[-(BARS_OF_A_PLOT // 3) :]
+    ratios = [record["ratio"] for record in ordered]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.24 * len(ordered)))
+    errors = [(record.get("aa_spread") or 0.0) * record["ratio"] for record in ordered]
+    colours = [OURS if ratio >= 1 else SLOWER for ratio in ratios]
+    bars = axes.barh(range(len(ordered)), ratios, color=colours, xerr=errors)
+    axes.bar_label(bars, [f" {times(ratio)}" for ratio in ratios], fontsize=7)
+    axes.set_yticks(range(len(ordered)), [record["name"] for record in ordered], fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    limits = min(0.5, 0.8 * min(ratios)), 1.6 * max(ratios)
+    ticks = [2.0**power for power in range(-6, 10) if limits[0] <= 2.0**power <= limits[1]]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlim=limits, ylim=(-0.6, len(ordered) - 0.4), title=title)
+    axes.set_xlabel("baseline's time over ours, with the A/A noise")
+    figure.tight_layout()
+    return figure
+
+
+def write_plots(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Forward and forward+backward of the kernels, on a GPU as CUDA graphs, and the nets; returns the files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    report, model = read_json(folder / "kernels.json"), read_json(folder / "model.json")
+    timing = "graph" if device_of(report) == "cuda" else "wall"
+    found = {"ratio_model": model.get("records", [])}
+    for mode in ("forward", "forward+backward"):
+        found[f"ratio_{mode}"] = [
+            record for record in report["cases"] if (record["mode"], record["timing"]) == (mode, timing)
+        ]
+    written = []
+    for name, records in found.items():
+        if records:
+            title = f"{name_of(folder)}: " + ("FRD-Net" if name == "ratio_model" else f"kernels, {timing}")
+            figure = ratio_figure(pyplot, records, title)
+            figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            pyplot.close(figure)
+            written.append(folder / f"{name}.png")
+    return written
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="write nothing, name the files that differ")
+    parser.add_argument("--plots", action="store_true", help="draw the plots as well; needs matplotlib")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns the exit status: 1 where `--check` finds a file that differs from what the results give."""
+    if options.plots and not options.check:
+        try:
+            for folder in machines():
+                print("\n".join(map(str, write_plots(folder))))
+        except ImportError:
+            print("benchmarks report: --plots needs matplotlib: pip install matplotlib", file=sys.stderr)
+            return 1
+    differing = [(path, text) for path, text in generated() if not path.exists() or path.read_text() != text]
+    if options.check:
+        if differing:
+            names = ", ".join(str(path.relative_to(ROOT)) for path, _ in differing)
+            print(f"not what the result files give: {names}; run python -m benchmarks report")
+        return int(bool(differing))
+    for path, text in differing:
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,8 +14,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from frd_kernels.benchmarks import cpu
-from frd_kernels.benchmarks.harness import keep_memory
+from frd_model import bench
 from frd_model.checkpoints import Checkpoint, open_checkpoint
 from frd_model.data import overlay, write_jpeg, write_png
 from frd_model.evaluate_data import Labelled, forged_samples
@@ -83,9 +82,7 @@ def main() -> int:
     )
 
     print("Kernels, ours against eager PyTorch (ratio above 1: ours is faster)")
-    keep_memory()
-    _records, red = cpu.run(short=True, repeats=15)
-    return 1 if red else 0
+    return bench.main(["run", "--quick", "--repeats", "15"])
 
 
 if __name__ == "__main__":

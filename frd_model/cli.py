@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 # Commands of frd_kernels that parse their own arguments: main(argv) -> exit status.
 PASSED_ON: dict[str, tuple[str, str]] = {
-    "bench": ("frd_kernels.benchmarks.main", "measure the kernels against plain PyTorch"),
+    "bench": ("frd_model.bench", "measure the kernels against plain PyTorch, in a source checkout"),
     "info": ("frd_kernels.info", "print versions, backends and build facts"),
 }
 

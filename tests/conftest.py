@@ -7,6 +7,7 @@ import fcntl
 import os
 import pathlib
 import pickle
+import sys
 import tempfile
 from typing import Any
 
@@ -14,6 +15,9 @@ from typing import Any
 _WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if _WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The benchmarks are not installed; behind the installed packages, so that those are what is tested.
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
 import pytest  # noqa: E402  OpenMP reads its variables when torch loads it
 import torch  # noqa: E402

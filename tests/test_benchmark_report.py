@@ -1,36 +1,54 @@
-"""The documents' tables: what they show of made-up result files, and that the committed ones match theirs."""
+"""The generated documents, whole nets, and the command for a GPU as far as none is needed. No time decides here."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import argparse
 import json
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
 import pytest
+import torch
 
-ROOT = pathlib.Path(__file__).parents[1]
-# The folder `benchmarks` becomes a subpackage when it is installed.
-PACKAGE = "frd_kernels.benchmarks" if importlib.util.find_spec("frd_kernels.benchmarks") else "benchmarks"
-gpu_section, kernel_tables, model_tables, report = (
-    importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("gpu.section", "kernel_tables", "model_tables", "report")
-)
+import frd_kernels as fk
+from benchmarks import __main__ as command
+from benchmarks import gate, gpu, machine, model, report
+from frd_model import create_model
+
+# 64 pixels leave 4 x 4 tokens.
+SMALL: dict[str, Any] = {
+    "grids": ((2, 2), (2, 1), (1, 1)),
+    "stages": (1, 2),
+    "trace_widths": (8, 8),
+    "pyramid_width": 8,
+}
 
 
-def made_up(ratio: float, target: float | None = None, **changes: Any) -> dict[str, Any]:
-    times = {"ours_ms": {"median": 2.0}, "rival_ms": {"median": 2.0 * ratio}, "ratio": ratio}
-    record = {"op": "dpm", "shape": [1, 2], "dtype": "float32", "layout": "nchw", "mode": "forward"}
-    others = {
-        "rival": "eager",
-        "rivals": {"eager": times, "folded": {"ratio": 1.25}},
-        "floors": {"bare": {"ratio": 0.5}},
+def made_up(ratio: float, **changes: Any) -> dict[str, Any]:
+    record = {
+        "name": f"dpm {ratio}",
+        "op": "dpm",
+        "shape": [1, 2],
+        "dtype": "float32",
+        "layout": "nchw",
+        "mode": "forward",
+        "mean": 0.0,
+        "timing": "wall",
+        "device": "cpu",
+        "backend": "cpu",
+        "backends": {},
+        "baseline": "eager",
+        "baselines": {"eager": {"ratio": ratio}, "folded": {"ratio": 1.25}},
+        "lower_bounds": {"bare": {"ratio": 0.5}},
+        "left_out": {},
         "aa_spread": 0.02,
+        "quiet": True,
+        "ours_ms": {"median": 2.0},
+        "baseline_ms": {"median": 2.0 * ratio},
+        "ratio": ratio,
     }
-    return record | times | others | {"target": target, "quiet": True} | changes
+    return record | changes
 
 
 def rows(table: str) -> list[list[str]]:
@@ -38,221 +56,267 @@ def rows(table: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
 
 
-def test_every_case() -> None:
-    records = [
-        made_up(2.5, 2.0),
-        made_up(1.5, 2.0, layout="channels_last"),
-        made_up(1.01, 1.0, op="icm", mode="forward+backward"),
-        made_up(9.0, dtype="bfloat16", quiet=False, mean=8.0),
-    ]
-    lines = kernel_tables.every_case({"cases": records}).splitlines()
-    assert lines[2] == (
-        "| dpm | [1, 2] | float32 | nchw | forward | 2.000 | 5.000 | 2.50x | 2.0% | 2.0x | yes "
-        "| folded 1.25x, bare 0.50x |"
+def test_the_committed_documents_match_their_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["report", "--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_row_has_the_figures_of_its_record() -> None:
+    row = report.case_row(made_up(2.5, mean=8.0))
+    assert row == (
+        "| dpm (mean 8) 1x2 nchw forward | float32 | 2 | cpu | 5 | 2.50x | 2.0% | - | folded 1.25x | bare 0.50x |"
     )
-    assert [line.split(" | ")[10] for line in lines[2:]] == ["yes", "**no**", "within noise", "-"]
-    assert lines[5].startswith("| dpm (mean 8) |")
-    assert rows(kernel_tables.by_op({"cases": records})) == [
-        ["dpm", "forward", "1.5x", "2.5x"],
-        ["icm", "forward+backward", "1.0x", "1.0x"],
-    ]
 
 
-def test_worst_cases_and_rivals_that_are_faster() -> None:
+def test_worst_cases_and_baselines_that_are_faster() -> None:
     fast = {"eager": {"ratio": 4.0}, "folded": {"ratio": 0.8}, "compiled, default": {"ratio": 0.97}}
     records = [
-        made_up(4.0, rivals=fast),
+        made_up(4.0, baselines=fast),
         made_up(1.0, op="icm"),
-        made_up(0.99, op="pdc", rivals={"eager": {"ratio": 0.99}}),
-        made_up(0.5, op="pdc", dtype="bfloat16", rivals={"eager": {"ratio": 0.5}}, mean=8.0),
+        made_up(0.99, op="pdc", baselines={"eager": {"ratio": 0.99}}),
+        made_up(0.5, op="pdc", dtype="bfloat16", baselines={"eager": {"ratio": 0.5}}),
     ]
-    found = rows(kernel_tables.overall({"cases": records}))
-    assert [row[:4] + row[-1:] for row in found] == [
-        ["float32", "3", "headline rival", "0.99x", "0"],
-        ["float32", "3", "its best rival", "0.80x", "1"],
-        ["bfloat16", "1", "headline rival", "0.50x", "1"],
-        ["bfloat16", "1", "its best rival", "0.50x", "1"],
+    found = list(report.overall_rows(records))
+    assert [row[:5] for row in found] == [
+        ["float32", "first", "3", "0", "0.99x"],
+        ["float32", "fastest", "3", "1", "0.80x"],
+        ["bfloat16", "first", "1", "1", "0.50x"],
+        ["bfloat16", "fastest", "1", "1", "0.50x"],
     ]
     assert found[0][5] == f"{(4.0 * 1.0 * 0.99) ** (1 / 3):.2f}x"
-    assert [(row[0], row[2], row[4]) for row in rows(kernel_tables.behind({"cases": records}))] == [
-        ("0.50x", "pdc (mean 8) [1, 2] nchw forward", "eager"),
-        ("0.80x", "dpm [1, 2] nchw forward", "folded"),
-        ("0.97x", "dpm [1, 2] nchw forward", "compiled, default"),
+    slower = [row.strip("| ").split(" | ") for row in report.slower_rows(records)]
+    assert [(row[0], row[4]) for row in slower] == [
+        ("0.50x", "eager"),
+        ("0.80x", "folded"),
+        ("0.97x", "compiled, default"),
     ]
-    assert kernel_tables.behind({"cases": records[1:2]}).startswith("No rival is faster")
 
 
-def test_compiled_rivals() -> None:
-    both = {
-        "eager": {"ratio": 2.0},
-        "compiled, default": {"ratio": 1.5},
-        "compiled, max-autotune": {"ratio": 1.2},
-    }
-    one = {"eager": {"ratio": 2.0}, "compiled, default": {"ratio": 3.0}}
-    records = [made_up(2.0, rivals=both), made_up(2.0), made_up(2.0, op="icm", rivals=one)]
-    table = kernel_tables.compiled({"cases": records})
-    assert table.splitlines()[0].endswith("| torch.compile, default | torch.compile, max-autotune |")
-    assert [row[-2:] for row in rows(table)] == [["1.50x", "1.20x"], ["3.00x", "-"]]
-    assert kernel_tables.compiled({"cases": records[1:2]}) == "No result file holds compiled rivals."
-
-
-def test_sides_left_out_are_told_with_their_reason() -> None:
-    records = [made_up(1.0, left_out={"compiled, default": "no compiler"})] * 2 + [made_up(1.0)]
-    assert kernel_tables.left_out({"cases": records}) == "- compiled, default (2 cases): no compiler"
-
-
-def test_conditions_tell_of_a_busy_machine() -> None:
-    machine = {
-        "machine": {"cpu": "A CPU"},
-        "build": {"cpu_isa": "avx2"},
-        "versions": {"torch": "2.11", "python": "3.10"},
-    }
-    written = {"machine": machine, "threads": 2, "when": "2026-01-02T03", "load_before": [0.25, 1, 1]}
-    text = (
-        "A CPU, 2 threads, avx2 kernels, torch 2.11, Python 3.10, float32 unless said, 2026-01-02, load average "
-        "before the run 0.2"
+def test_a_page_tells_of_a_busy_machine_and_of_what_has_no_time(tmp_path: pathlib.Path) -> None:
+    problems, stages = {"icm": "RED GATE: wrong"}, {"kernels": {"seconds": 3.0, "problem": "cut | after 3 s"}}
+    cases = [made_up(0.9, device="cuda", timing="graph", quiet=False, left_out={"auto": "the same"})]
+    found = {"when": "2026-01-02T03", "problems": problems, "stages": stages, "cases": cases}
+    found |= {"state_before": {"gpu": {"name": "A GPU"}}, "revision": "0123456789abcdef"}
+    machine.write_json(tmp_path / "kernels.json", found)
+    net = made_up(1.5) | {"variant": "lite", "batch": 1, "size": 512, "execution": "eager"}
+    net |= {"images_per_s": {"ours": 500.0}, "peak_bytes": {"ours": 2**30, "baseline": 3 * 2**29}}
+    left_out = {"lite, batch 16": "needs about 90 s"}
+    machine.write_json(
+        tmp_path / "model.json", {"records": [net], "red": {"paper": "wrong"}, "left_out": left_out}
     )
-    assert kernel_tables.conditions(written | {"cases": [made_up(2.0)]}) == f"{text}."
-    calibration = {
-        "copy": {"bytes_per_s": 2e10},
-        "matrix": {"float32": {"size": 2048, "flops_per_s": 9e10}},
-    }
-    written |= {"revision": "0123456789abcdef", "calibration": calibration}
-    busy = kernel_tables.conditions(written | {"cases": [made_up(2.0), made_up(2.0, quiet=False)]})
-    assert busy == (
-        f"{text}, revision 0123456789ab. Measured here: copy 20.0 GB/s read and written, float32 product of 2048x2048 "
-        "matrices 90 GFLOP/s. **Something else ran on the machine during 1 of 2 cases.**"
-    )
+    report.write_page(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    for expected in (
+        "# A GPU\n",
+        "revision 0123456789ab, 2026-01-02. **Something else was running during 1 of 1 cases.**",
+        "| kernels | 3.0 | cut / after 3 s |",
+        "## Kernels, graph",
+        "| lite, batch 1, 512 | forward, eager | float32, wall | 2 | 3 | 1.50x | 2.0% | 500.00 | 1024 / 1536 |",
+        "- red gate, no time: paper: wrong\n- left out: lite, batch 16: needs about 90 s",
+        "- no time: icm: RED GATE: wrong\n- auto, 1 records: the same",
+    ):
+        assert expected in text
 
 
-def net(**changes: Any) -> dict[str, Any]:
-    record = made_up(1.5) | {
-        "variant": "lite",
-        "batch": 1,
-        "size": 512,
-        "execution": "eager",
-        "timing": "wall",
-        "backend": "cpu",
-        "images_per_s": {"ours": 500.0, "rival": 333.0},
-    }
-    return record | changes
-
-
-def test_nets() -> None:
-    peaks = {"ours": 2**30, "rival": 3 * 2**29}
-    written = {
-        "records": [net(), net(mode="training step", peak_bytes=peaks)],
-        "red": {"paper": "relative error 1"},
-        "left_out": {"lite, batch 16": "needs about 90 s"},
-    }
-    table = model_tables.latency(written)
-    first, second = rows(table.split("\n\n")[0])
-    assert " | ".join(first) == (
-        "lite | forward, eager | 1 | 512 | float32 | wall | 2.0 | cpu | 3.0 | 1.50x | 2.0% | 500.00 | - | folded 1.25x"
-    )
-    assert (second[1], second[12]) == ("training step, eager", "1024 / 1536")
-    assert table.split("\n\n")[1].splitlines() == [
-        "- no time, red gate: paper: relative error 1",
-        "- left out: lite, batch 16: needs about 90 s",
-    ]
-    assert model_tables.latency(None) == model_tables.conditions(None) == model_tables.NOTHING
-
-
-def test_growth() -> None:
-    points = [{"x": 256**2, "size": 256, "ratio": 2.0}, {"x": 512**2, "size": 512, "ratio": 1.5}]
-    fit = {"exponent": 1.012, "r_squared": 0.9991}
-    series = {"name": "dpm", "over": "size", "points": points, "fits": {"ours": fit, "rival": fit}}
-    single = {"name": "icm", "over": "batch", "points": [{"x": 4, "batch": 4, "ratio": 0.9}], "fits": {}}
-    empty = {"name": "net", "over": "batch", "points": [], "fits": {}}
-    table = model_tables.growth({"series": [series, single, empty], "left_out": {"net, batch 1": "no time"}})
-    body, notes = table.split("\n\n")
-    assert rows(body) == [
-        ["dpm", "size", "256", "512", "2", *["1.01 (r² 0.999)"] * 2, "2.00x, 1.50x", "1.50x"],
-        ["icm", "batch", "4", "4", "1", "-", "-", "0.90x, 0.90x", "0.90x"],
-    ]
-    assert notes == "- left out: net, batch 1: no time"
-
-
-def test_published_rows_stand_beside_the_counted_ones() -> None:
-    macs = {"total": 3e9, "encoder": 2e9, "blocks": 0.75e9, "decoder": 0.25e9}
-    counted = {"variant": "lite", "parameters": 2_500_000, "macs": macs}
-    table = model_tables.published({"size": 512, "counted": [counted], "quoted": []})
-    assert "2.50 M" in table
-    assert "3.00 G" in table
-    assert "39 M" in table
-    assert model_tables.published(None) == model_tables.growth(None) == model_tables.NOTHING
-
-
-def test_a_section_for_each_gpu(tmp_path: pathlib.Path) -> None:
-    assert gpu_section.all_gpus(tmp_path) == gpu_section.NOTHING
-    for folder, device in (("a-gpu", "cuda"), ("cpu", "cpu")):
-        (tmp_path / folder).mkdir()
-        case = made_up(
-            0.9,
-            name="dpm x",
-            device=device,
-            timing="graph",
-            backend="cuda",
-            backends={},
-            left_out={},
-            mean=0.0,
-        )
-        written = {
-            "when": "2026-01-02",
-            "revision": "0123456789abcdef",
-            "machine": {"versions": {"torch": "2.11"}},
-            "state_before": {"gpu": {"name": "A GPU"}},
-            "state_after": {},
-            "stages": {"kernels": {"seconds": 3.0, "problem": ""}},
-            "problems": {},
-            "cases": [case],
-        }
-        (tmp_path / folder / "kernels.json").write_text(json.dumps(written))
-    (tmp_path / "a-gpu" / "ratios.png").write_bytes(b"")
-    part = {"whole_ms": 2.0, "batch": 1, "dtype": "bfloat16", "parts": {"DPM": {"ms": 2.0, "share": 1.0}}}
-    entry = {"variant": "lite", "size": 512, "device": "cuda", "ours": part, "rival": part}
-    nets = {"records": [], "red": {}, "left_out": {}, "components": [entry]}
-    (tmp_path / "a-gpu" / "model.json").write_text(json.dumps(nets))
-    text = gpu_section.all_gpus(tmp_path)
-    headings = [line for line in text.splitlines() if line.startswith("#")]
-    assert headings == [
-        *("### A GPU", "#### Worst cases, graph", "#### Kernels, graph"),
-        "#### Share of time of each component",
-    ]
-    assert "| DPM | 2.00 | 100.0 % | 2.00 | 100.0 % |" in text
-    assert "| 0.90x | 2.0% | dpm [1, 2] nchw forward | float32 | eager |" in text
-    assert text.count("A GPU") == 1
-    assert "/a-gpu/ratios.png)" in text
-
-
-def test_only_the_tables_are_replaced() -> None:
+def test_only_the_tables_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\n<!-- table:cpu -->\nold\n<!-- /table:cpu -->\nb\n<!-- table:gpu -->\n<!-- /table:gpu -->\n"
-    replaced = report.replace_table(text, "cpu", r"new \1")
-    assert replaced == text.replace("old", r"new \1")
-    assert report.replace_table(replaced, "cpu", r"new \1") == replaced
-    assert report.filled(text, {"cpu": "old", "gpu": "none"}, "x.md") == text.replace(
-        "gpu -->\n<!--", "gpu -->\nnone\n<!--"
-    )
+    filled = report.filled(text, {"cpu": r"new \1", "gpu": "none"}, "x.md")
+    assert filled == text.replace("old", r"new \1").replace("gpu -->\n<!--", "gpu -->\nnone\n<!--")
     with pytest.raises(ValueError, match=r"x.md: a mark must name a table, got gpu"):
         report.filled(text, {"cpu": "old"}, "x.md")
 
 
-def test_check_names_a_document_that_differs(
+def test_check_names_a_file_that_differs(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "DOCUMENTS", ("x.md", "y.md"))
-    monkeypatch.setattr(report, "all_tables", lambda: {"cpu": "new"})
-    for name, content in (("x.md", "old"), ("y.md", "new")):
-        (tmp_path / name).write_text(f"<!-- table:cpu -->\n{content}\n<!-- /table:cpu -->\n")
-    assert report.main(["--check"]) == 1
-    assert "x.md; run python -m benchmarks.report" in capsys.readouterr().out
-    assert report.main([]) == 0
-    assert report.main(["--check"]) == 0
-    assert (tmp_path / "x.md").read_text() == (tmp_path / "y.md").read_text()
+    monkeypatch.setattr(
+        report, "generated", lambda: iter([(tmp_path / "x.md", "new"), (tmp_path / "y.md", "")])
+    )
+    (tmp_path / "y.md").write_text("")
+    assert command.main(["report", "--check"]) == 1
+    assert (
+        capsys.readouterr().out == "not what the result files give: x.md; run python -m benchmarks report\n"
+    )
+    assert command.main(["report"]) == 0
+    assert command.main(["report", "--check"]) == 0
 
 
-def test_the_committed_documents_match_their_files() -> None:
-    command = [sys.executable, "-m", "benchmarks.report", "--check"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_plots(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError):
+        report.write_plots(tmp_path)
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    machine.write_json(tmp_path / "kernels.json", {"cases": [made_up(0.5 + i) for i in range(60)]})
+    (path,) = report.write_plots(tmp_path)
+    assert path.name == "ratio_forward.png" and path.stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def lite() -> model.Subject:
+    return model.Subject("lite", 64, **SMALL)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_eager_nets_compute_the_same(variant: str) -> None:
+    subject = model.Subject("lite", 64, **SMALL, variant=variant)
+    found = model.baselines_of(subject.model)
+    assert next(iter(found)) == "eager" and list(found)[-1] == model.FOLDED
+    for net in (subject.model, *found.values()):
+        assert subject.error(net, 1, torch.float32, "nchw") < 1e-5
+        foreign = [m for m in net.modules() if isinstance(m, (model.EagerICM, model.EagerDPM))]
+        assert bool(foreign) == (net is not subject.model)
+    training = model.baselines_of(subject.model, training=True)
+    assert model.FOLDED not in training
+    names = [name for name, _ in subject.model.named_parameters()]
+    assert [model.parameter_name(name) for name, _ in training["eager"].named_parameters()] == names
+
+
+@pytest.mark.parametrize("part", ["icm", "dpm", "stem"])
+@pytest.mark.parametrize("mode", ["forward", "training step"])
+def test_gate_is_red_for_a_spoiled_net(lite: model.Subject, part: str, mode: str) -> None:
+    setting = model.Setting(1, mode)
+    nets = model.build_nets(lite, setting, dict.fromkeys(("cpu", "eager", model.FOLDED), "nchw"))
+    assert nets.left_out == {} and list(nets.ours) == ["cpu"]
+    assert set(model.gate_nets(lite, setting, nets)) == {"cpu", *nets.baselines}
+    kinds = {"icm": fk.ICM, "dpm": fk.DPM, "stem": fk.PDC2d}
+    layer = next(m for m in nets.ours["cpu"].model.modules() if isinstance(m, kinds[part]))
+    with torch.no_grad():
+        list(layer.parameters())[-1].mul_(1.003)
+    with pytest.raises(gate.GateError, match="relative error"):
+        model.gate_nets(lite, setting, nets)
+
+
+def test_a_wrong_baseline_is_dropped(lite: model.Subject) -> None:
+    setting = model.Setting(1)
+    nets = model.build_nets(lite, setting, dict.fromkeys(("cpu", "eager", model.FOLDED), "nchw"))
+    with torch.no_grad():
+        next(nets.baselines[model.FOLDED].model.parameters()).mul_(2)
+    model.gate_nets(lite, setting, nets)
+    assert list(nets.left_out) == [model.FOLDED] and list(nets.baselines) == ["eager"]
+
+
+def test_near_ties_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = model.build_model("lite", **SMALL).double()
+    flat = torch.zeros(1, 3, 64, 64, dtype=torch.float64)
+    with model.near_ties(net) as gaps, fk.use_backend("reference"):
+        model.block_outputs(net, flat)
+    assert len(gaps) == 2 * 2 and min(gaps) < model.NEAR_TIE
+    monkeypatch.setattr(model, "TRIES", 2)
+    with pytest.raises(gate.GateError, match="without a near tie"):
+        model.Subject("lite", 64, grids=((8, 8), (4, 4), (2, 1))).batch(1)
+    with pytest.raises(ValueError, match="variant must be one of"):
+        model.build_model("none")
+
+
+def test_nets_on_the_cpu(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"1": {"ours": 10, "baseline": 20}, "2": {"ours": 30, "baseline": 40}}
+    monkeypatch.setattr(model, "peak_bytes_on_cpu", lambda *_: peaks)
+    out = tmp_path / "model.json"
+    job = model.Run("cpu", 64, 500, out)
+    options = argparse.Namespace(variants=("lite",), batches=(1, 2), size=64, compiled=False, budget=0.0)
+    model.run_on_cpu(job, options, **SMALL)
+    written = json.loads(out.read_text())
+    assert written["red"] == written["left_out"] == {} and written["records"] == job.records
+    measured = [(r["mode"], r["batch"]) for r in job.records]
+    assert measured[0] == ("forward", 1) and sorted(measured[1:]) == [("forward", 2), ("training step", 1)]
+    for record in job.records:
+        assert (record["baseline"], record["backend"], record["timing"]) == ("eager", "cpu", "wall")
+        assert record["ratio"] == record["baselines"]["eager"]["ratio"] and record["turns"] >= 5
+        rate = 1e3 * record["batch"] / record["ours_ms"]["median"]
+        assert record["images_per_s"]["ours"] == pytest.approx(rate)
+        peak = peaks[str(record["batch"])] if record["mode"] == "forward" else None
+        assert record.get("peak_bytes") == peak
+
+
+def test_the_limit_leaves_the_rest_out() -> None:
+    job = model.Run("cpu", 64, 0.0)
+    job.attempt("late", 1.0, lambda: pytest.fail("must not run"))
+    assert "needs about 1 s" in job.left_out["late"]
+
+    def wrong() -> None:
+        raise gate.GateError("a net is wrong")
+
+    job.attempt("red", -1e9, wrong)
+    assert job.red == {"red": "a net is wrong"}
+
+
+def test_peak_memory_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = {"ours": "nchw", "baseline": "channels_last"}
+    found = model.peak_bytes_on_cpu("lite", 128, [1, 4], layouts, 200)
+    for name in ("ours", "baseline"):
+        # The stem's planes alone: 19 of them in float32.
+        assert found["1"][name] >= 4 * 128 * 128 * 19 and found["4"][name] > 2 * found["1"][name]
+    monkeypatch.setattr(model.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="peak memory: no message"):
+        model.peak_bytes_on_cpu("lite", 64, [1], layouts, 10)
+
+
+def test_parameters_and_operations() -> None:
+    found = model.count(128, ["lite"])
+    (row,), net = found["counted"], create_model("frdnet_mit_b0", preset="lite")
+    assert row["parameters"] == sum(p.numel() for p in net.parameters())
+    assert row["macs"]["total"] > row["macs"]["encoder"] + row["macs"]["blocks"] > 0
+    text = report.complexity_table(found)
+    assert f"| FRD-Net `lite` | {row['parameters'] / 1e6:.2f} M |" in text and "128 x 128" in text
+    assert "| 39 M | 25.6 G |" in text
+
+
+def gpu_run(tmp_path: pathlib.Path, **changes: Any) -> gpu.Run:
+    options = {"limit": 60.0, "add": False, "only": "x", "quick": False, "archive": tmp_path / "a.tar.gz"}
+    folder = tmp_path / "a-gpu"
+    folder.mkdir(exist_ok=True)
+    return gpu.Run(argparse.Namespace(stages=["kernels"], **(options | changes)), folder)
+
+
+SCRIPT = """
+import sys
+from benchmarks.machine import append_line, read_lines
+path, record = __import__("pathlib").Path(sys.argv[1]), {record}
+done = [line["start"] for line in read_lines(path) if "start" in line]
+for name in ("one", "crash", "three"):
+    if name not in done:
+        append_line(path, start=name)
+        if name == "crash":
+            sys.exit("Segmentation fault")
+        append_line(path, end=name, records=[record | dict(name=name)])
+append_line(path, head=dict(state_after={{}}))
+"""
+
+
+def test_the_measuring_process_is_started_again_behind_a_crash(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a process in place of the one that measures on a GPU."""
+    script = SCRIPT.format(record=made_up(2.0, device="cuda"))
+    monkeypatch.setattr(gpu, "measuring", lambda run, *_: [sys.executable, "-c", script, str(run.lines)])
+    run = gpu_run(tmp_path)
+    assert list(gpu.run_stages(run)) == [""]
+    written = machine.read_json(run.folder / "kernels.json")
+    assert [record["name"] for record in written["cases"]] == ["one", "three"]
+    assert written["problems"] == {"crash": "the process ended, or took too long"}
+    assert "Segmentation fault" in run.log("kernels").read_text()
+    assert "dpm" in (run.folder / "README.md").read_text() and run.options.archive.stat().st_size > 0
+    # `--add` measures what has no time, and keeps the rest.
+    again = gpu_run(tmp_path, add=True)
+    list(gpu.run_stages(again))
+    started = [line["start"] for line in machine.read_lines(again.lines) if "start" in line]
+    assert started == ["one", "three", "crash"] and len(again.report["cases"]) == 2
+
+
+def test_a_process_is_ended_in_time(tmp_path: pathlib.Path) -> None:
+    log, sleep = (
+        tmp_path / "log",
+        [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"],
+    )
+    assert gpu.run_logged(sleep, log, 0.1) == "cut after 0 s"
+    assert gpu.run_logged(sleep, log, 60, watch=lambda: False) == "cut: a case took too long"
+    assert gpu.run_logged([sys.executable, "-c", "raise SystemExit('no')"], log, 60) == "exit status 1: no"
+    assert gpu.run_logged([sys.executable, "-c", ""], log, 60) == ""
+
+
+def test_stages_are_ordered_and_known() -> None:
+    assert gpu.stage_names("model,build,tests") == ["build", "tests", "model"]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be some of .*, got proof"):
+        gpu.stage_names("build,proof")
+    assert set(gpu.RUNNERS) == set(gpu.LIMITS) >= set(gpu.USUAL)

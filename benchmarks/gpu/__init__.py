@@ -1,1 +1,0 @@
-"""One GPU, in one command, offline: `python -m benchmarks.gpu --help`."""

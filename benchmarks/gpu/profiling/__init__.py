@@ -1,1 +1,0 @@
-"""Why a kernel is slow on a GPU."""

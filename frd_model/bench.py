@@ -1,0 +1,41 @@
+"""`frd bench`: hands over to `benchmarks/`, which lies in a source checkout and is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+NAME = "benchmarks"
+
+
+def checkout() -> Path | None:
+    """The source checkout that the current folder, or else this package, lies in."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (folder / NAME / "__main__.py").is_file() and (folder / "csrc" / "register.cpp").is_file():
+            return folder
+    return None
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2 outside of a checkout."""
+    root = checkout()
+    if root is None:
+        print(
+            "frd bench: works in a source checkout of frd_kernels: cd there, or run `python -m benchmarks`",
+            file=sys.stderr,
+        )
+        return 2
+    if NAME not in sys.modules:
+        # By its place: sys.path need not contain the checkout, whose packages would come before the installed ones.
+        spec = importlib.util.spec_from_file_location(
+            NAME, root / NAME / "__init__.py", submodule_search_locations=[str(root / NAME)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[NAME] = module
+        spec.loader.exec_module(module)
+    status: int = importlib.import_module(f"{NAME}.__main__").main(list(argv))
+    return status
