@@ -300,7 +300,10 @@ def test_record_survives_json(case: registry.Case, monkeypatch: pytest.MonkeyPat
 
 def test_bench_writes_a_report_and_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, lines, threads = tmp_path / "kernels.json", tmp_path / "lines.jsonl", torch.get_num_threads()
+    calibration = tmp_path / "calibration.json"
+    machine.write_json(calibration, timing.calibrate("cpu", scale=1 / 128, repeats=2))
     options = ["--only", TINY, "--quick", "--out", str(out), "--lines", str(lines)]
+    options += ["--calibration", str(calibration)]
     assert command.main(["list", "--only", TINY]) == 0
     assert capsys.readouterr().out.split("\n")[0] == TINY
     # Of the cases of `--quick` none has this name.
@@ -311,6 +314,7 @@ def test_bench_writes_a_report_and_lines(tmp_path: pathlib.Path, capsys: pytest.
     written = json.loads(out.read_text())
     assert [record["name"] for record in written["cases"]] == [TINY, f"{TINY}+backward"]
     assert (written["threads"], written["problems"]) == (1, {})
+    assert all("memory" in record["lower_bounds"] for record in written["cases"])
     assert written["load_limit"] == pytest.approx(1.2) and isinstance(written["quiet"], bool)
     kinds = [next(iter(line)) for line in machine.read_lines(lines)]
     assert kinds == ["head", "start", "end", "start", "end", "head"]
