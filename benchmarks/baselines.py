@@ -14,8 +14,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 
-Projection = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # Wk, bk, Wv, bv
-Convolution = Callable[..., torch.Tensor]  # x, weight, groups
+# Wk, bk, Wv, bv.
+Projection = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+# Of x, weight, groups.
+Convolution = Callable[..., torch.Tensor]
 Index: TypeAlias = Sequence[int] | torch.Tensor
 Layer = Callable[[torch.Tensor], torch.Tensor]
 

@@ -69,12 +69,15 @@ SLOW_S = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How a net is measured. At most `baselines` baselines and `backends` of ours take part: a large net compiles
-    dozens of Triton kernels. `budget_s` is that of one comparison."""
+    """How a net is measured: `mode` is "forward" or "training step", `execution` "eager" or "compiled".
+
+    At most `baselines` baselines and `backends` of ours take part: a large net compiles dozens of Triton kernels.
+    `budget_s` is that of one comparison.
+    """
 
     batch: int
-    mode: str = "forward"  # or "training step"
-    execution: str = "eager"  # or "compiled"
+    mode: str = "forward"
+    execution: str = "eager"
     dtype: torch.dtype = torch.float32
     budget_s: float = 6.0
     baselines: int = 9

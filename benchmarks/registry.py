@@ -296,7 +296,8 @@ def _add_compiled(
 
 # The taps that a difference convolution really has: the centre of an angular or radial one is zero.
 TAPS = {"angular": 8, "central": 9, "radial": 8, "vanilla": 9}
-FIRST_CENTRES = 64  # of the ICM's grids
+# Centres of the ICM's first round.
+FIRST_CENTRES = 64
 
 
 def min_bytes(case: Case) -> int:

@@ -319,4 +319,4 @@ def test_stages_are_ordered_and_known() -> None:
     assert gpu.stage_names("model,build,tests") == ["build", "tests", "model"]
     with pytest.raises(argparse.ArgumentTypeError, match=r"must be some of .*, got proof"):
         gpu.stage_names("build,proof")
-    assert set(gpu.RUNNERS) == set(gpu.LIMITS) >= set(gpu.USUAL)
+    assert set(gpu.RUNNERS) == set(gpu.LIMITS)
