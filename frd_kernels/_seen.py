@@ -27,6 +27,8 @@ def key(name: str, *values: Any) -> tuple[Any, ...] | None:
             elif value.dtype != dtype:
                 return None
             parts.append((value.shape, dtype, value.device))
+        elif isinstance(value, tuple):  # (True, 1) and (1.0, 1) equal (1, 1), and are refused
+            parts.append((*map(type, value), value))
         else:
             parts.append((type(value), value))
     return tuple(parts)

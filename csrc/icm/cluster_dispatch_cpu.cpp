@@ -44,9 +44,7 @@ template <class A>
 Tensor forward(const Tensor& centres, const Tensor& labels, const Tensor& similarity, bool channels_first) {
   std::vector<Tensor> alive;
   ClusterDispatch<A> d = make<A>(centres, labels, similarity, alive);
-  Tensor out = torch::stable::new_empty(
-      centres, channels_first ? Sizes{d.batch, d.channels, d.tokens} : Sizes{d.batch, d.tokens, d.channels});
-  if (channels_first) out = torch::stable::transpose(out, 1, 2);
+  Tensor out = new_tokens(centres, d.batch, d.tokens, d.channels, channels_first);
   d.out = view_of(out);
   d.chunks = chunk_count(d.tokens, 1);
   for_units(d.batch * d.chunks,

@@ -33,9 +33,7 @@ Tensor dispatch(const Tensor& centres, const Tensor& labels_, const Tensor& simi
   const CudaScope scope(centres);
   const Tensor labels = in_layout(labels_), similarity = in_layout(similarity_);
   ClusterDispatchArgs a = checked(centres, labels, similarity);
-  Tensor out = torch::stable::new_empty(
-      centres, channels_first ? Sizes{a.batch, a.channels, a.tokens} : Sizes{a.batch, a.tokens, a.channels});
-  if (channels_first) out = torch::stable::transpose(out, 1, 2);
+  Tensor out = new_tokens(centres, a.batch, a.tokens, a.channels, channels_first);
   a.out = view_of(out);
   if (a.batch > 0) STD_CUDA_CHECK(cluster_dispatch(a, scope.stream()));
   return out;

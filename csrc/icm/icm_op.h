@@ -1,5 +1,7 @@
 // What the operators of the clustering check and allocate alike on every device.
 #pragma once
+#include <array>
+#include <optional>
 #include <type_traits>
 
 #include "core/layout.h"
@@ -28,10 +30,29 @@ inline bool is_channel_major(const Tensor& t) {
   return t.size(1) > 1 && t.stride(1) == 1 && t.stride(2) >= t.size(1);
 }
 
-// Uninitialised [B, N, C], its memory [B, C, N] where that is so for t.
+// Uninitialised [B, N, C], its memory [B, C, N] where channel_major. Not the transpose of a contiguous
+// tensor: autograd lets nobody write in place into a view that an operator returned.
+inline Tensor new_tokens(const Tensor& like, int64_t batch, int64_t tokens, int64_t channels,
+                         bool channel_major) {
+  using torch::stable::detail::from;
+  const Sizes size{batch, tokens, channels};
+  if (!channel_major) return torch::stable::new_empty(like, size);
+  const Sizes stride{channels * tokens, 1, tokens};
+  std::array<StableIValue, 7> stack{from(like),
+                                    from(torch::headeronly::IntHeaderOnlyArrayRef(size)),
+                                    from(torch::headeronly::IntHeaderOnlyArrayRef(stride)),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt),
+                                    from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Uninitialised, in the layout of t.
 inline Tensor new_like_tokens(const Tensor& t) {
-  if (!is_channel_major(t)) return torch::stable::new_empty(t, Sizes{t.size(0), t.size(1), t.size(2)});
-  return torch::stable::transpose(torch::stable::new_empty(t, Sizes{t.size(0), t.size(2), t.size(1)}), 1, 2);
+  return new_tokens(t, t.size(0), t.size(1), t.size(2), is_channel_major(t));
 }
 
 inline void check_grid(const Sizes& hw, const Sizes& grid, int64_t tokens) {

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .report import has_hooks, one_line
+from .._inner import has_hooks
+from .report import one_line
 
 _MOST_PATHS = 16
 _PROXY = object()

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .._inner import has_hooks
 from ..kinds import parse_kind
 from ..pdc.layers import PDC2d
 from ..pdc_block.layers import DPM, PDCBlock2d
 from .dataflow import Dataflow, may_read_weights
-from .report import KEPT, REPLACED, Entry, Report, has_hooks, swap
+from .report import KEPT, REPLACED, Entry, Report, swap
 
 BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
 
@@ -221,7 +222,9 @@ _BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
 def _is_block(module: nn.Module) -> TypeGuard[PDCBlock2d]:
-    return isinstance(module, PDCBlock2d) and type(module).forward is PDCBlock2d.forward
+    """A block that has its own two layers still: where an adapter wraps one, the block calls it."""
+    own = isinstance(module, PDCBlock2d) and type(module).forward is PDCBlock2d.forward
+    return own and isinstance(module.pdc, PDC2d) and isinstance(module.point, nn.Conv2d)
 
 
 def _is_layer(module: nn.Module) -> bool:

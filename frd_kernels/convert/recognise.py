@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from .._numbers import is_number
 from ..backend import use_backend
 from ..pdc.arguments import Geometry, parse_geometry
 from ..pdc.layers import PDC2d
 from .checkpoints import from_deconv
-from .report import is_number, one_line
+from .report import one_line
 
 KINDS = ("vanilla", "central", "angular", "radial")
 # Of the largest output; and the decimals of theta that a fit in this precision tells.

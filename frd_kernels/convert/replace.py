@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .._inner import has_hooks
+from .._numbers import is_number
 from ..pdc.layers import PDC2d
 from .recognise import Found, Unrecognised, recognise_branches, recognise_own_weight, recognise_wrapped
-from .report import KEPT, REPLACED, Entry, Report, has_hooks, is_number, one_line, swap
+from .report import KEPT, REPLACED, Entry, Report, one_line, swap
 
 _TELLING_NAME = re.compile(r"pdc|cdc|difference|(^|_)(cd|ad|rd|hd|vd)(_|conv|$)", re.IGNORECASE)
 _BRANCHES = {f"conv1_{i}" for i in range(1, 6)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 REPLACED, KEPT = "replaced", "kept"
@@ -42,12 +41,6 @@ class Report(list[Entry]):
         return "\n".join(str(entry) for entry in self)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs, or its backward will run, anything besides its class's `forward`."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in names) or "forward" in vars(module)
-
-
 def swap(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
     """Puts `replacements[id(m)]` wherever m is registered, and returns the model (itself one of them, maybe)."""
     if id(model) in replacements:
@@ -63,7 +56,3 @@ def one_line(error: BaseException) -> str:
     """Type and first line of an exception, for a note."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, (bool, torch.Tensor))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from .._numbers import parse_count
 from . import api, reference
 from .reference import ClusterResult
 
@@ -79,9 +80,10 @@ class _Split(NamedTuple):
         return flat.expand(-1, self.heads, -1).reshape(flat.size(0) * self.heads, flat.size(2))
 
     def by_image(self, found: ClusterResult) -> ClusterResult:
-        """The results of the tokens' batch as [B, regions, heads, ...]."""
+        """The results of the tokens' batch as [B, regions, heads, ...]: copies, since the backward needs its own."""
         images = found.labels.size(0) // (self.regions * self.heads)
-        return ClusterResult(*(torch.unflatten(t, 0, (images, self.regions, self.heads)) for t in found))
+        shape = images, self.regions, self.heads
+        return ClusterResult(*(torch.unflatten(t, 0, shape).clone() for t in found))
 
 
 def _split(x: torch.Tensor, fold_w: int, fold_h: int, heads: int) -> _Split:
@@ -108,12 +110,6 @@ def _select(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else torch.where(mask.unsqueeze(1), x, 0)
 
 
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 class _Cluster(nn.Module):
     """What the two Clusters share: everything but the weights of the means and the way back."""
 
@@ -130,16 +126,26 @@ class _Cluster(nn.Module):
         factory: dict[str, Any],
     ) -> None:
         super().__init__()
-        _check_counts(dim=dim, out_dim=out_dim, proposal_w=proposal_w, proposal_h=proposal_h)
-        _check_counts(fold_w=fold_w, fold_h=fold_h, heads=heads, head_dim=head_dim)
-        self.dim, self.out_dim, self.heads, self.head_dim = dim, out_dim, heads, head_dim
-        self.proposal, self.fold_w, self.fold_h = (proposal_w, proposal_h), fold_w, fold_h
+        self.dim = dim = parse_count(dim, "dim")
+        self.out_dim = out_dim = parse_count(out_dim, "out_dim")
+        self.proposal = parse_count(proposal_w, "proposal_w"), parse_count(proposal_h, "proposal_h")
+        self.fold_w, self.fold_h = parse_count(fold_w, "fold_w"), parse_count(fold_h, "fold_h")
+        self.heads = heads = parse_count(heads, "heads")
+        self.head_dim = head_dim = parse_count(head_dim, "head_dim")
         # In the order of the sources: one seed gives the same parameters, one optimiser state fits.
         self.f = nn.Conv2d(dim, heads * head_dim, 1, **factory)
         self.proj = nn.Conv2d(heads * head_dim, out_dim, 1, **factory)
         self.v = nn.Conv2d(dim, heads * head_dim, 1, **factory)
         self.sim_alpha = nn.Parameter(torch.ones(1, **factory))
         self.sim_beta = nn.Parameter(torch.zeros(1, **factory))
+
+    def reset_parameters(self) -> None:
+        """Sets the parameters to their initial values."""
+        for module in (self.f, self.proj, self.v):
+            if hasattr(module, "reset_parameters"):  # another module may be in its place
+                module.reset_parameters()
+        nn.init.ones_(self.sim_alpha)
+        nn.init.zeros_(self.sim_beta)
 
     def extra_repr(self) -> str:
         fold = self.fold_w, self.fold_h
@@ -338,9 +344,11 @@ class ClusterPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_counts(stride=stride, in_chans=in_chans, embed_dim=embed_dim, fold_w=fold_w, fold_h=fold_h)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.stride, self.in_chans, self.fold_w, self.fold_h = stride, in_chans, fold_w, fold_h
+        self.stride = parse_count(stride, "stride")
+        self.in_chans = in_chans = parse_count(in_chans, "in_chans")
+        embed_dim = parse_count(embed_dim, "embed_dim")
+        self.fold_w, self.fold_h = parse_count(fold_w, "fold_w"), parse_count(fold_h, "fold_h")
         self.norm2 = nn.GroupNorm(1, embed_dim, **factory)
         self.conv_f = nn.Conv2d(in_chans, embed_dim, 1, **factory)
         self.conv_v = nn.Conv2d(in_chans, embed_dim, 1, **factory)

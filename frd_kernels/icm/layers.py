@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from . import api
+from .._inner import has_global_hooks, is_plain
+from .._numbers import parse_count
+from . import api, reference
 from .reference import Projection
 
 
@@ -22,8 +24,13 @@ class _Projections(nn.Module):
         self.value = nn.Linear(channels, channels, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        self.key.reset_parameters()
-        self.value.reset_parameters()
+        for module in (self.key, self.value):
+            if hasattr(module, "reset_parameters"):  # another module may be in its place
+                module.reset_parameters()
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens [B, N, C] -> keys and values, likewise."""
+        return self.key(tokens), self.value(tokens)
 
     def tensors(self) -> Projection:
         return self.key.weight, self.key.bias, self.value.weight, self.value.bias
@@ -34,6 +41,10 @@ class ICM(nn.Module):
 
     The 1x1 projection behind the module is not part of it.
 
+    It is one kernel where the projections are as they were made. Where hooks, an adapter, a parametrization or the
+    like are attached to one of them or to its round, or another module is in its place, `rounds[t]` are called, with
+    tokens [B, N, C], and `cluster` runs between them.
+
     Args:
         channels: C of the input and of the output.
         grids: centres per axis (rows, columns) of each round.
@@ -43,9 +54,10 @@ class ICM(nn.Module):
 
     Attributes:
         rounds: per round, `key` and `value` (nn.Linear(C, C)).
-        alpha: "paper": a scalar, initially 1 / (O_1 * ... * O_(T-1)). The entries of M1 M2 ... MT are sums of
+        alpha: "paper": [1], initially 1 / (O_1 * ... * O_(T-1)). The entries of M1 M2 ... MT are sums of
             that many products of cosines and reach it where the centres are alike, so alpha = 1 would
-            saturate the sigmoid and stop its gradient. "released": [T], initially 1.
+            saturate the sigmoid and stop its gradient. "released": [T], initially 1. A state dict that holds
+            scalars of no dimension, as "paper" had once, loads.
         beta: shaped as alpha, initially 0.
     """
 
@@ -58,18 +70,18 @@ class ICM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        channels = parse_count(channels, "channels")
         if variant not in api.VARIANTS:
             raise ValueError(f"variant must be 'paper' or 'released', got {variant!r}")
         if len(grids) == 0:
             raise ValueError("grids must hold at least one (rows, columns), got none")
         self.channels, self.variant = channels, variant
-        self.grids = tuple((int(rows), int(columns)) for rows, columns in grids)
+        self.grids = tuple(api.parse_grid(grid, "grids") for grid in grids)
         self.rounds = nn.ModuleList(_Projections(channels, device, dtype) for _ in self.grids)
-        shape = () if variant == "paper" else (len(self.grids),)
-        self.alpha = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        # At least one dimension: FSDP shards the first.
+        gates = 1 if variant == "paper" else len(self.grids)
+        self.alpha = nn.Parameter(torch.empty(gates, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.empty(gates, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -80,6 +92,13 @@ class ICM(nn.Module):
         nn.init.constant_(self.alpha, 1 / terms if self.variant == "paper" else 1.0)
         nn.init.zeros_(self.beta)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("alpha", "beta"):
+            value = state_dict.get(prefix + name)
+            if isinstance(value, torch.Tensor) and value.dim() == 0 and self.variant == "paper":
+                state_dict[prefix + name] = value.reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return f"{self.channels}, grids={self.grids}, variant={self.variant!r}"
 
@@ -88,14 +107,48 @@ class ICM(nn.Module):
         if x.dim() != 4 or x.size(1) != self.channels:
             raise ValueError(f"x must be [B, {self.channels}, H, W], got {list(x.shape)}")
         height, width = x.shape[2:]
-        projections = [cast(_Projections, p).tensors() for p in self.rounds]
-        out = api.icm(
-            x.flatten(2).transpose(1, 2),
-            projections,
-            variant=self.variant,
-            alpha=self.alpha,
-            beta=self.beta,
-            grids=self.grids,
-            hw=(height, width),
-        )
+        tokens = x.flatten(2).transpose(1, 2)
+        if self._is_fused():
+            out = api.icm(
+                tokens,
+                [cast(_Projections, p).tensors() for p in self.rounds],
+                variant=self.variant,
+                alpha=self.alpha,
+                beta=self.beta,
+                grids=self.grids,
+                hw=(height, width),
+            )
+        else:
+            out = self._composed(tokens, (height, width))
         return torch.unflatten(out.transpose(1, 2), 2, (height, width))
+
+    def _is_fused(self) -> bool:
+        """Whether `icm` computes what calling the rounds would: they are as they were made, with nothing attached."""
+        return not has_global_hooks() and all(
+            is_plain(p, _Projections) and is_plain(p.key, nn.Linear) and is_plain(p.value, nn.Linear)
+            for p in cast(list[_Projections], self.rounds)
+        )
+
+    def _composed(self, x: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
+        """`icm` of tokens [B, N, C] with rounds that are called."""
+        paper, last = self.variant == "paper", x.stride(1) == 1
+        tokens, found, products = x.contiguous(), [], []
+        alphas, betas = self.alpha.expand(len(self.grids)), self.beta.expand(len(self.grids))
+        for t, (projections, grid) in enumerate(zip(self.rounds, self.grids, strict=True)):
+            keys, values = projections(tokens)
+            if paper:
+                clusters = api.cluster(keys, values, grid, hw)
+                products.append((keys, hw, grid))
+            else:
+                gates: dict[str, Any] = {"alpha": alphas[t], "beta": betas[t]}
+                clusters = api.cluster(keys, values, grid, hw, aggregate="similarity", **gates)
+            found.append(clusters)
+            tokens, hw = clusters.centres, grid
+        if paper:
+            out = reference.dispatch_densely(tokens, products, self.alpha, self.beta)
+            return out.transpose(1, 2).contiguous().transpose(1, 2) if last else out
+        labels, similarity = found[0].labels, found[0].similarity
+        for clusters in found[1:]:
+            similarity = similarity * clusters.similarity.gather(1, labels)
+            labels = clusters.labels.gather(1, labels)
+        return api.dispatch(tokens, labels, similarity, channels_first=last)

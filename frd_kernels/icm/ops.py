@@ -25,7 +25,7 @@ def strided_tokens(like: Tensor, shape: Sequence[int], channels_first: bool) -> 
     """Uninitialised tokens [B, N, C], as a permuted image where channels_first."""
     batch, tokens, channels = shape
     if channels_first:
-        return like.new_empty((batch, channels, tokens)).transpose(1, 2)
+        return like.new_empty_strided((batch, tokens, channels), (channels * tokens, 1, tokens))
     return like.new_empty((batch, tokens, channels))
 
 

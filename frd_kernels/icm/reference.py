@@ -160,7 +160,9 @@ def cluster(
         found = _cluster_round(keys, values, grid, hw, gate, mask=mask)
     else:
         found = _cluster_round(keys, values, grid, hw, None, slope.detach(), mask)
-    return ClusterResult(found.centres.to(v.dtype), found.labels, found.own, found.counts.to(torch.int32))
+    # The backward needs what it keeps of labels and similarities: the caller's are his own to write into.
+    labels, own = found.labels.clone(), found.own.clone()
+    return ClusterResult(found.centres.to(v.dtype), labels, own, found.counts.to(torch.int32))
 
 
 @_outside_autocast
@@ -195,6 +197,25 @@ def dispatch_to_all(
     cosine = cosines(select(keys.to(dtype), mask), hw, grid, mask)
     similarity = torch.sigmoid(_scalar(beta, cosine) + _scalar(alpha, cosine) * cosine)
     return select((similarity @ centres.to(dtype)).to(centres.dtype), mask)
+
+
+@_outside_autocast
+def dispatch_densely(
+    last: torch.Tensor,
+    rounds: Sequence[tuple[torch.Tensor, Sequence[int], Sequence[int]]],
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+) -> torch.Tensor:
+    """sigmoid(alpha * (M1 M2 ... MT) + beta) R_T, Eq. 4 of the paper.
+
+    last: R_T [B, O_T, C], the last centres; rounds: of each, its keys [B, N_t, C], its tokens' (H, W) and its grid,
+    from which its cosines M_t [B, N_t, O_t] come; alpha, beta [1]. -> [B, N_1, C].
+    """
+    dtype = compute_dtype(last.dtype)
+    matrices = [cosines(keys.to(dtype), hw, grid) for keys, hw, grid in rounds]
+    product = functools.reduce(torch.matmul, matrices)
+    alpha, beta = _scalar(alpha, product), _scalar(beta, product)
+    return (torch.sigmoid(alpha * product + beta) @ last.to(dtype)).to(last.dtype)
 
 
 def _project(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

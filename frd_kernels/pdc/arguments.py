@@ -9,6 +9,7 @@ import torch
 
 from .. import _seen
 from .._autocast import autocast_dtype
+from .._numbers import as_int, is_integer, is_number, parse_count
 from ..kinds import Kind, parse_kind
 
 IntOrPair = int | Sequence[int]
@@ -50,19 +51,16 @@ def _pair(value: IntOrPair, name: str, lowest: int) -> tuple[int, int]:
     if type(value) is int and value >= lowest:  # nearly every call
         return value, value
     pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
-    # bool is an int, and torch.SymInt (a traced size) is not one
-    if len(pair) != 2 or not all(
-        isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in pair
-    ):
+    if len(pair) != 2 or not all(map(is_integer, pair)):
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
     if any(v < lowest for v in pair):
         raise ValueError(f"{name} must be at least {lowest}, got {value!r}")
-    return pair
+    return as_int(pair[0]), as_int(pair[1])
 
 
 def parse_theta(theta: float) -> float:
     """A blend in [0, 1] as a float; raises TypeError or ValueError."""
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
+    if not is_number(theta):
         raise TypeError(f"theta must be a number in [0, 1], got {type(theta).__name__}")
     if not 0.0 <= theta <= 1.0:
         raise ValueError(f"theta must be in [0, 1], got {theta}")
@@ -90,8 +88,7 @@ def parse_geometry(
         raise ValueError(f"padding must be an int, a pair of ints, 'same' or 'valid', got {padding!r}")
     else:
         padding_pair = _pair(padding, "padding", 0)
-    if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)) or groups < 1:
-        raise ValueError(f"groups must be a positive int, got {groups!r}")
+    groups = parse_count(groups, "groups")
     return Geometry(parse_kind(kind), parse_theta(theta), stride_pair, padding_pair, dilation_pair, groups)
 
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import backend
+from .. import _autograd, backend
 from .._autocast import autocast_dtype
+from .._numbers import is_integer, parse_count
 from ..kinds import Kind, parse_kind
 from . import api
 from .arguments import Geometry, IntOrPair, checked_geometry, parse_geometry, parse_theta
+
+
+class _Plain(NamedTuple):
+    """The plain kernel of a frozen layer, and what it was made from."""
+
+    kernel: torch.Tensor
+    key: Any
+    weight: (
+        torch.Tensor
+    )  # an alias that keeps the memory of this weight, so that no later one gets its address
 
 
 class PDC2d(nn.Conv2d):
@@ -33,8 +44,7 @@ class PDC2d(nn.Conv2d):
 
     Input [B, C, H, W] or [C, H, W]; output as `nn.Conv2d` with a 3x3 kernel.
 
-    In eval mode, without gradients, the plain kernel of a dense layer is computed once and kept until the
-    weight changes; only writing through `weight.data` goes unseen until the next `train()` or `eval()`.
+    A dense layer computes its plain kernel at every call; `freeze()` keeps it.
 
     Raises:
         ValueError: one line that names the argument, the rule and what came.
@@ -57,17 +67,18 @@ class PDC2d(nn.Conv2d):
         kind: str = "angular",
         theta: float = 1.0,
     ) -> None:
-        if kernel_size not in (3, (3, 3), [3, 3]):
+        sides = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
+        if len(sides) != 2 or not all(is_integer(side) and side == 3 for side in sides):
             raise ValueError(f"kernel_size must be 3, got {kernel_size!r}")
         geometry = parse_geometry(kind, theta, stride, padding, dilation, groups)
         super().__init__(
-            in_channels,
-            out_channels,
+            parse_count(in_channels, "in_channels"),
+            parse_count(out_channels, "out_channels"),
             3,
             geometry.stride,
             padding if isinstance(padding, str) else geometry.padding,
             geometry.dilation,
-            groups,
+            geometry.groups,
             bias,
             padding_mode,  # type: ignore[arg-type]
             device=device,
@@ -75,7 +86,9 @@ class PDC2d(nn.Conv2d):
         )
         self.kind = parse_kind(kind).name.lower()
         self.theta = parse_theta(theta)
-        self._plain: tuple[Any, torch.Tensor, torch.Tensor] | None = None
+
+    _frozen = False
+    _plain: _Plain | None = None
 
     def geometry(self) -> Geometry:
         """The attributes as they stand: code that edits the stride of a loaded net is honoured."""
@@ -91,7 +104,7 @@ class PDC2d(nn.Conv2d):
         geometry = checked_geometry(input, weight, bias, *options)
         if self.padding_mode != "zeros":
             input, geometry = self._pad(input, geometry)
-        return api.run(input, weight, bias, geometry, self._cached_plain(weight, geometry))
+        return api.run(input, weight, bias, geometry, self._kept_plain(weight, geometry))
 
     def _pad(self, x: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, Geometry]:
         """Pads by the mode as far as the outermost tap reaches; no zeros are left to add."""
@@ -109,30 +122,58 @@ class PDC2d(nn.Conv2d):
         already = geometry.dilation if geometry.kind == Kind.RADIAL else (0, 0)
         return x, geometry._replace(padding=(-already[0], -already[1]))
 
-    def _cached_plain(self, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor | None:
-        """The transformed weight of a dense layer at inference, or None where `api.run` has to make it."""
-        learns = torch.is_grad_enabled() and weight.requires_grad
-        if self.training or learns or torch.compiler.is_compiling() or weight.is_inference():
+    def freeze(self) -> PDC2d:
+        """Keeps the plain kernel of a dense layer for inference, in eval mode, until `unfreeze()` or `train()`.
+
+        The kernel is made at the next call that asks for no gradient of the weight, and made anew whenever
+        PyTorch counts a change of the weight: an optimizer's step, `load_state_dict`, `to`, an operation in
+        place. A write that it does not count goes unseen: `weight.data.copy_`, a NumPy array that shares the
+        memory, another process; call `freeze()` again behind it. Copies and pickles are frozen, and make a
+        kernel of their own. A depthwise layer has no plain kernel, and runs as before.
+
+        To deploy a net, `frd_kernels.convert.fold` is the way: it needs no care, and folds batch norms too.
+
+        Returns:
+            The layer.
+        """
+        self.eval()
+        self._frozen, self._plain = True, None
+        return self
+
+    def unfreeze(self) -> PDC2d:
+        """Ends what `freeze()` began, and returns the layer."""
+        self._frozen, self._plain = False, None
+        return self
+
+    def _kept_plain(self, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor | None:
+        """The plain kernel of a frozen layer, or None where `api.run` has to make it."""
+        if not self._frozen or torch.compiler.is_compiling() or _autograd._has_observers():
+            return None
+        if type(weight) not in (torch.Tensor, nn.Parameter) or weight.is_inference():
+            return None
+        if torch.is_grad_enabled() and weight.requires_grad:
             return None
         native = backend.select("pdc2d", weight)
         if native is None or api.is_depthwise(weight, geometry.groups):
             return None
         source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         key = (*source, autocast_dtype(weight.device.type), geometry.kind, geometry.theta, native.name)
-        if self._plain is None or self._plain[0] != key:
+        plain = self._plain
+        if plain is None or plain.key != key:
             # An inference tensor could not be saved for a later backward to the input.
             with torch.inference_mode(False), torch.no_grad():
-                # The alias keeps the memory of this weight, so that no later one gets its address.
-                self._plain = (key, api.plain_weight(native, weight, geometry), weight.detach())
-        return self._plain[1]
+                plain = _Plain(api.plain_weight(native, weight, geometry), key, weight.detach())
+            self._plain = plain
+        return plain.kernel
 
     def train(self, mode: bool = True) -> PDC2d:
-        self._plain = None
+        if mode:
+            self.unfreeze()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry no cache: its key holds an address."""
-        return {**self.__dict__, "_plain": None}
+        """Copies and pickles carry no kernel: its key holds an address."""
+        return {name: value for name, value in self.__dict__.items() if name != "_plain"}
 
     def to_conv2d(self) -> nn.Conv2d:
         """The plain convolution that gives the same output; radial becomes 5x5 with padding + dilation.

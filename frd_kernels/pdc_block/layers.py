@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from .._inner import has_global_hooks, is_plain
+from .._numbers import parse_count
 from ..pdc.layers import PDC2d
 from . import api
 
@@ -20,6 +25,11 @@ class PDCBlock2d(nn.Module):
             stride 1 whose `shortcut` is a 1x1 convolution.)
         bias: on both convolutions of the main path.
         theta: 0 is the plain convolution, 1 the pure difference.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    The main path is one kernel where `pdc` and `point` are as they were made. Where hooks, an adapter, a
+    parametrization or the like are attached to one of them, or another module is in its place, both are called.
 
     Parameters: `pdc.weight` [C, 1, 3, 3] and `point.weight` [Co, C, 1, 1] (`conv1` and `conv2` in PiDiNet's
     checkpoints), `pdc.bias`, `point.bias`, `shortcut.weight`, `shortcut.bias`.
@@ -41,11 +51,13 @@ class PDCBlock2d(nn.Module):
         residual: bool = False,
         bias: bool = False,
         theta: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        in_channels = parse_count(in_channels, "in_channels")
+        out_channels = parse_count(out_channels, "out_channels")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.residual = residual
         self.pdc = PDC2d(
             in_channels,
@@ -57,17 +69,23 @@ class PDCBlock2d(nn.Module):
             bias=bias,
             kind=kind,
             theta=theta,
+            **factory,
         )
-        self.point = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.point = nn.Conv2d(in_channels, out_channels, 1, bias=bias, **factory)
         self.shortcut: nn.Conv2d | None = None
         if residual and (self.pdc.stride != (1, 1) or in_channels != out_channels):
-            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=self.pdc.geometry().stride)
+            stride_pair = self.pdc.geometry().stride
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride_pair, **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         residual = None
         if self.residual:
             residual = x if self.shortcut is None else self.shortcut(x)
         pdc, point = self.pdc, self.point
+        if not self._is_fused():
+            out = point(F.relu(pdc(x)))
+            # Under autocast a residual in float32 must not raise the result to float32.
+            return out if residual is None else out + residual.to(out.dtype)
         return api.pdc_block(
             x,
             pdc.weight,
@@ -81,6 +99,22 @@ class PDCBlock2d(nn.Module):
             point_bias=point.bias,
         )
 
+    def _is_fused(self) -> bool:
+        """Whether `pdc_block` computes what calling `pdc` and `point` would: both are the modules that were made
+        here, with nothing attached, and nobody has edited what `pdc_block` does not take."""
+        pdc, point = self.pdc, self.point
+        return (
+            not has_global_hooks()
+            and is_plain(pdc, PDC2d)
+            and is_plain(point, nn.Conv2d)
+            and pdc.padding == pdc.dilation
+            and pdc.padding_mode == "zeros"
+            and point.kernel_size == (1, 1)
+            and point.stride == (1, 1)
+            and point.padding == (0, 0)
+            and point.groups == 1
+        )
+
     def extra_repr(self) -> str:
         return f"residual={self.residual}"
 
@@ -90,12 +124,21 @@ class DPM(nn.Module):
 
     Parameters: `angular.pdc.weight`, `central.pdc.weight` [C, 1, 3, 3]; `angular.point.weight`,
     `central.point.weight` [C, C, 1, 1]. Input and output [B, C, H, W].
+
+    Args:
+        channels: C of the input and of the output.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.angular = PDCBlock2d(channels, channels, kind="angular", residual=True)
-        self.central = PDCBlock2d(channels, channels, kind="central")
+        channels = parse_count(channels, "channels")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.angular = PDCBlock2d(channels, channels, kind="angular", residual=True, **factory)
+        self.central = PDCBlock2d(channels, channels, kind="central", **factory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.central(self.angular(x))

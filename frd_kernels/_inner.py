@@ -1,0 +1,55 @@
+"""Whether a composite layer may read the parameters of an inner module instead of calling it.
+
+The fused kernels take the weights of several modules at once, and none of these is called. So what is attached to
+one of them, or put in its place, would go unseen: hooks, adapters, weight and spectral norm, pruning, quantization,
+sharding. Where `is_plain` finds anything of the kind, the layer runs its composed path, which calls its modules.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as _module
+
+# What a weight is, also while torch.export traces. Other subclasses (quantized, sharded) have operators of their own.
+_TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs, or its backward will run, anything besides its class's `forward`."""
+    own = module.__dict__
+    for name in _HOOKS:
+        if own.get(name):
+            return True
+    # Seamless tiling replaces `_conv_forward` on the object; `module.compile()` sets the last one.
+    return "forward" in own or "_conv_forward" in own or own.get("_compiled_call_impl") is not None
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered for the calls of all modules."""
+    return bool(
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling the module computes what `cls` does with its parameters, and nothing else.
+
+    A parametrized or sharded module has a class of its own. Takes less than a microsecond.
+    """
+    return type(module) is cls and not has_hooks(module) and _has_plain_weight(module)
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    """Whether `weight`, if there is one, is a tensor like any other."""
+    own = module.__dict__
+    weight = own["_parameters"].get("weight")
+    if weight is None:  # replicas of nn.DataParallel and flattened parameters are plain attributes
+        weight = own.get("weight")
+    return weight is None or type(weight) in _TENSORS

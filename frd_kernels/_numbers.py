@@ -1,0 +1,36 @@
+"""Integers and numbers as arguments: Python's, NumPy's, and sizes that are being traced; never a bool."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, TypeGuard, cast
+
+import torch
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether the value is an integer."""
+    if isinstance(value, (int, torch.SymInt)):
+        return not isinstance(value, bool)
+    if isinstance(value, torch.Tensor):
+        return torch.jit.is_tracing() and value.dim() == 0  # a size, while torch.jit.trace runs
+    return isinstance(value, numbers.Integral)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether the value is a real number."""
+    if isinstance(value, (int, float)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
+
+
+def as_int(value: Any) -> int:
+    """An integer as Python's int; a size that is being traced stays what it is."""
+    return cast(int, value) if isinstance(value, (int, torch.SymInt, torch.Tensor)) else int(value)
+
+
+def parse_count(value: Any, name: str) -> int:
+    """A positive int; raises ValueError."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return as_int(value)
