@@ -314,9 +314,9 @@ def test_gradcheck(kind: str) -> None:
 def test_bad_arguments() -> None:
     made, pool = fk.ContextCluster(4, 5), fk.ClusterPool(2, 4, 6)
     for call, message in [
-        (lambda: fk.ContextCluster(0, 5), "dim must be at least 1, got 0"),
-        (lambda: fk.FECCluster(4, 5, heads=0), "heads must be at least 1, got 0"),
-        (lambda: fk.ClusterPool(0), "stride must be at least 1, got 0"),
+        (lambda: fk.ContextCluster(0, 5), "dim must be a positive int, got 0"),
+        (lambda: fk.FECCluster(4, 5, heads=0), "heads must be a positive int, got 0"),
+        (lambda: fk.ClusterPool(0), "stride must be a positive int, got 0"),
         (
             lambda: fk.ContextCluster(4, 5, dispatch="soft"),
             "dispatch must be 'masked' or 'dense', got 'soft'",

@@ -49,7 +49,7 @@ def test_signature() -> None:
     assert parameters["variant"].default == "paper"
 
 
-@pytest.mark.parametrize(("variant", "shape"), [("paper", ()), ("released", (3,))])
+@pytest.mark.parametrize(("variant", "shape"), [("paper", (1,)), ("released", (3,))])
 def test_parameters(variant: str, shape: tuple[int, ...]) -> None:
     layer = fk.ICM(10, variant=variant, dtype=torch.float64)
     names = {

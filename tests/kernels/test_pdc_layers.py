@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import frd_kernels as fk
 from frd_kernels import reference
@@ -174,7 +175,7 @@ COPIES: dict[str, Callable[[fk.PDC2d], fk.PDC2d]] = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies(kind: str, way: str) -> None:
-    layer = fk.PDC2d(4, 6, padding=1, kind=kind, theta=0.7, padding_mode="replicate").eval()
+    layer = fk.PDC2d(4, 6, padding=1, kind=kind, theta=0.7, padding_mode="replicate").freeze()
     x = torch.randn(1, 4, 6, 6)
     with torch.no_grad():
         expected = layer(x)  # the kept kernel stays behind: it belongs to the weight's address
@@ -223,15 +224,18 @@ CHANGES: dict[str, Callable[[fk.PDC2d], Any]] = {
     "dtype": lambda layer: layer.double(),
     "kind": lambda layer: setattr(layer, "kind", "central"),
     "theta": lambda layer: setattr(layer, "theta", 0.5),
-    "data, then eval()": lambda layer: (layer.weight.data.mul_(2), layer.eval()),
+    "data, then freeze()": lambda layer: (layer.weight.data.mul_(2), layer.freeze()),
+    "data, then unfreeze()": lambda layer: (layer.weight.data.mul_(2), layer.unfreeze()),
+    "data, then train()": lambda layer: (layer.weight.data.mul_(2), layer.train()),
+    "shared memory": lambda layer: layer.share_memory().weight.mul_(2),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_kept_kernel_follows_the_weight(change: str) -> None:
-    """Eval mode keeps the plain kernel of a dense layer; nothing may serve the one of an older weight."""
+    """A frozen layer keeps its plain kernel; nothing that PyTorch counts may leave it one of an older weight."""
     for _ in range(10):  # memory comes back at the same address now and then only
-        layer = fk.PDC2d(4, 6, padding=1).eval()
+        layer = fk.PDC2d(4, 6, padding=1).freeze()
         x = torch.randn(1, 4, 6, 6)
         with torch.no_grad():
             layer(x)
@@ -241,7 +245,9 @@ def test_kept_kernel_follows_the_weight(change: str) -> None:
 
 
 @pytest.mark.kernels
-def test_kernel_is_kept_at_inference_only(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_is_kept_on_request_and_at_inference_only(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
     plain_weight = fk.pdc.api.plain_weight
     monkeypatch.setattr(fk.pdc.api, "plain_weight", lambda *a: made.append(1) or plain_weight(*a))
@@ -256,21 +262,114 @@ def test_kernel_is_kept_at_inference_only(device: torch.device, monkeypatch: pyt
 
     assert count() == 3  # training
     layer.eval()
+    with torch.no_grad():
+        assert count() == 3  # nobody has asked for it
+    assert layer.freeze() is layer and not layer.training
     assert count() == 3  # it could be asked for gradients of the weight
     with torch.no_grad():
         assert count() == 1
     with torch.inference_mode():
         assert count() == 0
-        layer.eval()
+        layer.freeze()
         assert count() == 1
+        layer.eval()
+        assert count() == 0
     layer.requires_grad_(False)
     assert count() == 0
-    layer.train()
-    assert count() == 3
+    with torch.no_grad():
+        assert layer.unfreeze() is layer
+        assert count() == 3
+    layer.freeze().train()
+    layer.eval()
+    with torch.no_grad():
+        assert count() == 3
+
+
+BEHIND: dict[str, Callable[[fk.PDC2d], Any]] = {
+    "data": lambda layer: layer.weight.data.copy_(torch.ones(6, 4, 3, 3)),
+    "numpy": lambda layer: layer.weight.detach().numpy().fill(1),
+    "set_": lambda layer: layer.weight.data.set_(torch.randn(6, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("write", BEHIND)
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_that_nothing_counts_are_seen(kind: str, write: str) -> None:
+    layer, x = fk.PDC2d(4, 6, padding=1, kind=kind, theta=0.7).eval(), torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        layer(x)
+        BEHIND[write](layer)
+        torch.testing.assert_close(layer(x).double(), by_formula(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_kept_kernel_in_another_dtype(dtype: torch.dtype) -> None:
+    """Autocast and a cast of the layer make one of their own, rounded to a sum of zero."""
+    layer, x = fk.PDC2d(4, 6, padding=1, bias=False).freeze(), torch.full((1, 4, 6, 6), 100.0)
+    with torch.no_grad():
+        layer(x)
+        with torch.autocast("cpu", dtype):
+            assert layer(x)[..., 1:-1, 1:-1].abs().max() < 1e-3
+        assert layer.to(dtype)(x.to(dtype))[..., 1:-1, 1:-1].abs().max() < 1e-3
+
+
+TOOLS: dict[str, Callable[[fk.PDC2d], nn.Module]] = {
+    "half": lambda layer: layer.half(),
+    "memory_format": lambda layer: layer.to(memory_format=torch.channels_last),
+    "share_memory": lambda layer: layer.share_memory(),
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "pruned": lambda layer: prune.remove(prune.random_unstructured(layer, "weight", 0.5), "weight"),
+    "parametrize": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "old weight_norm": nn.utils.weight_norm,
+    "spectral_norm": lambda layer: nn.utils.parametrizations.spectral_norm(layer).eval(),
+    "old spectral_norm": lambda layer: nn.utils.spectral_norm(layer).eval(),
+    "init": lambda layer: nn.init.kaiming_normal_(layer.weight) is None or layer,
+    "empty": lambda layer: layer.to("meta").to_empty(device="cpu").reset_parameters() or layer,
+}
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_tools_of_torch(groups: int, tool: str) -> None:
+    """What PyTorch does to the weight of an nn.Conv2d it does to ours, frozen or not."""
+    layer, x = fk.PDC2d(6, 6, groups=groups, padding=1, theta=0.7), torch.randn(1, 6, 7, 8)
+    before = layer.weight.detach().clone()
+    layer = TOOLS[tool](layer)
+    assert isinstance(layer, fk.PDC2d)
+    with torch.no_grad():
+        out = layer(x.to(layer.weight.dtype))
+        eps = max(1e-5, 4 * torch.finfo(out.dtype).eps)
+        torch.testing.assert_close(out.double(), by_formula(layer, x), rtol=eps, atol=eps)
+        assert torch.equal(layer.freeze()(x.to(layer.weight.dtype)), out)
+        assert torch.equal(layer(x.to(layer.weight.dtype)), out)
+    if tool == "parametrize":
+        assert torch.equal(layer.weight, 2 * before)
+    if "prune" in tool:
+        assert (layer.weight == 0).sum() == before.numel() // 2
+
+
+def test_fusion_with_a_batch_norm() -> None:
+    conv, norm = (
+        fk.PDC2d(4, 6, padding=1, kind="radial", theta=0.7, bias=False).eval(),
+        nn.BatchNorm2d(6).eval(),
+    )
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 2)
+    x = torch.randn(1, 4, 7, 8)
+    fused = nn.utils.fuse_conv_bn_eval(conv, norm)
+    torch.testing.assert_close(fused(x), norm(conv(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_kept_kernel_passes_gradients_to_the_input() -> None:
-    layer = fk.PDC2d(4, 6, padding=1, kind="radial").eval().requires_grad_(False)
+    layer = fk.PDC2d(4, 6, padding=1, kind="radial").freeze().requires_grad_(False)
     with torch.inference_mode():
         layer(torch.randn(1, 4, 6, 6))
     x = torch.randn(1, 4, 6, 6, requires_grad=True)
@@ -283,7 +382,7 @@ def test_kept_kernel_passes_gradients_to_the_input() -> None:
 
 def test_parameters_made_in_inference_mode() -> None:
     with torch.inference_mode():
-        layer = fk.PDC2d(4, 6, padding=1).eval()
+        layer = fk.PDC2d(4, 6, padding=1).freeze()
         x = torch.randn(1, 4, 6, 6)
         layer(x)
         layer.weight.mul_(2)
