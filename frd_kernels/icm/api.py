@@ -9,7 +9,7 @@ import torch
 
 from .. import backend
 from .._autocast import autocast_dtype
-from .._numbers import as_int, is_integer, is_number
+from .._numbers import is_integer, is_number
 from . import ops, reference
 from .reference import ClusterResult, Projection, Scalar
 
@@ -67,12 +67,12 @@ def cluster(
     k, v = _autocast(k, k), _autocast(v, k)
     if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
         raise ValueError(f"v must have k's shape, dtype and device, got {_describe(v)} for k {_describe(k)}")
-    grid = parse_grid(grid, "grid")
-    hw = _parse_image(hw, k)
+    check_grid(grid, "grid")
+    _check_image(hw, k)
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate must be 'count' or 'similarity', got {aggregate!r}")
-    alpha = _parse_scalar(alpha, "alpha", (1,))
-    beta = _parse_scalar(beta, "beta", (1,))
+    _check_scalar(alpha, "alpha", (1,))
+    _check_scalar(beta, "beta", (1,))
     _check_mask(mask, k)
     native = backend.select("cluster", k)
     if native is None:
@@ -156,13 +156,14 @@ def icm(
     _check_tokens(x, "x")
     if len(grids) == 0:
         raise ValueError("grids must hold at least one (rows, columns), got none")
-    grids = [parse_grid(grid, "grids") for grid in grids]
-    hw = _parse_image(hw, x)
+    for grid in grids:
+        check_grid(grid, "grids")
+    _check_image(hw, x)
     if variant not in VARIANTS:
         raise ValueError(f"variant must be 'paper' or 'released', got {variant!r}")
     sizes = (1,) if variant == "paper" else (1, len(grids))
-    alpha = _parse_scalar(alpha, "alpha", sizes)
-    beta = _parse_scalar(beta, "beta", sizes)
+    _check_scalar(alpha, "alpha", sizes)
+    _check_scalar(beta, "beta", sizes)
     if projections is not None:
         projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
     x = _autocast(x, x)
@@ -219,29 +220,22 @@ def _check_mask(mask: torch.Tensor | None, tokens: torch.Tensor) -> None:
         )
 
 
-def _is_pair(pair: Sequence[int]) -> bool:
-    """Two positive integers."""
-    return len(pair) == 2 and all(map(is_integer, pair)) and pair[0] >= 1 and pair[1] >= 1
-
-
-def parse_grid(grid: Sequence[int], name: str) -> tuple[int, int]:
-    """(rows, columns); raises ValueError."""
-    if not _is_pair(grid):
+def check_grid(grid: Sequence[int], name: str) -> None:
+    if len(grid) != 2 or not all(is_integer(side) and side >= 1 for side in grid):
         raise ValueError(f"{name} must be (rows, columns) of at least 1, got {tuple(grid)}")
-    return as_int(grid[0]), as_int(grid[1])
 
 
-def _parse_image(hw: Sequence[int], tokens: torch.Tensor) -> tuple[int, int]:
-    if not _is_pair(hw) or hw[0] * hw[1] != tokens.size(1):
+def _check_image(hw: Sequence[int], tokens: torch.Tensor) -> None:
+    positive = len(hw) == 2 and all(is_integer(side) and side >= 1 for side in hw)
+    if not positive or hw[0] * hw[1] != tokens.size(1):
         raise ValueError(f"hw must be (H, W) with H * W = {tokens.size(1)} tokens, got {tuple(hw)}")
-    return as_int(hw[0]), as_int(hw[1])
 
 
-def _parse_scalar(value: Scalar, name: str, sizes: tuple[int, ...]) -> Scalar:
+def _check_scalar(value: Scalar, name: str, sizes: tuple[int, ...]) -> None:
     if not isinstance(value, torch.Tensor):
         if not is_number(value):
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
-        return value if isinstance(value, (int, float)) else float(value)
+        return
     if value.dim() > 1 or value.numel() not in sizes:
         wanted = " or ".join(str(size) for size in sizes)
         raise ValueError(
@@ -249,7 +243,6 @@ def _parse_scalar(value: Scalar, name: str, sizes: tuple[int, ...]) -> Scalar:
         )
     if not value.is_floating_point():
         raise ValueError(f"{name} must be of a floating dtype, got {value.dtype}")
-    return value
 
 
 def _check_projections(projections: Sequence[Projection | None] | None, rounds: int, x: torch.Tensor) -> None:

@@ -76,7 +76,9 @@ class ICM(nn.Module):
         if len(grids) == 0:
             raise ValueError("grids must hold at least one (rows, columns), got none")
         self.channels, self.variant = channels, variant
-        self.grids = tuple(api.parse_grid(grid, "grids") for grid in grids)
+        for grid in grids:
+            api.check_grid(grid, "grids")
+        self.grids = tuple((int(rows), int(columns)) for rows, columns in grids)
         self.rounds = nn.ModuleList(_Projections(channels, device, dtype) for _ in self.grids)
         # At least one dimension: FSDP shards the first.
         gates = 1 if variant == "paper" else len(self.grids)

@@ -78,16 +78,16 @@ def parse_geometry(
     """Parses what `pdc2d` takes besides tensors; raises ValueError or TypeError with one line."""
     stride_pair = _pair(stride, "stride", 1)
     dilation_pair = _pair(dilation, "dilation", 1)
-    if padding == "same":
+    if not isinstance(padding, str):
+        padding_pair = _pair(padding, "padding", 0)
+    elif padding == "same":
         if stride_pair != (1, 1):
             raise ValueError(f"padding='same' needs stride 1, got stride {stride!r}")
         padding_pair = dilation_pair
     elif padding == "valid":
         padding_pair = (0, 0)
-    elif isinstance(padding, str):
-        raise ValueError(f"padding must be an int, a pair of ints, 'same' or 'valid', got {padding!r}")
     else:
-        padding_pair = _pair(padding, "padding", 0)
+        raise ValueError(f"padding must be an int, a pair of ints, 'same' or 'valid', got {padding!r}")
     groups = parse_count(groups, "groups")
     return Geometry(parse_kind(kind), parse_theta(theta), stride_pair, padding_pair, dilation_pair, groups)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,7 +184,7 @@ def test_icm(backend: str, changes: dict[str, Any], error: type[Exception], mess
 
 
 def test_layer() -> None:
-    assert_refused(lambda: fk.ICM(0), ValueError, "channels must be at least 1, got 0")
+    assert_refused(lambda: fk.ICM(0), ValueError, "channels must be a positive int, got 0")
     assert_refused(
         lambda: fk.ICM(4, variant="code"), ValueError, "variant must be 'paper' or 'released', got 'code'"
     )
@@ -195,6 +196,70 @@ def test_layer() -> None:
     assert_refused(
         lambda: layer(torch.ones(2, 5, 3, 4)), ValueError, "x must be [B, 4, H, W], got [2, 5, 3, 4]"
     )
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.float16], ids=lambda t: t.__name__)
+def test_numbers_of_numpy(backend: str, integer: Any, number: Any) -> None:
+    x = torch.randn(2, 12, 4)
+    for aggregate in ("count", "similarity"):
+        plain = fk.cluster(x, x, (2, 2), (3, 4), aggregate=aggregate, alpha=0.5, beta=0.25)
+        grid, hw = (integer(2), integer(2)), np.array([3, 4], dtype=integer)
+        found = fk.cluster(x, x, grid, hw, aggregate=aggregate, alpha=number(0.5), beta=number(0.25))
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    for variant in ("paper", "released"):
+        options: dict[str, Any] = {
+            "variant": variant,
+            "grids": np.array([(2, 2), (2, 1)], dtype=integer),
+            "hw": hw,
+        }
+        found = fk.icm(x, None, alpha=number(0.5), beta=number(0.25), **options)
+        options |= {"grids": [(2, 2), (2, 1)], "hw": (3, 4)}
+        assert torch.equal(found, fk.icm(x, None, alpha=0.5, beta=0.25, **options))
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8], ids=lambda t: t.__name__)
+def test_layers_take_integers_of_numpy(integer: Any) -> None:
+    three, four, two = integer(3), integer(4), integer(2)
+    layers = [
+        (fk.ICM(four, [(three, two), (two, two)]), fk.ICM(4, [(3, 2), (2, 2)])),
+        (fk.ContextCluster(four, three, *[two] * 6), fk.ContextCluster(4, 3, *[2] * 6)),
+        (fk.FECCluster(four, three, *[two] * 6), fk.FECCluster(4, 3, *[2] * 6)),
+        (fk.ClusterPool(two, four, three, None, two, two), fk.ClusterPool(2, 4, 3, None, 2, 2)),
+    ]
+    for layer, plain in layers:
+        layer.load_state_dict(plain.state_dict(), strict=True)
+        x = torch.randn(1, 4, 8, 8)
+        assert repr(layer) == repr(plain) and torch.equal(layer(x), plain(x))
+        kept = [value for value in vars(layer).values() if not isinstance(value, (dict, tuple, str))]
+        assert not any(isinstance(value, np.generic) for value in kept)
+
+
+@pytest.mark.parametrize(
+    "bad", [True, 2.0, np.bool_(True), np.float32(2), np.float64(2), "2", None], ids=repr
+)
+def test_nothing_else_counts_as_an_integer(bad: Any) -> None:
+    x = torch.randn(2, 2, 4)
+    calls = {
+        "channels": lambda: fk.ICM(bad),
+        "dim": lambda: fk.ContextCluster(bad, 4),
+        "head_dim": lambda: fk.FECCluster(4, 4, head_dim=bad),
+        "embed_dim": lambda: fk.ClusterPool(2, 4, bad),
+        "grids": lambda: fk.ICM(4, [(2, bad)]),
+        "grid": lambda: fk.cluster(x, x, (bad, 1), (2, 1)),
+        "hw": lambda: fk.icm(x, None, alpha=1.0, beta=0.0, grids=[(1, 1)], hw=(bad, 1)),
+    }
+    for name, call in calls.items():
+        assert_refused(call, ValueError, f"{name} must be ")
+
+
+@pytest.mark.parametrize("bad", [True, np.bool_(True), "1", None, np.ones(1), 1j], ids=repr)
+def test_nothing_else_counts_as_a_number(bad: Any) -> None:
+    x = torch.randn(2, 2, 4)
+    refused = f"must be a number or a tensor, got {type(bad).__name__}"
+    assert_refused(lambda: fk.cluster(x, x, (1, 1), (2, 1), alpha=bad), TypeError, f"alpha {refused}")
+    options: dict[str, Any] = {"alpha": 1.0, "beta": bad, "grids": [(1, 1)], "hw": (2, 1)}
+    assert_refused(lambda: fk.icm(x, None, **options), TypeError, f"beta {refused}")
 
 
 def test_cluster_operator() -> None:

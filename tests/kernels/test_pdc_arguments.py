@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,76 @@ def test_pdc_weight(function: Any, arguments: dict[str, Any], error: type[Except
 def test_layer(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with raises(error, message):
         fk.PDC2d(**{"in_channels": 4, "out_channels": 6} | arguments)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("number", [np.float64, np.float32, np.float16], ids=lambda t: t.__name__)
+def test_numbers_of_numpy(integer: Any, number: Any) -> None:
+    one, two, four = integer(1), integer(2), integer(4)
+    layer = fk.PDC2d(four, four, integer(3), two, (one, two), one, two, theta=number(0.5))
+    plain = fk.PDC2d(4, 4, 3, 2, (1, 2), 1, 2, theta=0.5)
+    layer.load_state_dict(plain.state_dict(), strict=True)
+    assert repr(layer) == repr(plain) and torch.equal(layer(X), plain(X))
+    kept = (
+        layer.in_channels,
+        layer.out_channels,
+        layer.groups,
+        *layer.stride,
+        *layer.padding,
+        *layer.dilation,
+    )
+    assert {type(value) for value in kept} == {int} and type(layer.theta) is float
+    layer.stride, layer.groups, layer.theta = (integer(1), integer(1)), integer(2), number(0.25)
+    plain.stride, plain.theta = (1, 1), 0.25
+    assert torch.equal(layer(X), plain(X)) and torch.equal(layer.to_conv2d()(X), plain.to_conv2d()(X))
+    options = {"theta": number(0.5), "stride": two, "dilation": (one, two)}
+    wanted = {"theta": 0.5, "stride": 2, "dilation": (1, 2)}
+    point = torch.ones(3, 4, 1, 1)
+    for _ in range(2):  # the second call is one that has passed the checks
+        for function, tensors in (
+            (fk.pdc2d, (X, DENSE)),
+            (reference.pdc2d, (X, DENSE)),
+            (fk.pdc_block, (X, DEPTHWISE, point)),
+        ):
+            found = function(*tensors, kind="angular", **options)
+            assert torch.equal(found, function(*tensors, kind="angular", **wanted))
+    assert torch.equal(
+        fk.pdc_weight(DENSE, kind="cd", theta=number(0.5)), fk.pdc_weight(DENSE, kind="cd", theta=0.5)
+    )
+    block = fk.PDCBlock2d(four, two, kind="cd", stride=two, dilation=one, theta=number(0.5), residual=True)
+    assert block.shortcut is not None and block.shortcut.stride == (2, 2)
+    assert block(X).shape == (1, 2, 4, 5) and fk.DPM(four)(X).shape == X.shape
+
+
+@pytest.mark.parametrize(
+    "bad", [True, 1.0, np.bool_(True), np.float32(1), np.float64(1), np.ones(2, dtype=int)], ids=repr
+)
+def test_nothing_else_counts_as_an_integer(bad: Any) -> None:
+    fk.pdc2d(X, DENSE, kind="cd", stride=(1, 1), padding=(1, 1), dilation=(1, 1))  # what (bad, 1) may equal
+    for name in ("stride", "padding", "dilation"):
+        for value in (bad, (bad, 1)):
+            with pytest.raises(ValueError, match=f"^{name} {PAIR}"):
+                fk.pdc2d(X, DENSE, kind="cd", **{name: value})
+            with pytest.raises(ValueError, match=f"^{name} {PAIR}"):
+                fk.PDC2d(4, 6, **{name: value})
+    for name in ("in_channels", "out_channels", "groups"):
+        with pytest.raises(ValueError, match=f"^{name} must be a positive int"):
+            fk.PDC2d(**{"in_channels": 4, "out_channels": 6, name: bad})
+    with pytest.raises(ValueError, match=r"^in_channels must be a positive int"):
+        fk.PDCBlock2d(bad, 4, kind="cd")
+    with pytest.raises(ValueError, match=r"^channels must be a positive int"):
+        fk.DPM(bad)
+    with pytest.raises(ValueError, match=r"^groups must be a positive int"):
+        fk.pdc2d(X, DENSE, kind="cd", groups=bad)
+
+
+@pytest.mark.parametrize("bad", [np.bool_(True), np.ones(1), 1j, None], ids=repr)
+def test_nothing_else_counts_as_theta(bad: Any) -> None:
+    for call in (lambda: fk.PDC2d(4, 6, theta=bad), lambda: fk.pdc_weight(DENSE, kind="cd", theta=bad)):
+        with pytest.raises(
+            TypeError, match=rf"^theta must be a number in \[0, 1\], got {type(bad).__name__}$"
+        ):
+            call()
 
 
 def test_layer_names_a_bad_input() -> None:
