@@ -110,9 +110,11 @@ def run_logged(
     """Runs a command from the root of the tree into a log. Returns '' or why it failed; ends it, and the processes it
     started, after `limit` seconds or when `watch`, asked twice a second, says no."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    # What a process has printed has to be in the log when it is ended.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with log.open("a") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         end = time.monotonic() + limit
         try:
@@ -159,17 +161,31 @@ def pytest_options(limit: float) -> list[str]:
     return options
 
 
+def run_tests(run: Run, what: str, log: pathlib.Path, command: Sequence[str], limit: float) -> str:
+    """Runs pytest and adds the outcomes that its log has to `suite.json`, also where it was cut."""
+    log.unlink(missing_ok=True)
+    problem = run_logged(command, log, limit)
+    # Lines of the verbose log; the summary at its end has no percentage.
+    found = re.findall(
+        r"^(?=.*%\]).*\b(PASSED|FAILED|SKIPPED|ERROR)\b", log.read_text(errors="replace"), re.M
+    )
+    counts = {outcome.lower(): found.count(outcome) for outcome in sorted(set(found))}
+    suite = read_json(run.folder / "suite.json")
+    entry = {"when": now(), "revision": revision(), "what": what, **counts}
+    suite["runs"] = [*suite.get("runs", []), entry | ({"note": problem} if problem else {})]
+    write_json(run.folder / "suite.json", suite)
+    return f"{what}: {problem}" if problem else ""
+
+
 def tests(run: Run, limit: float) -> str:
     """Those of Triton last: each of its kernels has to be compiled, so that a cut would leave out the others."""
-    problems, summaries, end = [], [], time.monotonic() + limit
-    for selected in ("not triton", "triton"):
+    problems, end = [], time.monotonic() + limit
+    for name, selected in (("cuda", "not triton"), ("triton", "triton")):
         left = max(1.0, end - time.monotonic())
         options = ["-m", "gpu", "-k", selected, *pytest_options(left)]
-        problem = run_logged(python("-m", "pytest", "tests", *options), run.log("tests"), left)
-        summaries.append(f"{selected}: {last_line(run.log('tests')).strip('= ')}")
-        problems += [f"{selected}: {problem}"] if problem else []
-    run.stages["tests"]["summary"] = "; ".join(summaries)
-    return "; ".join(problems)
+        command = python("-m", "pytest", "tests", *options)
+        problems.append(run_tests(run, f"pytest -m gpu, {selected}", run.log(f"tests.{name}"), command, left))
+    return "; ".join(filter(None, problems))
 
 
 def sanitize(run: Run, limit: float) -> str:
@@ -179,15 +195,13 @@ def sanitize(run: Run, limit: float) -> str:
     if program is None:
         return "left out: compute-sanitizer is not installed"
     problems, end = [], time.monotonic() + limit
+    selected = python("-m", "pytest", "tests/kernels", "-m", "sanitize", "-v", "-p", "no:cacheprovider")
     for index, tool in enumerate(TOOLS):
-        share = (end - time.monotonic()) / (len(TOOLS) - index)
-        options = ["--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
-        tests = ["-m", "pytest", "tests/kernels", "-m", "sanitize", "-v", "-p", "no:cacheprovider"]
+        part = max(1.0, (end - time.monotonic()) / (len(TOOLS) - index))
+        command = [program, "--tool", tool, "--error-exitcode", "9", *selected]
         log = run.log(f"sanitize.{tool}")
-        log.unlink(missing_ok=True)
-        problem = run_logged([program, *options, *python(*tests)], log, max(1.0, share))
-        problems += [f"{tool}: {problem}"] if problem else []
-    return "; ".join(problems)
+        problems.append(run_tests(run, f"compute-sanitizer {tool}, pytest -m sanitize", log, command, part))
+    return "; ".join(filter(None, problems))
 
 
 def calibrate(run: Run, limit: float) -> str:

@@ -245,8 +245,8 @@ def suite_section(suite: Record) -> Iterator[str]:
     yield "## Tests"
     lines = []
     for run in suite["runs"]:
-        names = ("passed", "failed", "skipped", "errors", "hazards")
-        figures = ", ".join(f"{run[name]} {name}" for name in names if name in run)
+        names = ("passed", "failed", "skipped", "error", "errors", "hazards")
+        figures = ", ".join(f"{run[name]} {name}" for name in names if name in run) or "nothing ran"
         note = f" ({run['note']})" if run.get("note") else ""
         lines.append(f"- revision {run['revision'][:12]}, {run['what']}: {figures}{note}")
     yield "\n".join(lines)

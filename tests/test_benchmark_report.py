@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -313,6 +314,30 @@ def test_a_process_is_ended_in_time(tmp_path: pathlib.Path) -> None:
     assert gpu.run_logged(sleep, log, 60, watch=lambda: False) == "cut: a case took too long"
     assert gpu.run_logged([sys.executable, "-c", "raise SystemExit('no')"], log, 60) == "exit status 1: no"
     assert gpu.run_logged([sys.executable, "-c", ""], log, 60) == ""
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_outcomes_of_tests_are_counted(tmp_path: pathlib.Path, ends: bool) -> None:
+    """Of a pytest that ends, and of one that goes without a word."""
+    source = """
+import os, pytest
+def test_right(): pass
+@pytest.mark.parametrize("x", [1, 2])
+def test_wrong(x): assert x == 1
+@pytest.mark.skip
+def test_left_out(): pass
+"""
+    run, path = gpu_run(tmp_path), tmp_path / "test_small.py"
+    path.write_text(source if ends else source + "def test_last(): os._exit(3)\n")
+    options = ["-v", "-p", "no:cacheprovider", "-p", "no:logging", "-c", os.devnull]
+    command_line = gpu.python("-m", "pytest", path, *options)
+    problem = gpu.run_tests(run, "small", run.log("tests.small"), command_line, 120)
+    assert problem.startswith(f"small: exit status {1 if ends else 3}: ")
+    (entry,) = machine.read_json(run.folder / "suite.json")["runs"]
+    assert (entry["passed"], entry["failed"], entry["skipped"]) == (2, 1, 1)
+    assert "small: 2 passed, 1 failed, 1 skipped (exit status" in "".join(
+        report.suite_section({"runs": [entry]})
+    )
 
 
 def test_stages_are_ordered_and_known() -> None:
