@@ -101,11 +101,6 @@ def part(text: str) -> tuple[int, int]:
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 where a correctness gate was red or a case could not be timed, 2 for wrong usage."""
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks: torch sees no GPU", file=sys.stderr)
-        return 2
     labelled = chosen(options)
     if not labelled:
         print(
@@ -115,8 +110,13 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "list":
         print("\n".join(labelled))
         return 0
+    import torch
+
     from .timing import full_float32, profile
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: torch sees no GPU", file=sys.stderr)
+        return 2
     threads = options.threads if options.device == "cpu" else torch.get_num_threads()
     with cpu_threads(threads), full_float32():
         if options.check:

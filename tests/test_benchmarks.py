@@ -353,6 +353,8 @@ def test_without_a_gpu_one_line_says_so(arguments: list[str], capsys: pytest.Cap
     assert command.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and "torch sees no GPU" in captured.err
+    assert command.main(["list", "--device", "cuda", "--only", "icm released"]) == 0
+    assert capsys.readouterr().out.count("bfloat16") == 6
 
 
 def test_bench_outside_of_a_checkout(
