@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,6 +79,8 @@ def _version() -> str:
 
 
 def _run(module: Any, args: argparse.Namespace) -> int:
+    # Pillow's remarks on odd files, in a process of our own; what matters of them comes as an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         status: int = module.run(args)
         sys.stdout.flush()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+
+# Pixels that are looked at together where whole-image temporaries would cost too much.
+BAND = 1 << 22
+# The native AUC sorts 16 bytes a pixel; above, the slower form that sorts only the rarer class takes over.
+NATIVE_AUC_LIMIT = 1 << 24
 
 
 def _load_native() -> Any:
@@ -59,33 +64,44 @@ def _pair(probability: Array, mask: Array) -> tuple[Array, Array]:
         raise ValueError(f"probability must hold at least one pixel, got shape {scores.shape}")
     if scores.dtype != np.float64:
         scores = scores.astype(np.float32, copy=False)
-    if np.isnan(scores).any():
-        raise ValueError(f"probability must not hold NaN, got {int(np.isnan(scores).sum())} of them")
+    scores = np.ascontiguousarray(scores).reshape(-1)
+    missing = sum(int(np.count_nonzero(np.isnan(scores[band]))) for band in _bands(scores.size))
+    if missing:
+        raise ValueError(f"probability must not hold NaN, got {missing} of them")
     if truth.dtype != np.bool_:
         if not ((truth == 0) | (truth == 1)).all():
             raise ValueError(f"mask must hold only 0 and 1, got values from {truth.min()} to {truth.max()}")
         truth = truth.astype(np.bool_)
-    return np.ascontiguousarray(scores).reshape(-1), np.ascontiguousarray(truth).reshape(-1).view(np.uint8)
+    return scores, np.ascontiguousarray(truth).reshape(-1).view(np.uint8)
+
+
+def _bands(size: int) -> Iterator[slice]:
+    return (slice(start, start + BAND) for start in range(0, size, BAND))
 
 
 def _counts_numpy(scores: Array, truth: Array, threshold: float) -> tuple[int, int, int, int]:
     marked = scores > scores.dtype.type(threshold)
     positive = truth.view(np.bool_)
-    tp = int(np.count_nonzero(marked & positive))
     marked_total, positive_total = int(np.count_nonzero(marked)), int(np.count_nonzero(positive))
+    marked &= positive
+    tp = int(np.count_nonzero(marked))
     return tp, marked_total - tp, positive_total - tp, len(scores) - marked_total - positive_total + tp
 
 
 def _auc_counts_numpy(scores: Array, truth: Array) -> tuple[int, int, int]:
     """(2 U, positives, negatives), U = pairs where the positive scores higher, ties counting one half."""
-    order = np.argsort(scores)
-    scores, truth = scores[order], truth[order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    positives = np.diff(np.cumsum(truth, dtype=np.int64)[last], prepend=0)
-    sizes = np.diff(last, prepend=-1)
-    negatives = sizes - positives
-    below = np.cumsum(negatives) - negatives
-    return int((positives * (2 * below + negatives)).sum()), int(positives.sum()), int(negatives.sum())
+    positive = truth.view(np.bool_)
+    positives = int(np.count_nonzero(positive))
+    negatives = len(truth) - positives
+    rarer = positives <= negatives  # the class whose scores are sorted
+    ordered = np.sort(scores[positive == rarer])
+    # Over the scores of the other class: twice the number of `ordered` below it, and once for each tie.
+    twice = 0
+    for band in _bands(len(scores)):
+        others = np.sort(scores[band][positive[band] != rarer])
+        for side in ("left", "right"):
+            twice += int(np.searchsorted(ordered, others, side).sum(dtype=np.int64))
+    return (2 * positives * negatives - twice if rarer else twice), positives, negatives
 
 
 def confusion(probability: Array, mask: Array, threshold: float = 0.5) -> Confusion:
@@ -115,7 +131,7 @@ def iou(probability: Array, mask: Array, threshold: float = 0.5) -> float:
 def auc(probability: Array, mask: Array) -> float:
     """Area under the pixel ROC curve with exact ties (Mann-Whitney); NaN for a one-class mask."""
     scores, truth = _pair(probability, mask)
-    native = _native is not None and scores.dtype == np.float32
+    native = _native is not None and scores.dtype == np.float32 and scores.size <= NATIVE_AUC_LIMIT
     counts = _native.auc_counts(scores, truth) if native else _auc_counts_numpy(scores, truth)
     twice_u, positives, negatives = counts
     return twice_u / (2 * positives * negatives) if positives and negatives else math.nan
@@ -138,13 +154,26 @@ def image_score(probability: Array, share: float = 0.01) -> float:
     Less brittle than the maximum, which a single pixel decides, and unlike the mean not diluted by a small
     edit.
     """
-    values = np.asarray(probability).reshape(-1)
+    values = np.asarray(probability).ravel(order="K")
     if values.size == 0:
         raise ValueError(f"probability must hold at least one pixel, got shape {np.shape(probability)}")
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], got {share}")
-    count = max(1, round(values.size * share))
-    return float(np.partition(values, values.size - count)[-count:].mean(dtype=np.float64))
+    return float(_highest(values, max(1, round(values.size * share))).mean(dtype=np.float64))
+
+
+def _highest(values: Array, count: int) -> Array:
+    """The `count` highest of flat values, unordered, NaN above all, without a copy of the values."""
+    best = values[:0]
+    for band in _bands(values.size):
+        new = values[band]
+        if len(best) == count:
+            # not `new > lowest`: NaN must stay
+            new = new[~(new <= best.min())]
+        best = np.concatenate((best, new))
+        if len(best) > count:
+            best = np.partition(best, len(best) - count)[-count:]
+    return best
 
 
 def false_alarms(

@@ -1,4 +1,4 @@
-"""Localize edits in one photo: any size in, a probability map of the same size out.
+"""Localize edits in photos: any size in, a probability map of the same size out.
 
 Camera traces live at the pixel scale, so nothing is resized unless asked for: a photo of up to `WHOLE_LIMIT`
 pixels goes through the network in one piece, a larger one as overlapping tiles whose maps are blended.
@@ -6,33 +6,52 @@ pixels goes through the network in one piece, a larger one as overlapping tiles 
 
 from __future__ import annotations
 
-import math
-import os
+import operator
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from frd_model.data.images import read_image
 from frd_model.data.transforms import to_tensor
+from frd_model.eval_view import device_of, dtype_of, eval_view
 from frd_model.metrics import image_score
+from frd_model.pixels import Picture, UInt8, as_pixels
+from frd_model.tiling import (
+    MIN_SIDE,
+    OVERLAP,
+    POLICIES,
+    RESIZE,
+    TILE,
+    WHOLE_LIMIT,
+    blend_windows,
+    tile_starts,
+)
 
-POLICIES = ("auto", "whole", "tiles", "resize")
-WHOLE_LIMIT = 1024 * 1024
-TILE = 512
-OVERLAP = 64
-RESIZE = 512
-MIN_SIDE = 32
+__all__ = [
+    "OVERLAP",
+    "POLICIES",
+    "TILE",
+    "Prediction",
+    "PredictionError",
+    "blend_windows",
+    "predict",
+    "probability_map",
+    "tile_starts",
+]
 
-Image = npt.NDArray[np.uint8]
 FloatMap = npt.NDArray[np.float32]
+
+
+class PredictionError(RuntimeError):
+    """What the network gave is no map of logits: NaN, infinity or another shape; one line."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +73,12 @@ class Prediction:
     seconds: float
 
 
-def predict(
-    image: str | os.PathLike[str] | Image,
+@overload
+def predict(image: Picture, model: nn.Module, **options: Any) -> Prediction: ...
+@overload
+def predict(image: list[Any] | tuple[Any, ...], model: nn.Module, **options: Any) -> list[Prediction]: ...
+def predict(  # type: ignore[misc]  # the options are spelled out here alone
+    image: Any,
     model: nn.Module,
     *,
     size: str = "auto",
@@ -64,64 +87,84 @@ def predict(
     threshold: float = 0.5,
     device: str | torch.device | None = None,
     batch_size: int = 2,
-) -> Prediction:
-    """Find the edited pixels of one photo.
+    progress: bool = False,
+) -> Prediction | list[Prediction]:
+    """Find the edited pixels of a photo, or of each in a list or tuple (then a list comes back).
 
-    image: a file, or uint8 RGB [H, W, 3].
-    model: logits [B, 1, H, W] from normalised images [B, 3, H, W] of any size.
+    image: a file; a PIL image of any mode, converted as a file is, EXIF rotation included; a NumPy array [H, W]
+        (grey), [H, W, 1], [H, W, 2] (grey and alpha), RGB [H, W, 3] or RGBA [H, W, 4]; or a torch tensor
+        [H, W] or [C, H, W] with the same channels. Arrays and tensors are uint8, uint16 (0 to 65535) or float
+        in [0, 1], not normalised; all become 8 bit, and alpha is composited over white.
+    model: logits [B, 1, H, W] from normalised images [B, 3, H, W] of any size. It computes in eval mode and gets
+        its input in its parameters' dtype; its own mode, device and attributes stay as they are (`eval_view`), so
+        that several threads may share it.
     size: "auto" (whole photo up to one megapixel, tiles above), "whole", "tiles", or "resize": the photo is
-        scaled to 512 x 512 and the map scaled back, the protocol that the paper evaluates with.
+        scaled to 512 x 512 by area averaging and the map scaled back to the photo's size. Evaluation protocols
+        that resize, the paper's among them, use other filters and score at the small size: figures differ.
     tile, overlap: side of a tile and the width over which neighbours are blended, in pixels.
-    device: where to run; None takes the device of the model's parameters. The model is moved there.
+    device: where to run; None takes the model's. On another device a copy of the model runs, made at each call:
+        move the model first where there are many photos.
+    batch_size: tiles that go through the network at once.
+    progress: show a bar of the tiles of a large photo on stderr.
 
-    Raises ImageError for a file that cannot be read as an image, ValueError and TypeError for bad arguments.
+    Raises ImageError for a file that cannot be read as an image, ValueError and TypeError for bad arguments,
+    PredictionError where the network gives NaN, infinity or another shape.
     """
-    _check_arguments(size, tile, overlap, threshold, batch_size)
-    pixels = _as_pixels(image)
-    target = _device_of(model) if device is None else torch.device(device)
-    start = time.perf_counter()
-    was_training = model.training
-    model.eval().to(target)
-    try:
-        probability = _probability(pixels, model, size, tile, overlap, target, batch_size)
-    finally:
-        model.train(was_training)
-    seconds = time.perf_counter() - start
-    return Prediction(
-        probability=probability,
-        mask=probability > threshold,
-        score=float(image_score(probability)),
-        size=(pixels.shape[0], pixels.shape[1]),
-        threshold=float(threshold),
-        seconds=seconds,
-    )
+    options = {"size": size, "tile": tile, "overlap": overlap, "batch_size": batch_size, "progress": progress}
+    check_options(size, tile, overlap, threshold, batch_size)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}; see create_model")
+    view = eval_view(model, device)
+    if isinstance(image, (list, tuple)):
+        return [_predict_one(as_pixels(item), view, threshold, options) for item in image]
+    return _predict_one(as_pixels(image), view, threshold, options)
 
 
-def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
-    """First pixels of evenly spaced tiles that cover `length` and overlap by at least `overlap`."""
-    if length <= tile:
-        return [0]
-    count = math.ceil((length - overlap) / (tile - overlap))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)]
+def probability_map(
+    image: UInt8,
+    model: Callable[[Tensor], Tensor],
+    *,
+    size: str = "auto",
+    tile: int = TILE,
+    overlap: int = OVERLAP,
+    device: str | torch.device | None = None,
+    batch_size: int = 2,
+    progress: bool = False,
+) -> FloatMap:
+    """The probability [H, W] float32 that each pixel of uint8 RGB [H, W, 3] was edited: the one path of inference.
 
+    `predict`, `evaluate` and the validation of a training run all come here. A module computes as `predict`
+    says. Any other callable gets float32 [B, 3, H, W] on `device` (None: the CPU) and gives logits
+    [B, 1, H, W]; it sees to its mode itself. No gradients are recorded. Memory beyond the image: the map, and
+    what the network takes for `batch_size` tiles.
 
-def blend_windows(length: int, tile: int, overlap: int) -> list[tuple[int, FloatMap]]:
-    """(start, weights) of each tile along one axis; the weights of all tiles sum to one at every pixel.
-
-    Ramps across the overlap; the product of a row's and a column's weights is the weight of a 2-D tile, so no
-    image of weights is ever held.
+    Raises ValueError for bad arguments, PredictionError where the network gives NaN, infinity or another shape.
     """
-    starts = tile_starts(length, tile, overlap)
-    extent = min(tile, length)
-    distance = np.minimum(np.arange(extent), np.arange(extent)[::-1]) + 1.0
-    ramp = np.minimum(distance / (overlap + 1.0), 1.0)
-    total = np.zeros(length)
-    for start in starts:
-        total[start : start + extent] += ramp
-    return [(s, (ramp / total[s : s + extent]).astype(np.float32)) for s in starts]
+    check_options(size, tile, overlap, 0.5, batch_size)
+    if isinstance(model, nn.Module):
+        model = eval_view(model, device)
+        device, dtype = device_of(model) if device is None else device, dtype_of(model)
+    else:
+        device, dtype = "cpu" if device is None else device, torch.float32
+
+    def forward(crops: Sequence[UInt8]) -> FloatMap:
+        return _forward(model, crops, torch.device(device), dtype)
+
+    with torch.no_grad():
+        if size == "resize":
+            return _resized(image, forward)
+        if size == "whole" or (size == "auto" and image.shape[0] * image.shape[1] <= WHOLE_LIMIT):
+            return forward([image])[0]
+        return _tiled(image, forward, tile, overlap, batch_size, progress)
 
 
-def _check_arguments(size: str, tile: int, overlap: int, threshold: float, batch_size: int) -> None:
+def check_options(size: str, tile: int, overlap: int, threshold: float, batch_size: int) -> None:
+    """ValueError or TypeError, one line, for what `predict` does not take."""
+    for name, value in (("tile", tile), ("overlap", overlap), ("batch_size", batch_size)):
+        try:
+            operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if size not in POLICIES:
         raise ValueError(f"size must be one of {', '.join(POLICIES)}, got {size!r}")
     if tile < MIN_SIDE:
@@ -134,79 +177,81 @@ def _check_arguments(size: str, tile: int, overlap: int, threshold: float, batch
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
-def _as_pixels(image: Any) -> Image:
-    if isinstance(image, (str, os.PathLike)):
-        return read_image(Path(image))
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"image must be a path or a NumPy array, got {type(image).__name__}")
-    if image.dtype != np.uint8:
-        raise TypeError(f"image must be uint8, got {image.dtype}")
-    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image must be RGB [H, W, 3] with at least one pixel, got shape {image.shape}")
-    return image
+def _predict_one(pixels: UInt8, view: nn.Module, threshold: float, options: dict[str, Any]) -> Prediction:
+    start = time.perf_counter()
+    probability = probability_map(pixels, view, **options)
+    seconds = time.perf_counter() - start
+    return Prediction(
+        probability=probability,
+        mask=probability > threshold,
+        score=image_score(probability),
+        size=(pixels.shape[0], pixels.shape[1]),
+        threshold=float(threshold),
+        seconds=seconds,
+    )
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+Forward = Callable[[Sequence[UInt8]], FloatMap]
 
 
-@torch.inference_mode()
-def _probability(
-    pixels: Image, model: nn.Module, size: str, tile: int, overlap: int, device: torch.device, batch_size: int
-) -> FloatMap:
+def _resized(pixels: UInt8, forward: Forward) -> FloatMap:
     height, width = pixels.shape[:2]
-    if size == "resize":
-        scaled = np.asarray(
-            cv2.resize(pixels, (RESIZE, RESIZE), interpolation=cv2.INTER_AREA), dtype=np.uint8
-        )
-        small = _forward(model, [scaled], device)[0]
-        return np.clip(cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR), 0.0, 1.0)
-    if size == "whole" or (size == "auto" and height * width <= WHOLE_LIMIT):
-        return _forward(model, [pixels], device)[0]
-    return _tiled(pixels, model, tile, overlap, device, batch_size)
+    scaled = np.asarray(cv2.resize(pixels, (RESIZE, RESIZE), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    large = cv2.resize(forward([scaled])[0], (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.clip(large, 0.0, 1.0, out=large)
 
 
 def _tiled(
-    pixels: Image, model: nn.Module, tile: int, overlap: int, device: torch.device, batch_size: int
+    pixels: UInt8, forward: Forward, tile: int, overlap: int, batch_size: int, progress: bool
 ) -> FloatMap:
     height, width = pixels.shape[:2]
     result = np.zeros((height, width), dtype=np.float32)
-    for batch in _batches(_tiles(height, width, tile, overlap), batch_size):
-        crops = [pixels[y : y + len(wy), x : x + len(wx)] for y, wy, x, wx in batch]
-        for (y, wy, x, wx), probability in zip(batch, _forward(model, crops, device), strict=True):
-            result[y : y + len(wy), x : x + len(wx)] += probability * wy[:, None] * wx[None, :]
+    columns = blend_windows(width, tile, overlap)
+    tiles = [(y, wy, x, wx) for y, wy in blend_windows(height, tile, overlap) for x, wx in columns]
+    with _progress_bar(len(tiles), progress) as bar:
+        for first in range(0, len(tiles), batch_size):
+            batch = tiles[first : first + batch_size]
+            maps = forward([pixels[y : y + len(wy), x : x + len(wx)] for y, wy, x, wx in batch])
+            for (y, wy, x, wx), probability in zip(batch, maps, strict=True):
+                result[y : y + len(wy), x : x + len(wx)] += probability * wy[:, None] * wx
+            bar.update(len(batch))
     # The weights sum to one up to rounding, which must not push a probability above one.
     return np.clip(result, 0.0, 1.0, out=result)
 
 
-Tile = tuple[int, FloatMap, int, FloatMap]
+def _progress_bar(tiles: int, progress: bool) -> Any:
+    """On a terminal for all but small photos, in a log for large ones, seldom updated."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    shown = progress and tiles >= (8 if terminal else 100)
+    return tqdm(
+        total=tiles,
+        desc="tiles",
+        unit="tile",
+        disable=not shown,
+        leave=False,
+        mininterval=0.1 if terminal else 10,
+    )
 
 
-def _tiles(height: int, width: int, tile: int, overlap: int) -> Iterator[Tile]:
-    columns = blend_windows(width, tile, overlap)
-    for y, wy in blend_windows(height, tile, overlap):
-        for x, wx in columns:
-            yield y, wy, x, wx
-
-
-def _batches(tiles: Iterator[Tile], batch_size: int) -> Iterator[list[Tile]]:
-    batch: list[Tile] = []
-    for item in tiles:
-        batch.append(item)
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _forward(model: nn.Module, crops: list[Image], device: torch.device) -> list[FloatMap]:
-    """Probabilities of crops of one size; sides below MIN_SIDE are padded by repeating the border."""
+def _forward(
+    model: Callable[[Tensor], Tensor], crops: Sequence[UInt8], device: torch.device, dtype: torch.dtype
+) -> FloatMap:
+    """Probabilities [B, H, W] of crops of one size; sides below MIN_SIDE are padded by repeating the border."""
     height, width = crops[0].shape[:2]
     bottom, right = max(0, MIN_SIDE - height), max(0, MIN_SIDE - width)
     if bottom or right:
         crops = [np.pad(c, ((0, bottom), (0, right), (0, 0)), mode="edge") for c in crops]
-    logits = model(torch.stack([to_tensor(c) for c in crops]).to(device))
-    probability = logits.float().sigmoid()[:, 0, :height, :width].cpu().numpy()
-    return list(np.ascontiguousarray(probability))
+    batch = torch.stack([to_tensor(c) for c in crops]).to(device, dtype)
+    logits = model(batch)
+    expected = (len(crops), 1, *batch.shape[2:])
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise PredictionError(f"the network must give logits {list(expected)}, got {got}")
+    finite = torch.isfinite(logits)
+    if not bool(finite.all()):
+        bad = int(finite.numel() - finite.sum())
+        raise PredictionError(
+            f"the network's logits must be finite, got NaN or infinity in {bad} of {finite.numel()}"
+        )
+    probability: FloatMap = logits.float().sigmoid()[:, 0, :height, :width].cpu().numpy()
+    return np.ascontiguousarray(probability)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import os
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from frd_model.arguments import check_output_folder, fraction, one_line, path, say, tile_side
+from frd_model.checkpoints import add_checkpoint_argument
+from frd_model.tiling import OVERLAP, POLICIES, TILE
 
-from frd_model.checkpoints import add_checkpoint_argument, open_checkpoint
-from frd_model.data.images import ImageError, find_images, overlay, read_image, write_json, write_png
-from frd_model.predict import OVERLAP, POLICIES, TILE, Prediction, predict
+if TYPE_CHECKING:
+    from frd_model.data.files import Skipped
+    from frd_model.predict import Prediction
 
-WRITTEN = ("_mask.png", "_overlay.png")
+ENDINGS = ("_mask.png", "_overlay.png", ".json")
+# Room for the longest ending and for a number that tells equal names apart.
+NAME_MARGIN = 20
 
 
 @dataclass(frozen=True)
@@ -26,14 +34,31 @@ class Job:
     name: str
 
 
+@dataclass(frozen=True)
+class Collected:
+    """The photos that arguments name, each once, under distinct names; arguments that failed; what was passed over."""
+
+    jobs: list[Job]
+    failed: list[tuple[str, str]]
+    skipped: list[Skipped]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="photo, directory of photos, or glob pattern"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write the results")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="where to write the results")
+    parser.add_argument(
+        "--recursive", action="store_true", help="read the directories inside directories too"
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace results that are in DIR already")
+    again.add_argument(
+        "--resume", action="store_true", help="skip the photos whose results are in DIR already"
+    )
     add_checkpoint_argument(parser)
     parser.add_argument(
-        "--threshold", type=_fraction, default=0.5, help="a pixel above it counts as edited (default 0.5)"
+        "--threshold", type=fraction, default=0.5, help="a pixel above it counts as edited (default 0.5)"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument(
@@ -42,82 +67,109 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: whole photo up to one megapixel, tiles above (default); resize: 512x512 and back",
     )
-    parser.add_argument("--tile", type=_tile, default=TILE, help=f"side of a tile in pixels (default {TILE})")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON line per photo instead of a table"
+        "--tile", type=tile_side, default=TILE, help=f"side of a tile in pixels (default {TILE})"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON line per photo instead of a table; of a photo that failed path and error",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Localize every photo; a bad one is reported and the others are still done. Status 1 if any failed."""
-    jobs, failed = collect(args.paths, args.out)
-    if not jobs:
+    from frd_model.checkpoints import open_checkpoint
+    from frd_model.data.files import describe_skipped
+
+    check_output_folder("--out", args.out)
+    found = collect(args.paths, args.out, args.recursive)
+    for name, reason in found.failed:
+        _complain(name, reason, as_json=args.json)
+    if found.skipped:
+        say(f"frd predict: skipped {describe_skipped(found.skipped)}", sys.stderr)
+    jobs = found.jobs
+    _refuse_to_destroy(jobs, args.out)
+    if args.resume:
+        jobs = [job for job in jobs if not _is_done(job, args)]
+    elif not args.overwrite:
+        _refuse_to_overwrite(jobs, args.out)
+    if not found.jobs:
+        if not found.failed:
+            say(f"frd predict: no images in {', '.join(args.paths)}", sys.stderr)
         return 1
-    checkpoint = open_checkpoint(
-        args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    for job in jobs:
-        try:
-            pixels = read_image(job.path)
-            result = predict(
-                pixels,
-                checkpoint.model,
-                size=args.size,
-                tile=args.tile,
-                overlap=min(OVERLAP, args.tile // 4),
-                threshold=args.threshold,
-                device=args.device,
-            )
-            record = save_prediction(args.out, job, pixels, result, checkpoint.label)
-        except (ImageError, OSError, MemoryError) as error:
-            _complain(job.path, error)
-            failed += 1
-            continue
-        _report(record, as_json=args.json)
+    failed = len(found.failed)
+    if jobs:
+        checkpoint = open_checkpoint(
+            args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
+        )
+        failed += sum(not _do(job, checkpoint, args) for job in jobs)
+    done = len(jobs) - (failed - len(found.failed))
+    earlier = f", {len(found.jobs) - len(jobs)} done before" if args.resume else ""
+    # On stdout a program reads records.
+    say(f"{done} done, {failed} failed{earlier}", sys.stderr if args.json else None)
     return 1 if failed else 0
 
 
-def collect(paths: list[str], out: Path) -> tuple[list[Job], int]:
-    """The photos that the arguments name, each once, under distinct names; and how many arguments failed."""
-    files: list[Path] = []
-    failed = 0
-    for path in paths:
+def collect(paths: list[str], out: Path, recursive: bool = False) -> Collected:
+    """What the arguments name. Results of an earlier run that lie in `out` are no photos."""
+    from frd_model.data.files import Skipped, scan_images
+
+    files: dict[str, Path] = {}
+    skipped: dict[Path, Skipped] = {}
+    failed = []
+    for name in paths:
         try:
-            files += find_images([path])
-        except (ImageError, OSError, ValueError) as error:
-            _complain(path, error)
-            failed += 1
-    unique = list({f.resolve(): f for f in reversed(files) if not _own_output(f, out)}.values())[::-1]
-    if not unique and not failed:
-        print(f"frd predict: no images in {', '.join(paths)}", file=sys.stderr)
-    return name_jobs(unique), failed
+            found = scan_images([name], recursive=recursive)
+        except Exception as error:  # one argument's trouble, whatever it is, is not the others'
+            failed.append((name, one_line(error)))
+            continue
+        skipped |= {entry.path: entry for entry in found.skipped}
+        for file in found.images:
+            if _own_output(file, out):
+                skipped[file] = Skipped(file, "result of an earlier run")
+            else:
+                files.setdefault(os.path.realpath(file), file)
+    return Collected(name_jobs(list(files.values()), _longest_name(out)), failed, list(skipped.values()))
 
 
-def name_jobs(files: list[Path]) -> list[Job]:
+def name_jobs(files: list[Path], longest: int = 255) -> list[Job]:
     """Name each file by its stem; where stems collide by PARENT_STEM_EXTENSION, then with a number.
 
-    Compared without case, since the results may lie on a file system that ignores it.
+    Compared without case and Unicode form, since the results may lie on a file system that ignores them. A name
+    that leaves no room for its endings in `longest` bytes is cut and gets a digest of the whole.
     """
-    stems = Counter(f.stem.lower() for f in files)
+    stems = Counter(_folded(f.stem) for f in files)
     taken: set[str] = set()
     jobs = []
     for file in files:
         name = file.stem
-        if stems[name.lower()] > 1:
-            name = "_".join(
-                part for part in (file.resolve().parent.name, name, file.suffix.lstrip(".")) if part
-            )
-        unique, number = name, 2
-        while unique.lower() in taken or (unique != file.stem and unique.lower() in stems):
-            unique, number = f"{name}-{number}", number + 1
-        taken.add(unique.lower())
-        jobs.append(Job(file, unique))
+        if stems[_folded(name)] > 1:
+            parent = Path(os.path.realpath(file)).parent.name
+            name = "_".join(part for part in (parent, name, file.suffix.lstrip(".")) if part)
+        name = whole = _shortened(name, longest - NAME_MARGIN)
+        number = 2
+        while _folded(name) in taken or (name != file.stem and _folded(name) in stems):
+            name, number = f"{whole}-{number}", number + 1
+        taken.add(_folded(name))
+        jobs.append(Job(file, name))
     return jobs
 
 
-def save_prediction(out: Path, job: Job, pixels: Any, result: Prediction, checkpoint: str) -> dict[str, Any]:
-    """Write NAME_mask.png (0 or 255), NAME_overlay.png and NAME.json into `out`, each atomically."""
+def save_prediction(
+    out: Path,
+    job: Job,
+    pixels: Any,
+    result: Prediction,
+    checkpoint: str,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write NAME_mask.png (0 or 255), NAME_overlay.png and NAME.json into `out`, each atomically, JSON last.
+
+    `settings`, such as the size policy, are noted in the JSON file.
+    """
+    from frd_model.data.images import overlay_bands, write_json, write_png, write_png_bands
+
     height, width = result.size
     record = {
         "name": job.name,
@@ -127,47 +179,138 @@ def save_prediction(out: Path, job: Job, pixels: Any, result: Prediction, checkp
         "size": {"width": width, "height": height},
         "threshold": result.threshold,
         "checkpoint": checkpoint,
+        **(settings or {}),
         "seconds": round(result.seconds, 4),
     }
-    write_png(out / f"{job.name}_mask.png", result.mask.astype(np.uint8) * 255)
-    write_png(out / f"{job.name}_overlay.png", overlay(pixels, result.probability))
+    write_png(out / f"{job.name}_mask.png", result.mask)
+    bands = overlay_bands(pixels, result.probability)
+    write_png_bands(out / f"{job.name}_overlay.png", height, width, 3, bands)
     write_json(out / f"{job.name}.json", record)
     return record
 
 
+def _do(job: Job, checkpoint: Any, args: argparse.Namespace) -> bool:
+    """Predict, write and report one photo; whatever goes wrong is reported as this photo's and nothing stays."""
+    from frd_model.data.images import read_image
+    from frd_model.predict import predict
+
+    try:
+        # An old result must not be taken for the new one where the new one fails.
+        _remove(job, args.out)
+        pixels = read_image(job.path)
+        result = predict(
+            pixels,
+            checkpoint.model,
+            size=args.size,
+            tile=args.tile,
+            overlap=min(OVERLAP, args.tile // 4),
+            threshold=args.threshold,
+            device=args.device,
+            progress=True,
+        )
+        record = save_prediction(args.out, job, pixels, result, checkpoint.label, _settings(args))
+    except Exception as error:  # decoders, allocators and file systems raise anything
+        _complain(job.path, one_line(error), as_json=args.json)
+        _remove(job, args.out, suppress=True)
+        return False
+    _report(record, as_json=args.json)
+    return True
+
+
+def _outputs(job: Job, out: Path) -> list[Path]:
+    return [out / f"{job.name}{ending}" for ending in ENDINGS]
+
+
+def _remove(job: Job, out: Path, *, suppress: bool = False) -> None:
+    """The JSON file first, which says that the others are there."""
+    for file in reversed(_outputs(job, out)):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError:
+            if not suppress:
+                raise
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {"size_policy": args.size, "tile": args.tile}
+
+
+def _refuse_to_destroy(jobs: list[Job], out: Path) -> None:
+    """ValueError where a result would take the place of a photo of this run."""
+    photos = {os.path.realpath(job.path) for job in jobs}
+    for file in (file for job in jobs for file in _outputs(job, out)):
+        if os.path.realpath(file) in photos:
+            raise ValueError(
+                f"--out must be another directory: a result would replace the photo {str(file)!r}"
+            )
+
+
+def _refuse_to_overwrite(jobs: list[Job], out: Path) -> None:
+    there = [file for job in jobs for file in _outputs(job, out) if os.path.lexists(file)]
+    if there:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise ValueError(
+            f"--out must not hold results of these photos, got {str(there[0])!r}{more}; "
+            "give --resume to keep them, --overwrite to replace them, or another --out"
+        )
+
+
+def _is_done(job: Job, args: argparse.Namespace) -> bool:
+    """Whether the photo's results are there. ValueError where they are another photo's or of other settings."""
+    file = args.out / f"{job.name}.json"
+    try:
+        record = json.loads(file.read_bytes())
+        saved = os.path.abspath(record["path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if saved != os.path.abspath(job.path):
+        raise ValueError(f"cannot resume: {str(file)!r} is of the photo {saved!r}, not of {str(job.path)!r}")
+    wanted = {"threshold": args.threshold, "checkpoint": str(args.checkpoint or "demo"), **_settings(args)}
+    for name, value in wanted.items():
+        if record.get(name, value) != value:
+            raise ValueError(f"cannot resume: {name} was {record[name]!r} in {str(file)!r}, now {value!r}")
+    return True
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _shortened(name: str, limit: int) -> str:
+    raw = os.fsencode(name)
+    if len(raw) <= limit:
+        return name
+    digest = hashlib.sha256(raw).hexdigest()[:12]
+    return f"{raw[: max(1, limit - 13)].decode(errors='ignore')}-{digest}"
+
+
+def _longest_name(folder: Path) -> int:
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):
+        return 255
+
+
 def _own_output(file: Path, out: Path) -> bool:
-    return file.name.endswith(WRITTEN) and file.resolve().parent == out.resolve()
+    stem = next((file.name.removesuffix(e) for e in ENDINGS if file.name.endswith(e)), None)
+    if stem is None or os.path.realpath(file.parent) != os.path.realpath(out):
+        return False
+    return (out / f"{stem}.json").exists()
 
 
 def _report(record: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        import json
-
         print(json.dumps(record), flush=True)
         return
     size = f"{record['size']['width']}x{record['size']['height']}"
-    print(
+    say(
         f"{record['name']:<32} {size:>11}  score {record['score']:.3f}  "
-        f"edited {100 * record['edited_fraction']:5.1f} %  {record['seconds']:.2f} s",
-        flush=True,
+        f"edited {100 * record['edited_fraction']:5.1f} %  {record['seconds']:.2f} s"
     )
 
 
-def _complain(path: object, error: BaseException) -> None:
-    text = " ".join(str(error).split()) or type(error).__name__
-    prefix = "" if str(path) in text else f"{path}: "
-    print(f"frd predict: {prefix}{text}", file=sys.stderr)
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
-    return value
-
-
-def _tile(text: str) -> int:
-    value = int(text)
-    if value < 64:
-        raise argparse.ArgumentTypeError(f"must be at least 64 pixels, got {text}")
-    return value
+def _complain(name: object, reason: str, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"path": str(name), "error": reason}), flush=True)
+    shown = str(name)
+    say(f"frd predict: {reason if shown in reason else f'{shown}: {reason}'}", sys.stderr)

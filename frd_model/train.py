@@ -33,7 +33,7 @@ from frd_model.data.transforms import resize
 from frd_model.frdnet import create_model
 from frd_model.losses import FRDLoss
 from frd_model.metrics import aggregate, image_metrics
-from frd_model.predict import predict
+from frd_model.predict import PredictionError, predict
 from frd_model.train_config import TrainConfig, flatten, from_dict
 from frd_model.train_data import (
     Failure,
@@ -177,11 +177,12 @@ class Trainer:
                 except (ValueError, OSError) as error:
                     self._skip("validation", failure(self.val_data, index, error))
                     continue
-                result = predict(image, self.model)
-                if not np.isfinite(result.probability).all():
+                try:
+                    result = predict(image, self.model)
+                except PredictionError as error:
                     raise TrainingError(
-                        f"the network gives NaN on validation image {index} after epoch {self.epoch}: lower optim.lr"
-                    )
+                        f"validation image {index} after epoch {self.epoch}: {error}; lower optim.lr"
+                    ) from None
                 if not mask.any():
                     alarms.append(float(result.mask.mean()))
                     continue

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import stat
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .files import ImageError, PathLike, image_extensions
 from .files import find_images as find_images
 from .masks import MaskError, marked_pixels, widen
+from .png import write_bands
 
 UInt8 = npt.NDArray[np.uint8]
 T = TypeVar("T", bound=np.generic)
@@ -37,7 +38,7 @@ def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_P
     Raises:
         ImageError: the path cannot be read, is no complete image, or holds more than `max_pixels` pixels.
     """
-    return _decode(path, max_pixels, lambda image, _: _to_rgb(_upright(image), background))
+    return _decode(path, max_pixels, lambda image, _: from_pillow(image, background))
 
 
 def _decode(
@@ -47,32 +48,35 @@ def _decode(
     name = os.fspath(path)
     _check_readable(path)
     image_extensions()  # registers the optional formats
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageError(
-                        f"image {name!r} must have at most {max_pixels} pixels, "
-                        f"got {width} x {height} = {width * height}"
-                    )
-                if width * height == 0:
-                    raise ImageError(f"image {name!r} must not be empty, got {width} x {height}")
-                raw_mode = _raw_mode(image)
-                image.load()
-                return convert(image, raw_mode)
-        except ImageError:
-            raise
-        except Image.DecompressionBombError:
-            raise ImageError(f"image {name!r} must have at most {max_pixels} pixels, got far more") from None
-        except UnidentifiedImageError:
-            raise ImageError(
-                f"image {name!r} must be an image file Pillow can read, got {_describe(path)}"
-            ) from None
-        except Exception as error:  # decoders raise anything from OSError to struct.error on a damaged file
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ImageError(f"image {name!r} must be a complete image, got: {reason}") from None
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"image {name!r} must have at most {max_pixels} pixels, "
+                    f"got {width} x {height} = {width * height}"
+                )
+            if width * height == 0:
+                raise ImageError(f"image {name!r} must not be empty, got {width} x {height}")
+            raw_mode = _raw_mode(image)
+            image.load()
+            return convert(image, raw_mode)
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"image {name!r} must have at most {max_pixels} pixels, got far more") from None
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"image {name!r} must be an image file Pillow can read, got {_describe(path)}"
+        ) from None
+    except Exception as error:  # decoders raise anything from OSError to struct.error on a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"image {name!r} must be a complete image, got: {reason}") from None
+
+
+def from_pillow(image: Image.Image, background: int = 255) -> UInt8:
+    """uint8 RGB [H,W,3] of a PIL image of any mode, converted as `read_image` converts a file."""
+    return _to_rgb(_upright(image), background)
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -112,7 +116,9 @@ def _describe(path: PathLike) -> str:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        # without anything to turn, exif_transpose would copy
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # broken metadata is no reason to refuse intact pixels
         return image
 
@@ -121,11 +127,19 @@ def _to_rgb(image: Image.Image, background: int) -> UInt8:
     if image.mode.startswith("I") or image.mode == "F":
         grey = _grey_to_uint8(np.asarray(image))
         return np.repeat(grey[:, :, None], 3, axis=2)
+    result = np.empty((image.height, image.width, 3), np.uint8)
+    # in bands, since Pillow's conversions and NumPy's view of them are copies
+    for rows in row_bands(image.height, image.width):
+        result[rows] = _band_to_rgb(image.crop((0, rows.start, image.width, rows.stop)), background)
+    return result
+
+
+def _band_to_rgb(image: Image.Image, background: int) -> UInt8:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (background, background, background, 255))
         image = Image.alpha_composite(canvas, rgba)
-    return np.array(image.convert("RGB"), dtype=np.uint8)
+    return np.asarray(image.convert("RGB"), dtype=np.uint8)
 
 
 def _grey_to_uint8(values: npt.NDArray[Any]) -> UInt8:
@@ -137,7 +151,10 @@ def _grey_to_uint8(values: npt.NDArray[Any]) -> UInt8:
         limit = 65535.0
     if not (low >= 0 and high <= limit):
         raise ValueError(f"samples must lie in [0, {limit:g}], got {low:g} to {high:g}")
-    return np.rint(values * (255.0 / limit)).astype(np.uint8)
+    result = np.empty(values.shape, np.uint8)
+    for rows in row_bands(*values.shape):
+        result[rows] = np.rint(values[rows] * (255.0 / limit))
+    return result
 
 
 def read_mask(
@@ -173,43 +190,65 @@ def read_mask(
 
 def write_bytes(path: PathLike, data: bytes) -> Path:
     """Write a file atomically: a reader sees the old content or all of the new. Makes folders."""
+    with _replacing(path) as file:
+        file.write(data)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def _replacing(path: PathLike) -> Iterator[BinaryIO]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # a name of its own, not one made from the target's, which may be as long as names can be
     part = target.with_name(f".{os.getpid()}-{next(_PARTS)}.part")
     try:
-        part.write_bytes(data)
+        with part.open("wb") as file:
+            yield file
         os.replace(part, target)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    return target
-
-
-def _encode(extension: str, array: npt.NDArray[Any], flags: list[int]) -> bytes:
-    values = np.asarray(array)
-    if values.dtype == np.bool_:
-        values = values.astype(np.uint8) * 255
-    if values.dtype != np.uint8 or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] != 3):
-        raise ValueError(
-            f"array must be uint8 or bool [H,W] or uint8 [H,W,3], got {values.dtype} {values.shape}"
-        )
-    if values.ndim == 3:
-        values = cv2.cvtColor(values, cv2.COLOR_RGB2BGR)
-    done, data = cv2.imencode(extension, values, flags)
-    if not done:
-        raise ValueError(f"array must be encodable as {extension}, got shape {values.shape}")
-    return data.tobytes()
 
 
 def write_png(path: PathLike, array: npt.NDArray[Any]) -> Path:
     """Write bool or uint8 [H,W] (True becomes 255) or RGB uint8 [H,W,3] as PNG, atomically."""
-    return write_bytes(path, _encode(".png", array, []))
+    values = _checked(array)
+    height, width = values.shape[:2]
+    bands = (values[rows] for rows in row_bands(height, width))
+    return write_png_bands(path, height, width, 1 if values.ndim == 2 else 3, bands)
+
+
+def write_png_bands(path: PathLike, height: int, width: int, channels: int, bands: Iterable[Any]) -> Path:
+    """`write_png` of an image that comes as bands of rows, which together are never held."""
+    with _replacing(path) as file:
+        write_bands(file, height, width, channels, (_to_uint8(band) for band in bands))
+    return Path(path)
 
 
 def write_jpeg(path: PathLike, array: npt.NDArray[Any], quality: int = 95) -> Path:
     """Write uint8 [H,W] or RGB [H,W,3] as JPEG, atomically."""
-    return write_bytes(path, _encode(".jpg", array, [cv2.IMWRITE_JPEG_QUALITY, quality]))
+    values = _to_uint8(_checked(array))
+    if values.ndim == 3:
+        values = np.asarray(cv2.cvtColor(values, cv2.COLOR_RGB2BGR), np.uint8)
+    done, data = cv2.imencode(".jpg", values, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not done:
+        raise ValueError(f"array must be encodable as .jpg, got shape {values.shape}")
+    return write_bytes(path, data.tobytes())
+
+
+def _checked(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    values = np.asarray(array)
+    known = values.dtype in (np.bool_, np.uint8) and values.ndim == 2
+    known |= values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 3
+    if not known or 0 in values.shape:
+        raise ValueError(
+            f"array must be uint8 or bool [H,W] or uint8 [H,W,3], got {values.dtype} {values.shape}"
+        )
+    return values
+
+
+def _to_uint8(values: npt.NDArray[Any]) -> UInt8:
+    return np.multiply(values, 255, dtype=np.uint8) if values.dtype == np.bool_ else values
 
 
 def write_json(path: PathLike, value: Any) -> Path:
@@ -223,15 +262,35 @@ def overlay(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) 
     The photo is dimmed towards grey where nothing was found, and a dark-red to yellow ramp grows in with the
     probability, so that the edited region stays recognisable.
     """
+    result = np.empty(image.shape, np.uint8)
+    top = 0
+    for band in overlay_bands(image, probability, strength):
+        result[top : top + len(band)] = band
+        top += len(band)
+    return result
+
+
+def overlay_bands(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) -> Iterator[UInt8]:
+    """The rows of `overlay` from the top, in bands [rows,W,3]: little more memory than one of them is taken."""
     if image.shape[:2] != probability.shape:
         raise ValueError(f"probability must have the image's size {image.shape[:2]}, got {probability.shape}")
+    return (_overlay(image[band], probability[band], strength) for band in row_bands(*image.shape[:2]))
+
+
+def row_bands(height: int, width: int, pixels: int = 1 << 20) -> Iterator[slice]:
+    """Slices that cover `height` rows, each of about `pixels` pixels and at least one row."""
+    rows = max(1, pixels // max(1, width))
+    return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _overlay(image: UInt8, probability: npt.NDArray[Any], strength: float) -> UInt8:
     p = np.clip(np.nan_to_num(np.asarray(probability, np.float32)), 0, 1)
     ramp = cv2.cvtColor(
         # up to yellow: the map's last quarter, white, would be lost on bright photos
         cv2.applyColorMap(np.rint(p * 190).astype(np.uint8), cv2.COLORMAP_HOT),
         cv2.COLOR_BGR2RGB,
     )
-    grey = image.mean(axis=2, dtype=np.float32, keepdims=True)
-    base = 0.5 * image + 0.5 * grey
-    weight = (strength * p)[:, :, None]
-    return np.rint(base * (1 - weight) + ramp * weight).astype(np.uint8)
+    values = image.astype(np.float32)
+    base = (values + values.mean(axis=2, keepdims=True)) * np.float32(0.5)
+    weight = (np.float32(strength) * p)[:, :, None]
+    return np.rint(base + (ramp - base) * weight).astype(np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 from frd_model import create_model, predict, save_model
 from frd_model.cli import main
 from frd_model.data.images import ImageError, read_image, write_png
-from frd_model.predict import blend_windows, tile_starts
+from frd_model.predict import PredictionError, blend_windows, probability_map, tile_starts
 from frd_model.predict_command import name_jobs
 
 TINY = {"stages": (1, 2), "blocks": 1, "pyramid_width": 8, "trace_widths": (8, 8)}
@@ -101,6 +102,7 @@ def test_model_stays_in_its_mode_and_is_deterministic(model: nn.Module) -> None:
         ({"tile": 64, "overlap": 40}, "overlap must lie"),
         ({"threshold": 1.5}, "threshold must lie"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"threshold": float("nan")}, "threshold must lie"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:
@@ -111,16 +113,117 @@ def test_bad_arguments(change: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("image", "kind"),
     [
-        (np.zeros((4, 4, 3), np.float32), TypeError),
-        (np.zeros((4, 4), np.uint8), ValueError),
+        (np.zeros((4, 4, 3), np.int64), TypeError),
+        (np.zeros((4, 4, 3), bool), TypeError),
+        (np.full((4, 4, 3), 255.0), ValueError),
+        (np.full((4, 4, 3), -0.5, np.float32), ValueError),
+        (np.full((4, 4, 3), np.nan), ValueError),
         (np.zeros((0, 4, 3), np.uint8), ValueError),
-        (np.zeros((4, 4, 4), np.uint8), ValueError),
+        (np.zeros((3, 40, 40), np.uint8), ValueError),
+        (np.zeros((1, 4, 4, 3), np.uint8), ValueError),
+        (torch.zeros(1, 3, 40, 40), ValueError),
+        (torch.zeros(40, 40, 3), ValueError),
+        (torch.zeros(3, 40, 40, dtype=torch.int64), TypeError),
+        (torch.full((3, 40, 40), 2.0), ValueError),
         (12, TypeError),
+        (b"photo.png", TypeError),
     ],
 )
 def test_bad_arrays(image: object, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match="image must be"):
+    with pytest.raises(kind, match=r"^image (of floats )?must"):
         predict(image, Brightness())  # type: ignore[arg-type]
+
+
+def as_pillow(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        as_pillow,
+        lambda image: as_pillow(image).convert("RGBA"),
+        lambda image: image.astype(np.uint16) * 257,
+        lambda image: (image.astype(np.uint16) * 257).astype(">u2"),
+        lambda image: image / 255,
+        lambda image: (image / 255).astype(np.float32)[::1, ::1].copy(order="F"),
+        lambda image: np.dstack([image, np.full(image.shape[:2], 255, np.uint8)]),
+        lambda image: torch.from_numpy(image).permute(2, 0, 1),
+        lambda image: (torch.from_numpy(image).permute(2, 0, 1).double() / 255).requires_grad_(),
+    ],
+)
+def test_every_kind_of_picture_gives_the_same(convert: Callable[[np.ndarray], object]) -> None:
+    image = photo(40, 50)
+    want = predict(image, Brightness()).probability
+    np.testing.assert_array_equal(predict(convert(image), Brightness()).probability, want)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"])
+def test_pillow_modes_are_read_as_files_are(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(photo(40, 50))
+    image = image.convert("L").convert(mode) if mode in ("I", "F", "I;16", "PA") else image.convert(mode)
+    got = predict(image, Brightness())
+    assert got.size == (40, 50)
+    if mode in ("1", "L", "P", "LA", "I;16"):
+        image.save(tmp_path / "a.png")
+        np.testing.assert_array_equal(got.probability, predict(tmp_path / "a.png", Brightness()).probability)
+
+
+def test_a_pillow_image_is_turned_as_its_exif_says() -> None:
+    image = Image.fromarray(photo(40, 60))
+    image.getexif()[0x0112] = 6
+    got = predict(image, Brightness())
+    assert got.size == (60, 40)
+    assert image.size == (60, 40)  # Pillow's (width, height): the caller's image is as it was
+    np.testing.assert_array_equal(
+        got.probability, np.rot90(predict(photo(40, 60), Brightness()).probability, -1)
+    )
+
+
+def test_grey_and_transparent_arrays() -> None:
+    grey = photo(40, 50)[:, :, 0]
+    want = predict(np.repeat(grey[:, :, None], 3, axis=2), Brightness()).probability
+    for picture in (grey, grey[:, :, None], torch.from_numpy(grey), torch.from_numpy(grey)[None]):
+        np.testing.assert_array_equal(predict(picture, Brightness()).probability, want)
+    clear = np.dstack([photo(40, 50), np.zeros((40, 50), np.uint8)])
+    white = predict(np.full((40, 50, 3), 255, np.uint8), Brightness()).probability
+    np.testing.assert_array_equal(predict(clear, Brightness()).probability, white)
+
+
+def test_lists_come_back_as_lists(tmp_path: Path) -> None:
+    images = [photo(40, 50), photo(33, 70, seed=1)]
+    path = write_png(tmp_path / "a.png", images[0])
+    got = predict((path, images[1]), Brightness())
+    assert isinstance(got, list)
+    for result, image in zip(got, images, strict=True):
+        np.testing.assert_array_equal(result.probability, predict(image, Brightness()).probability)
+    assert predict([], Brightness()) == []
+    assert [r.size for r in predict(list(torch.zeros(2, 3, 40, 50)), Brightness())] == [(40, 50)] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("size", ["whole", "tiles", "resize"])
+def test_output_that_is_not_finite_is_an_error(value: float, size: str) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x[:, :1].clone()
+            y[-1, 0, -1, -1] = value
+            return y
+
+    with pytest.raises(PredictionError, match="logits must be finite, got NaN or infinity in 1 of"):
+        predict(photo(40, 50), Broken(), size=size, tile=64, overlap=16)
+
+
+def test_output_of_another_shape_is_an_error() -> None:
+    with pytest.raises(PredictionError, match=r"logits \[1, 1, 40, 50\], got \[1, 3, 40, 50\]"):
+        predict(photo(40, 50), nn.Identity())
+
+
+def test_a_callable_takes_the_same_path(model: nn.Module) -> None:
+    want = predict(photo(100, 90), model, size="tiles", tile=64, overlap=16).probability
+    model.eval()
+    got = probability_map(photo(100, 90), lambda x: model(x), size="tiles", tile=64, overlap=16)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_a_path_that_is_no_image(tmp_path: Path) -> None:
@@ -205,7 +308,7 @@ def test_second_run_does_not_take_its_own_results(tmp_path: Path, checkpoint: Pa
     arguments = ["predict", str(tmp_path), "--out", str(tmp_path), "--checkpoint", str(checkpoint)]
     assert main(arguments) == 0
     before = sorted(p.name for p in tmp_path.iterdir())
-    assert main(arguments) == 0
+    assert main([*arguments, "--overwrite"]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 

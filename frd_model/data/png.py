@@ -1,0 +1,49 @@
+"""PNG files written row band by row band, so that a large image is never held a second time.
+
+The libraries at hand either encode into memory (OpenCV) or copy the image first, at four bytes a pixel (Pillow).
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+UInt8 = npt.NDArray[np.uint8]
+
+_GREY, _RGB = 0, 2
+_FILTER_SUB = 1
+
+
+def write_bands(file: BinaryIO, height: int, width: int, channels: int, bands: Iterable[UInt8]) -> None:
+    """Write a PNG of uint8 bands [rows, W] (`channels` 1) or RGB [rows, W, 3] (3) that follow each other."""
+    file.write(b"\x89PNG\r\n\x1a\n")
+    colour = {1: _GREY, 3: _RGB}[channels]
+    _write_chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    # The fast settings that OpenCV takes: run lengths of the differences between neighbours.
+    deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
+    for band in bands:
+        if data := deflate.compress(_filtered(band, channels)):
+            _write_chunk(file, b"IDAT", data)
+    _write_chunk(file, b"IDAT", deflate.flush())
+    _write_chunk(file, b"IEND", b"")
+
+
+def _filtered(band: UInt8, channels: int) -> Any:
+    """Each row as PNG stores it: the filter's number, then every byte less the one a pixel to its left."""
+    rows = band.reshape(len(band), -1)
+    lines = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
+    lines[:, 0] = _FILTER_SUB
+    lines[:, 1 : 1 + channels] = rows[:, :channels]
+    np.subtract(rows[:, channels:], rows[:, :-channels], out=lines[:, 1 + channels :])
+    return lines
+
+
+def _write_chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
+    file.write(struct.pack(">I", len(data)) + kind)
+    file.write(data)
+    file.write(struct.pack(">I", zlib.crc32(data, zlib.crc32(kind))))
