@@ -35,7 +35,7 @@ def tile_side(text: str) -> int:
     except ValueError:
         value = -1
     if value < 64:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 64 pixels, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be at least 64 pixels, in whole numbers, got {text!r}")
     return value
 
 
