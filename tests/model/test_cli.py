@@ -193,7 +193,7 @@ def test_a_foreign_checkpoint_is_used_by_predict(tmp_path: Path, capsys: pytest.
     )
     assert (tmp_path / "out" / "photo_mask.png").is_file()
     capsys.readouterr()
-    assert main([*command, "--checkpoint", str(tmp_path / "net.pth")]) == 1
+    assert main([*command, "--overwrite", "--checkpoint", str(tmp_path / "net.pth")]) == 1
     error = capsys.readouterr().err
     assert (
         "assumed was preset 'released'" in error and "(--model, --preset)" in error and error.count("\n") == 1
