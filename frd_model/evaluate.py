@@ -179,6 +179,8 @@ def run(args: argparse.Namespace) -> int:
     source = open_source(args)
     if source.skipped:
         say(f"frd evaluate: skipped {source.skipped}", sys.stderr)
+    if source.inverted:
+        say(f"frd evaluate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
     checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
     start = time.perf_counter()
     bar = tqdm(source.samples, total=source.length, desc="evaluate", disable=None)

@@ -41,13 +41,14 @@ class Unusable:
 class Source:
     """Samples made or read one at a time, how many there are, and a line that says what they are.
 
-    skipped: one line on what the folders hold beside images, "" for nothing.
+    skipped: one line on what the folders hold beside images, inverted: one on masks that look inverted; "" for nothing.
     """
 
     samples: Iterator[Labelled | Unusable]
     length: int
     label: str
     skipped: str = ""
+    inverted: str = ""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +132,7 @@ def _forge(photos: dict[str, npt.NDArray[np.uint8]], repeats: int, seed: int) ->
 def _pairs(data: PairDataset, label: str) -> Source:
     from frd_model.data.files import describe_skipped
 
-    return Source(_read(data), len(data), str(label), describe_skipped(data.skipped))
+    return Source(_read(data), len(data), str(label), describe_skipped(data.skipped), data.inverted_masks())
 
 
 def _read(data: PairDataset) -> Iterator[Labelled | Unusable]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from frd_model.arguments import say
+
 from .dataset import FolderDataset, JsonDataset, ManiDataset, PairDataset
 
 
@@ -25,20 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """`frd data check`: status 0 without a finding, 1 with one, 2 for bad usage."""
     if (args.images is None) != (args.masks is None):
-        print("frd data check: --images and --masks go together", file=sys.stderr)
+        say("frd data check: --images and --masks go together", sys.stderr)
         return 2
     if args.recursive and args.json is not None:
-        print("frd data check: --recursive goes with folders, got --json", file=sys.stderr)
+        say("frd data check: --recursive goes with folders, got --json", sys.stderr)
         return 2
     try:
         dataset = _open(args)
     except (ValueError, OSError) as error:
-        print(f"frd data check: {error}", file=sys.stderr)
+        say(f"frd data check: {error}", sys.stderr)
         return 1
     report = dataset.inspect()
     for line in (*report.faults, *(f"note: {note}" for note in report.notes)):
-        print(line)
-    print(f"{len(dataset)} photos, {report.untouched} of them untouched, {len(report.faults)} findings")
+        say(line)
+    say(f"{len(dataset)} photos, {report.untouched} of them untouched, {len(report.faults)} findings")
     return 1 if report.faults else 0
 
 

@@ -224,7 +224,7 @@ class PairDataset(Dataset[Sample]):
             return ""
         return (
             f"{len(inverted)} of {read} masks read mark more than half of their photo, the first "
-            f"{str(inverted[0])!r}: inverted? They must be white where edited, or be read with invert_masks"
+            f"{str(inverted[0])!r}: inverted? They must be white where edited"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from frd_model.arguments import check_output_folder, fraction, one_line, path, say
 
 from .files import ImageError, PathLike, describe_skipped, expand_user, scan_images
 from .forge import KINDS, MIN_SIDE, ForgeOptions, Forger, Forgery
@@ -96,14 +97,11 @@ def check_output(out_dir: Path, overwrite: bool) -> list[Path]:
     Forgeries of two runs in one folder would be one data set that no manifest describes.
 
     Raises:
-        ValueError: there are such files, or a manifest, and `overwrite` is False.
-        OSError: a folder cannot be made or written.
+        ValueError: a folder cannot be written, or holds such files or a manifest and `overwrite` is False.
     """
     folders = [out_dir / name for name in ("images", "masks")]
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_output_folder("output folder", folder)
     old = [file for folder in folders for file in folder.iterdir() if _FORGED.fullmatch(file.name)]
     manifest = out_dir / "manifest.json"
     # the manifest goes first: a run that stops here leaves none that tells of files that are gone
@@ -161,7 +159,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample", choices=[*sorted(SPLITS), "all"], help="use the sample photos of a split instead"
     )
-    parser.add_argument("--out", required=True, help="folder for images/, masks/ and manifest.json")
+    parser.add_argument(
+        "--out", type=path, required=True, help="folder for images/, masks/ and manifest.json"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the forgeries of an earlier run in --out"
     )
@@ -178,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=_at_least(MIN_SIDE), help="side of square views; default: whole photos"
     )
-    parser.add_argument("--authentic", type=_share, default=0.0, help="share of untouched photos")
+    parser.add_argument("--authentic", type=fraction, default=0.0, help="share of untouched photos")
     parser.add_argument("--format", choices=("png", "jpg"), default="png", help="of the images")
 
 
@@ -195,29 +195,18 @@ def _at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number in [0, 1], got {text!r}")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     """`frd forge`: status 0, 1 when a photo could not be used or nothing was made, 2 for bad usage."""
     if bool(args.photos) == bool(args.sample):
-        print("frd forge: give either photos or --sample", file=sys.stderr)
+        say("frd forge: give either photos or --sample", sys.stderr)
         return 2
-    out = expand_user(args.out)
     try:
-        files = [] if args.sample else _find_photos(args.photos, args.recursive, out)
-        check_output(out, args.overwrite)
+        files = [] if args.sample else _find_photos(args.photos, args.recursive, args.out)
+        check_output(args.out, args.overwrite)
         photos, failed = (sample_photos(args.sample), 0) if args.sample else _read_photos(files)
         items = forge_folder(
             photos,
-            out,
+            args.out,
             args.count,
             args.seed,
             args.kinds,
@@ -227,9 +216,9 @@ def run(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"frd forge: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"frd forge: {one_line(error)}", sys.stderr)
         return 1
-    print(f"{len(items)} images from {len(photos)} photos in {str(out)!r}")
+    say(f"{len(items)} images from {len(photos)} photos in {args.out}")
     return 1 if failed else 0
 
 
@@ -237,7 +226,7 @@ def _find_photos(paths: Sequence[str], recursive: bool, out: Path) -> list[Path]
     """The photos' files; what their folders hold beside is reported. They may not lie where the output goes."""
     found = scan_images(paths, recursive)
     if found.skipped:
-        print(f"frd forge: passed over {describe_skipped(found.skipped)}", file=sys.stderr)
+        say(f"frd forge: passed over {describe_skipped(found.skipped)}", sys.stderr)
     written = {(out / name).resolve() for name in ("images", "masks")}
     for file in found.images:
         if file.resolve().parent in written:
@@ -249,19 +238,19 @@ def _read_photos(files: Sequence[Path]) -> tuple[dict[str, UInt8], int]:
     """Readable photos by name and the number of those that were not, each of which is reported."""
     photos: dict[str, UInt8] = {}
     failed = 0
-    for path in files:
+    for file in files:
         try:
-            photo = read_image(path)
+            photo = read_image(file)
             if min(photo.shape[:2]) < MIN_SIDE:
                 height, width = photo.shape[:2]
                 raise ImageError(
-                    f"photo {str(path)!r} must have sides of at least {MIN_SIDE}, got {width} x {height}"
+                    f"photo {str(file)!r} must have sides of at least {MIN_SIDE}, got {width} x {height}"
                 )
         except ImageError as error:
-            print(f"frd forge: {error}", file=sys.stderr)
+            say(f"frd forge: {error}", sys.stderr)
             failed += 1
             continue
-        photos[path.stem if path.stem not in photos else str(path)] = photo
+        photos[file.stem if file.stem not in photos else str(file)] = photo
     if not photos:
         raise ImageError(f"photos must hold at least one usable image, got {failed} unusable")
     return photos, failed

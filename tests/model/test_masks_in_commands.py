@@ -97,3 +97,7 @@ def test_inverted_masks_are_warned_of_by_all(folders, capsys):
     assert capsys.readouterr().out.count("(inverted?)") == 4
     assert train() == 0
     assert "masks read mark more than half of their photo" in capsys.readouterr().err
+    assert evaluate() == 0
+    assert "4 of 4 masks read mark more than half of their photo" in capsys.readouterr().err
+    assert evaluate("--invert-masks") == 0
+    assert "masks read" not in capsys.readouterr().err
