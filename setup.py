@@ -11,12 +11,53 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from typing import NoReturn
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
 QUICK_ARCHS = "90-real"
+# What CMake prints where something is missing, and the way out.
+PROBLEMS = (
+    (
+        "No CMAKE_CXX_COMPILER could be found|specified in the environment variable CXX",
+        "no C++ compiler was found: install one (Debian and Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+        "conda: conda install cxx-compiler) or name it in CXX",
+    ),
+    ("unable to find a build program", "neither ninja nor make was found: run `pip install ninja`"),
+    ("Could NOT find Python", "Python's headers were not found (Debian and Ubuntu: apt install python3-dev)"),
+    ("FRD_CUDA=ON but", "FRD_CUDA=ON, but no nvcc that works was found: set CUDACXX, or FRD_CUDA=OFF"),
+    (
+        r"The C\+\+ compiler\s+\S+\s+is not able to",
+        "the C++ compiler does not work: mend it, or name another in CXX",
+    ),
+    (
+        r"The CUDA compiler\s+\S+\s+is not|FAILED:.*\.cu\b|nvcc (?:fatal|error)",
+        "nvcc failed; FRD_CUDA=OFF builds without the CUDA kernels",
+    ),
+)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the build with one last line, without a traceback."""
+    sys.stdout.flush()  # what is buffered would follow the message
+    sys.exit(f"frd_kernels cannot be built: {message}")
+
+
+def run(command: list[str], env: dict[str, str]) -> None:
+    """Runs a step of CMake, whose output goes on to the user."""
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            print(line, end="", flush=True)
+    if process.returncode:
+        output = "".join(lines)
+        reasons = [reason for pattern, reason in PROBLEMS if re.search(pattern, output)]
+        fail("; ".join(reasons[:2]) or f"{os.path.basename(command[0])} failed, its first error stands above")
 
 
 def find_torch() -> pathlib.Path:
@@ -28,9 +69,7 @@ def find_torch() -> pathlib.Path:
     for candidate in candidates:
         if candidate and os.path.isfile(os.path.join(candidate, "include/torch/csrc/stable/library.h")):
             return pathlib.Path(candidate)
-    sys.exit(
-        "frd_kernels needs an installed torch >= 2.11: run `pip install torch` first, or set FRD_TORCH_DIR."
-    )
+    fail("torch >= 2.11 is not installed: run `pip install torch` first, or set FRD_TORCH_DIR")
 
 
 def cuda_archs() -> str:
@@ -40,9 +79,7 @@ def cuda_archs() -> str:
     for entry in filter(None, listed.split(";")):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if match is None:
-            sys.exit(
-                f'TORCH_CUDA_ARCH_LIST holds entries such as "9.0", "9.0a" or "10.0+PTX", got {entry!r}.'
-            )
+            fail(f'TORCH_CUDA_ARCH_LIST holds entries such as "9.0", "9.0a" or "10.0+PTX", got {entry!r}')
         major, minor, suffix, ptx = match.groups()
         archs.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
     return ";".join(archs) or QUICK_ARCHS
@@ -53,7 +90,7 @@ def cmake_executable() -> str:
     spec = importlib.util.find_spec("cmake")
     own = pathlib.Path(spec.origin).parent / "data/bin/cmake" if spec and spec.origin else None
     found = str(own) if own and own.exists() else shutil.which("cmake")
-    return found or sys.exit("frd_kernels needs cmake >= 3.20: run `pip install cmake` first.")
+    return found or fail("cmake >= 3.20 was not found: run `pip install cmake` first")
 
 
 def git_revision() -> str:
@@ -88,7 +125,7 @@ class CMakeBuild(build_ext):
                 elif extension.optional:
                     path.unlink(missing_ok=True)
                 else:
-                    sys.exit(f"the build did not make {target.name}")
+                    fail(f"the build did not make {target.name}")
 
     def run_cmake(self) -> pathlib.Path:
         torch_dir, env = find_torch(), dict(os.environ)
@@ -111,8 +148,14 @@ class CMakeBuild(build_ext):
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={os.path.abspath(ninja)}"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        subprocess.check_call(configure, env=env)
-        subprocess.check_call([configure[0], "--build", str(build), "-j", jobs], env=env)
+        try:
+            run(configure, env)
+        except SystemExit:
+            # A compiler that does not work must not stay in CMake's cache when another is there.
+            (build / "CMakeCache.txt").unlink(missing_ok=True)
+            shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+            raise
+        run([configure[0], "--build", str(build), "-j", jobs], env)
         return out
 
 

@@ -29,6 +29,10 @@ get_requires_for_build_wheel = get_requires_for_build_editable = get_requires_fo
 
 def __getattr__(name: str) -> Any:
     """build_wheel, build_editable, build_sdist, prepare_metadata_for_build_*."""
-    from setuptools import build_meta
-
+    try:
+        from setuptools import build_meta
+    except ImportError:
+        sys.exit(
+            "frd_kernels cannot be built: setuptools >= 77 is not installed: run `pip install setuptools` first"
+        )
     return getattr(build_meta, name)

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -132,3 +133,90 @@ def test_stable_abi_only(library: pathlib.Path) -> None:
     unstable = [n for n in names if re.match(r"_ZN?K?(2at|3c10|5torch)|_?Py", n)]
     assert not unstable
     assert any(n.startswith(("torch_", "aoti_torch_")) for n in names)
+
+
+def last_line_of_a_build(tmp_path: pathlib.Path, before: str = "", **environment: str) -> str:
+    """What the backend's hook says last, in a tree of its own and with no programs but CMake, Ninja and sh."""
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "build_backend", tmp_path / "build_backend")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("cmake", "ninja", "sh"):
+        found = shutil.which(name, path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+        if found is None:
+            pytest.skip(f"{name} is not installed")
+        (programs / name).symlink_to(found)
+    code = f"import sys; sys.path.insert(0, 'build_backend'); {before}"
+    code += "\nimport frd_backend\nfrd_backend.build_wheel('.')"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": str(programs), "HOME": str(tmp_path), **environment},
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stdout, result.stdout
+    return result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, "no C++ compiler was found: install one (Debian and Ubuntu: apt install g++;"),
+        ({"CXX": "nothing-of-that-name"}, "no C++ compiler was found: install one"),
+        (
+            {"CXX": shutil.which("false") or ""},
+            "the C++ compiler does not work: mend it, or name another in CXX",
+        ),
+        ({"TORCH_CUDA_ARCH_LIST": "90"}, 'TORCH_CUDA_ARCH_LIST holds entries such as "9.0"'),
+    ],
+)
+def test_a_build_says_last_what_is_missing(
+    tmp_path: pathlib.Path, environment: dict[str, str], reason: str
+) -> None:
+    pytest.importorskip("setuptools")
+    assert last_line_of_a_build(tmp_path, **environment).startswith(f"frd_kernels cannot be built: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        ("torch", "torch >= 2.11 is not installed: run `pip install torch` first"),
+        ("setuptools", "setuptools >= 77 is not installed: run `pip install setuptools` first"),
+    ],
+)
+def test_a_build_without_isolation_names_the_missing_package(
+    tmp_path: pathlib.Path, package: str, reason: str
+) -> None:
+    pytest.importorskip("setuptools")
+    hidden = {
+        "torch": "import importlib.util as u, os; find, isfile = u.find_spec, os.path.isfile; "
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); "
+        "os.path.isfile = lambda path: 'torch' not in str(path) and isfile(path)",
+        "setuptools": "sys.modules['setuptools'] = None",
+    }
+    line = last_line_of_a_build(tmp_path, hidden[package])
+    assert line.startswith(f"frd_kernels cannot be built: {reason}")
+
+
+def test_without_a_working_nvcc_the_cuda_library_is_left_out(tmp_path: pathlib.Path) -> None:
+    """A compiler of CUDA that fails is as none, and the build says so; asked for by FRD_CUDA=ON it is an error."""
+    cmake, compiler, false = shutil.which("cmake"), shutil.which("g++"), shutil.which("false")
+    if not (cmake and compiler and false and shutil.which("ninja")):
+        pytest.skip("needs cmake, ninja and g++")
+    command = [cmake, "-S", str(ROOT), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-DFRD_TORCH_DIR={pathlib.Path(torch.__file__).parent}", f"-DFRD_OUTPUT_DIR={tmp_path}"]
+    for mode, line in (
+        ("AUTO", "frd_kernels is built without CUDA"),
+        ("ON", "FRD_CUDA=ON but no nvcc that works"),
+    ):
+        result = subprocess.run(
+            [*command, "-B", str(tmp_path / mode), f"-DFRD_CUDA={mode}"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"CUDACXX": false},
+        )
+        assert (result.returncode == 0) == (mode == "AUTO")
+        assert line in result.stdout + result.stderr
