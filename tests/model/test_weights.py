@@ -287,7 +287,7 @@ from frd_model.weights import load_weights
 out, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
 def net():
-    return create_model("frdnet_mit_b0", "lite", stages=(1,), blocks=0)
+    return create_model("frdnet_mit_b0", "lite", stages=(1,), blocks=1)
 def shard(model):
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     return model
@@ -308,7 +308,7 @@ dist.destroy_process_group()
 
 
 def test_sharded_nets_save_and_load(tmp_path: Path) -> None:
-    net = create_model("frdnet_mit_b0", "lite", stages=(1,), blocks=0)
+    net = create_model("frdnet_mit_b0", "lite", stages=(1,), blocks=1)
     save_model(net, tmp_path / "source.safetensors")
     root = str(Path(sys.modules["frd_model"].__file__ or "").parents[1])
     processes = [
