@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from frd_model.arguments import one_line, path, say
+
 # Each module offers add_arguments(parser) and run(args) -> exit status. It is imported only when its command is
 # the one asked for, so that `frd --help` needs neither torch nor OpenCV.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -38,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
+        self.register("type", Path, path)
 
     def error(self, message: str) -> NoReturn:
         # argparse names a type by its function, which may be private.
@@ -60,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"frd {_version()}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen: Any = None
-    for name, (path, summary) in (COMMANDS | PASSED_ON).items():
+    for name, (module, summary) in (COMMANDS | PASSED_ON).items():
         sub = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name in arguments[:1]:
-            chosen = importlib.import_module(path)
+            chosen = importlib.import_module(module)
             chosen.add_arguments(sub)
     if not arguments:
         parser.print_help(sys.stderr)
@@ -94,10 +96,7 @@ def _run(module: Any, args: argparse.Namespace) -> int:
     except DEFECTS:
         raise
     except Exception as error:
-        text = " ".join(str(error).split())
-        known = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
-        kind = "" if text and known else type(error).__name__
-        print(f"frd {args.command}: {': '.join(part for part in (kind, text) if part)}", file=sys.stderr)
+        say(f"frd {args.command}: {one_line(error)}", sys.stderr)
         return 1
     return status
 

@@ -131,8 +131,8 @@ class OwnError(Exception):
     [
         (ValueError("size: must be\npositive"), "frd x: size: must be positive"),
         (OwnError("cannot decode"), "frd x: OwnError: cannot decode"),
-        (MemoryError(), "frd x: MemoryError"),
-        (ImportError("libGL.so.1 is missing"), "frd x: libGL.so.1 is missing"),
+        (MemoryError(), "frd x: out of memory"),
+        (ImportError("libGL.so.1 is missing"), "frd x: ImportError: libGL.so.1 is missing"),
         (OverflowError("too large"), "frd x: OverflowError: too large"),
     ],
 )
