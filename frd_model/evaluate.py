@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from frd_model.arguments import check_output_file, fraction, one_line, path, say
 from frd_model.checkpoints import add_checkpoint_argument
 from frd_model.evaluate_data import Labelled, Unusable, add_source_arguments, open_source
-from frd_model.metrics import Confusion, aggregate, auc, image_metrics
 from frd_model.tiling import OVERLAP, POLICIES, TILE
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ class Report:
 
         An untouched photo counts as a false alarm where its score is above the report's threshold.
         """
+        from frd_model.metrics import auc
+
         forged = [r for r in self.rows if r["edited"] > 0]
         clean = [r for r in self.rows if r["edited"] == 0]
         kinds = sorted({r["kind"] for r in forged if r["kind"]})
@@ -106,6 +108,7 @@ def evaluate(
 def _score(
     sample: Labelled, model: nn.Module, size: str, threshold: float, device: str | None
 ) -> dict[str, Any]:
+    from frd_model.metrics import image_metrics
     from frd_model.predict import predict
 
     result = predict(sample.image, model, size=size, threshold=threshold, device=device, progress=True)
@@ -126,8 +129,10 @@ def _score(
     return row
 
 
-def _white_figures(mask: np.typing.NDArray[np.bool_]) -> dict[str, float]:
+def _white_figures(mask: npt.NDArray[np.bool_]) -> dict[str, float]:
     """The figures of a prediction that marks every pixel."""
+    from frd_model.metrics import Confusion
+
     edited = int(np.count_nonzero(mask))
     counts = Confusion(edited, mask.size - edited, 0, 0)
     return {
@@ -258,6 +263,8 @@ def _nan_as_none(value: Any) -> Any:
 
 
 def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+    from frd_model.metrics import aggregate
+
     means = aggregate([{c: r[prefix + c] for c in COLUMNS} for r in rows])
     return {c: float(means.get(c, math.nan)) for c in COLUMNS}
 

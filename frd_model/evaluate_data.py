@@ -11,12 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from frd_model.arguments import one_line
+from frd_model.data.forge import KINDS, Forger
+from frd_model.data.photos import SPLITS, sample_photos
 
 if TYPE_CHECKING:
     from frd_model.data.dataset import PairDataset
-
-# Those of frd_model.data.photos, which takes torch to import.
-SPLITS = ("heldout", "train", "val")
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,9 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--images", metavar="DIR", help="folder of photos; needs --masks")
     which.add_argument("--json", metavar="FILE", help='list of [image, mask or "Negative"]')
     which.add_argument("--mani", metavar="DIR", help="folder with Tp (photos) and Gt (masks)")
-    which.add_argument("--sample", choices=SPLITS, help="seeded forgeries of the sample photos of a split")
+    which.add_argument(
+        "--sample", choices=sorted(SPLITS), help="seeded forgeries of the sample photos of a split"
+    )
     parser.add_argument("--masks", metavar="DIR", help="folder of masks, paired with photos by name")
     parser.add_argument(
         "--recursive", action="store_true", help="--images: read the folders inside folders too"
@@ -103,9 +104,6 @@ def open_source(args: argparse.Namespace) -> Source:
 
 def forged_samples(split: str, repeats: int, seed: int) -> Source:
     """`repeats` forgeries of each kind and as many untouched versions of every photo of a split, at full size."""
-    from frd_model.data.forge import KINDS
-    from frd_model.data.photos import sample_photos
-
     photos = sample_photos(split)
     length = len(photos) * repeats * (len(KINDS) + 1)
     label = f"sample photos {split} ({', '.join(photos)}), {repeats} forgeries of each kind per photo, seed {seed}"
@@ -113,8 +111,6 @@ def forged_samples(split: str, repeats: int, seed: int) -> Source:
 
 
 def _forge(photos: dict[str, npt.NDArray[np.uint8]], repeats: int, seed: int) -> Iterator[Labelled]:
-    from frd_model.data.forge import KINDS, Forger
-
     names = sorted(photos)
     for number, name in enumerate(names):
         for repeat in range(repeats):

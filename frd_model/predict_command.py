@@ -232,7 +232,9 @@ def _remove(job: Job, out: Path, *, suppress: bool = False) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"size_policy": args.size, "tile": args.tile}
+    optional = {"model": args.model, "preset": args.preset}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return {"size_policy": args.size, "tile": args.tile, **given}
 
 
 def _refuse_to_destroy(jobs: list[Job], out: Path) -> None:
@@ -266,9 +268,12 @@ def _is_done(job: Job, args: argparse.Namespace) -> bool:
     if saved != os.path.abspath(job.path):
         raise ValueError(f"cannot resume: {str(file)!r} is of the photo {saved!r}, not of {str(job.path)!r}")
     wanted = {"threshold": args.threshold, "checkpoint": str(args.checkpoint or "demo"), **_settings(args)}
-    for name, value in wanted.items():
-        if record.get(name, value) != value:
-            raise ValueError(f"cannot resume: {name} was {record[name]!r} in {str(file)!r}, now {value!r}")
+    for name in (*wanted, *(n for n in ("model", "preset") if n in record and n not in wanted)):
+        if record.get(name) != wanted.get(name):
+            raise ValueError(
+                f"cannot resume: {name} was {record.get(name)!r} in {str(file)!r}, now {wanted.get(name)!r}; "
+                "give --overwrite, another --out, or what it was"
+            )
     return True
 
 

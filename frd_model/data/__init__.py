@@ -1,29 +1,9 @@
 """Reading images, forging, sample photos and data sets."""
 
-from .dataset import (
-    DatasetError,
-    FolderDataset,
-    ForgeryDataset,
-    JsonDataset,
-    ManiDataset,
-    Pair,
-    PairDataset,
-)
-from .files import Found, Skipped, describe_skipped, find_images, image_extensions, scan_images
-from .forge import KINDS, ForgeOptions, Forger, Forgery
-from .forge_cli import forge_folder
-from .images import (
-    ImageError,
-    overlay,
-    read_image,
-    read_mask,
-    write_bytes,
-    write_jpeg,
-    write_json,
-    write_png,
-)
-from .photos import SPLITS, sample_photos
-from .transforms import MEAN, STD, mask_to_tensor, to_image, to_tensor
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __all__ = [
     "KINDS",
@@ -60,3 +40,50 @@ __all__ = [
     "write_json",
     "write_png",
 ]
+
+_HOME = {
+    "KINDS": ".forge",
+    "MEAN": ".transforms",
+    "SPLITS": ".photos",
+    "STD": ".transforms",
+    "DatasetError": ".dataset",
+    "FolderDataset": ".dataset",
+    "ForgeOptions": ".forge",
+    "Forger": ".forge",
+    "Forgery": ".forge",
+    "ForgeryDataset": ".dataset",
+    "Found": ".files",
+    "ImageError": ".images",
+    "JsonDataset": ".dataset",
+    "ManiDataset": ".dataset",
+    "Pair": ".dataset",
+    "PairDataset": ".dataset",
+    "Skipped": ".files",
+    "describe_skipped": ".files",
+    "find_images": ".files",
+    "forge_folder": ".forge_cli",
+    "image_extensions": ".files",
+    "mask_to_tensor": ".transforms",
+    "overlay": ".images",
+    "read_image": ".images",
+    "read_mask": ".images",
+    "sample_photos": ".photos",
+    "scan_images": ".files",
+    "to_image": ".transforms",
+    "to_tensor": ".transforms",
+    "write_bytes": ".images",
+    "write_jpeg": ".images",
+    "write_json": ".images",
+    "write_png": ".images",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, as in frd_model: reading and forging images need no torch, and neither does the help of a command.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

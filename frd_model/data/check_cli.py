@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from frd_model.arguments import say
 
-from .dataset import FolderDataset, JsonDataset, ManiDataset, PairDataset
+if TYPE_CHECKING:
+    from .dataset import PairDataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> PairDataset:
+    from .dataset import FolderDataset, JsonDataset, ManiDataset
+
     invert, recursive = args.invert_masks, args.recursive
     if args.json is not None:
         return JsonDataset(args.json, invert_masks=invert)

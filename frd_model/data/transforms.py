@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
@@ -20,6 +23,8 @@ def to_tensor(image: UInt8) -> Tensor:
     """uint8 RGB [H,W,3] to a float32 ImageNet-normalised tensor [3,H,W]."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H,W,3], got {image.dtype} {image.shape}")
+    import torch
+
     scale = 1 / (255 * np.array(STD, np.float32))
     offset = np.array(MEAN, np.float32) / np.array(STD, np.float32)
     values = image.astype(np.float32) * scale - offset
@@ -34,6 +39,8 @@ def to_image(tensor: Tensor) -> UInt8:
 
 def mask_to_tensor(mask: Bool) -> Tensor:
     """bool [H,W] to float32 [1,H,W]."""
+    import torch
+
     return torch.from_numpy(mask.astype(np.float32))[None]
 
 

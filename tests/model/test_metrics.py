@@ -145,3 +145,29 @@ def test_native_refuses_what_it_would_have_to_convert():
         metrics._native.confusion_counts(np.zeros(8, np.float32)[::2], truth, 0.5)
     with pytest.raises(ValueError, match="score's size 4, got 3"):
         metrics._native.auc_counts(scores, truth[:3])
+
+
+@pytest.mark.parametrize("size", [1, 7, 128, 1000, 5000])
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_bands_change_no_figure(monkeypatch, size, share):
+    monkeypatch.setattr(metrics, "BAND", 128)
+    rng = np.random.default_rng(size)
+    for scores in (rng.random(size).astype(np.float32), rng.integers(0, 4, size) / np.float32(3)):
+        count = max(1, round(size * share))
+        want = np.sort(scores)[-count:].mean(dtype=np.float64)
+        assert metrics.image_score(scores, share) == pytest.approx(want, rel=1e-12)
+        for frequency in (0.02, 0.5, 0.9):
+            truth = (rng.random(size) < frequency).astype(np.uint8)
+            higher = (scores[truth == 1][:, None] > scores[truth == 0]).sum(dtype=int)
+            ties = (scores[truth == 1][:, None] == scores[truth == 0]).sum(dtype=int)
+            positives = int(truth.sum())
+            assert metrics._auc_counts_numpy(scores, truth) == (
+                2 * higher + ties,
+                positives,
+                size - positives,
+            )
+
+
+def test_image_score_of_a_map_with_nan_is_nan(monkeypatch):
+    monkeypatch.setattr(metrics, "BAND", 128)
+    assert math.isnan(metrics.image_score(np.r_[np.ones(300), np.nan, np.ones(300)]))

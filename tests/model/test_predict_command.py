@@ -144,6 +144,8 @@ def test_a_second_run_needs_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture
 
     assert run(folder, "--out", out, "--resume", "--threshold", 0.4) == 1
     assert "threshold was 0.5 in" in capsys.readouterr().err
+    assert run(folder, "--out", out, "--resume", "--preset", "lite") == 1
+    assert "preset was None in" in capsys.readouterr().err
     assert run(folder, "--out", out, "--overwrite", "--threshold", 0.4) == 0
     assert json.loads((out / "a.json").read_text())["threshold"] == 0.4
 
@@ -277,7 +279,9 @@ def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
 out = Path(sys.argv[1])
-args = argparse.Namespace(out=out, size="auto", tile=512, threshold=0.5, device="cpu", json=True)
+args = argparse.Namespace(
+    out=out, size="auto", tile=512, threshold=0.5, device="cpu", json=True, model=None, preset=None
+)
 checkpoint = argparse.Namespace(model=Net(), label="")
 assert _do(Job(out / "small.png", "first"), checkpoint, args)  # loads libraries and takes what stays
 before = kilobytes("VmRSS")
