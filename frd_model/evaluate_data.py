@@ -60,9 +60,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample", choices=sorted(SPLITS), help="seeded forgeries of the sample photos of a split"
     )
     parser.add_argument("--masks", metavar="DIR", help="folder of masks, paired with photos by name")
-    parser.add_argument(
-        "--recursive", action="store_true", help="--images: read the folders inside folders too"
-    )
+    parser.add_argument("--recursive", action="store_true", help="read the folders inside folders too")
     parser.add_argument("--invert-masks", action="store_true", help="the masks are black where edited")
     parser.add_argument(
         "--repeats", type=int, default=5, help="--sample: forgeries of each kind per photo (default 5)"
@@ -76,8 +74,8 @@ def open_source(args: argparse.Namespace) -> Source:
 
     if args.masks is not None and args.images is None:
         raise ValueError("--masks needs --images, got none")
-    if args.recursive and args.images is None:
-        raise ValueError("--recursive needs --images, got none")
+    if args.recursive and args.images is None and args.mani is None:
+        raise ValueError("--recursive needs --images or --mani, got neither")
     if args.sample:
         if args.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
@@ -89,7 +87,8 @@ def open_source(args: argparse.Namespace) -> Source:
     if args.json is not None:
         return _pairs(JsonDataset(args.json, invert_masks=args.invert_masks), args.json)
     if args.mani is not None:
-        return _pairs(ManiDataset(args.mani, invert_masks=args.invert_masks), args.mani)
+        mani = ManiDataset(args.mani, invert_masks=args.invert_masks, recursive=args.recursive)
+        return _pairs(mani, args.mani)
     if args.masks is None:
         raise ValueError("--images needs --masks, got none")
     folders = FolderDataset(

@@ -58,10 +58,10 @@ def test_bad_pairs_do_not_stop_the_others(tmp_path: Path, capsys: pytest.Capture
     for name in ("good.png", "other_size.png", "labels.png", os.fsdecode(b"z\xff.png")):
         pair(tmp_path, name)
     pair(tmp_path, "nan.png", WIDTH_OF_NAN)
-    write_png(tmp_path / "Gt" / "other_size.png", np.ones((40, 50), bool))
+    write_png(tmp_path / "Gt" / "other_size.png", np.eye(40, 50) > 0)
     write_png(tmp_path / "Gt" / "labels.png", np.ones((40, 60), np.uint8))
     (tmp_path / "Tp" / "cut.png").write_bytes((tmp_path / "Tp" / "good.png").read_bytes()[:60])
-    write_png(tmp_path / "Gt" / "cut.png", np.ones((40, 60), bool))
+    write_png(tmp_path / "Gt" / "cut.png", np.eye(40, 60) > 0)
     outputs = tmp_path / "new" / "rows.csv", tmp_path / "new" / "means.json"
 
     assert run(*folders(tmp_path), "--csv", outputs[0], "--json-out", outputs[1]) == 1
@@ -100,6 +100,7 @@ def test_every_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (("--mani", tmp_path / "b", "--invert-masks"), 1),
         ((*folders(tmp_path / "b"), "--invert-masks"), 1),
         ((*folders(tmp_path / "c"), "--recursive"), 2),
+        (("--mani", tmp_path / "c", "--recursive"), 2),
         (("--json", tmp_path / "list.json"), 1),
     ]
     for source, forged in cases:
@@ -115,7 +116,7 @@ def test_every_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (("--sample", "val", "--seed", "-1"), "--seed must be at least 0, got -1"),
         (("--sample", "val", "--invert-masks"), "--invert-masks needs masks in files"),
         (("--json", "l.json", "--masks", "m"), "--masks needs --images"),
-        (("--mani", "m", "--recursive"), "--recursive needs --images"),
+        (("--sample", "val", "--recursive"), "--recursive needs --images or --mani"),
         (("--mani", "missing"), "missing"),
     ],
 )
