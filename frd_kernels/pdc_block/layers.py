@@ -82,7 +82,7 @@ class PDCBlock2d(nn.Module):
         if self.residual:
             residual = x if self.shortcut is None else self.shortcut(x)
         pdc, point = self.pdc, self.point
-        if not self._is_fused():
+        if not _is_fused(pdc, point):
             out = point(F.relu(pdc(x)))
             # Under autocast a residual in float32 must not raise the result to float32.
             return out if residual is None else out + residual.to(out.dtype)
@@ -99,24 +99,24 @@ class PDCBlock2d(nn.Module):
             point_bias=point.bias,
         )
 
-    def _is_fused(self) -> bool:
-        """Whether `pdc_block` computes what calling `pdc` and `point` would: both are the modules that were made
-        here, with nothing attached, and nobody has edited what `pdc_block` does not take."""
-        pdc, point = self.pdc, self.point
-        return (
-            not has_global_hooks()
-            and is_plain(pdc, PDC2d)
-            and is_plain(point, nn.Conv2d)
-            and pdc.padding == pdc.dilation
-            and pdc.padding_mode == "zeros"
-            and point.kernel_size == (1, 1)
-            and point.stride == (1, 1)
-            and point.padding == (0, 0)
-            and point.groups == 1
-        )
-
     def extra_repr(self) -> str:
         return f"residual={self.residual}"
+
+
+def _is_fused(pdc: PDC2d, point: nn.Conv2d) -> bool:
+    """Whether `pdc_block` computes what calling the two would: they are as PDCBlock2d makes them, with nothing
+    attached, and nobody has edited what `pdc_block` does not take."""
+    return (
+        not has_global_hooks()
+        and is_plain(pdc, PDC2d)
+        and is_plain(point, nn.Conv2d)
+        and pdc.padding == pdc.dilation
+        and pdc.padding_mode == "zeros"
+        and point.kernel_size == (1, 1)
+        and point.stride == (1, 1)
+        and point.padding == (0, 0)
+        and point.groups == 1
+    )
 
 
 class DPM(nn.Module):

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_map
 
 import frd_kernels as fk
+from frd_kernels.pdc_block import layers as block_layers
 from frd_model import create_model
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -239,23 +240,20 @@ def test_attachments_count(name: str, inner: str, attachment: str) -> None:
     assert layer(last).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["block", "block with shortcut", "DPM", "ICM paper", "ICM released"])
 def test_plain_layers_stay_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that comes with a layer's life costs it the fused path."""
-    layer = make(name)
-    if hasattr(layer, "_is_fused"):
-        x = image(layer)
-        net = nn.Sequential(layer)
-        layer.requires_grad_(False).eval().float().double()
-        pickled = pickle.loads(pickle.dumps(layer))
-        for each in (layer, copy.deepcopy(layer), pickled, copy.copy(layer)):
-            assert each._is_fused()
-            assert torch.equal(each(x), layer(x))
-        seen = []
-        monkeypatch.setattr(type(layer), "_is_fused", spied(type(layer)._is_fused, seen))
-        torch.func.functional_call(layer, {k: v.clone() for k, v in layer.named_parameters()}, (x,))
-        torch.export.export(net, (x,))
-        assert seen and all(seen)
+    layer, x = make(name).requires_grad_(False).eval().float(), image(make(name)).float()
+    seen: list[Any] = []
+    monkeypatch.setattr(block_layers, "_is_fused", spied(block_layers._is_fused, seen))
+    monkeypatch.setattr(fk.ICM, "_projections", spied(fk.ICM._projections, seen))
+    wanted, state = layer(x), {k: v.clone() for k, v in layer.named_parameters()}
+    for each in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer)):
+        assert torch.equal(each(x), wanted)
+    assert torch.equal(torch.func.functional_call(layer, state, (x,)), wanted)
+    ops = {str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes}
+    assert len(seen) == 6 * len([m for m in layer.modules() if isinstance(m, fk.PDCBlock2d | fk.ICM)])
+    assert all(seen) and ops & {"frd.pdc_block.default", "frd.icm.default"}
 
 
 def spied(function: Callable[..., Any], seen: list[Any]) -> Callable[..., Any]:
