@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
+from torch.utils.module_tracker import ModuleTracker
 
 # What a weight is, also while torch.export traces. Other subclasses (quantized, sharded) have operators of their own.
 _TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
@@ -29,13 +30,22 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks are registered for the calls of all modules."""
-    return bool(
+    """Whether hooks are registered for the calls of all modules, besides those that only note names for a FLOP
+    counter, which is to see the fused operators."""
+    if not (
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks
         or _module._global_backward_hooks
         or _module._global_backward_pre_hooks
-    )
+    ):
+        return False
+    hooks = [
+        *_module._global_forward_hooks.values(),
+        *_module._global_forward_pre_hooks.values(),
+        *_module._global_backward_hooks.values(),
+        *_module._global_backward_pre_hooks.values(),
+    ]
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:

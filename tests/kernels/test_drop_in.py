@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize, prune
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import frd_kernels as fk
 from frd_kernels.pdc_block import layers as block_layers
@@ -251,8 +252,10 @@ def test_plain_layers_stay_fused(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     for each in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.copy(layer)):
         assert torch.equal(each(x), wanted)
     assert torch.equal(torch.func.functional_call(layer, state, (x,)), wanted)
+    with FlopCounterMode(display=False):
+        assert torch.equal(layer(x), wanted)
     ops = {str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes}
-    assert len(seen) == 6 * len([m for m in layer.modules() if isinstance(m, fk.PDCBlock2d | fk.ICM)])
+    assert len(seen) == 7 * len([m for m in layer.modules() if isinstance(m, fk.PDCBlock2d | fk.ICM)])
     assert all(seen) and ops & {"frd.pdc_block.default", "frd.icm.default"}
 
 
