@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _pytree
+
+from ._torch_internals import has_dual_level, is_transformed
 
 _FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
 
@@ -18,21 +21,44 @@ _FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
 def register(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
     """The derivative of the operator "namespace::op"; its arguments are as for torch.library.register_autograd."""
     torch.library.register_autograd(name, backward, setup_context=setup)
-    namespace, _, op = name.partition("::")
-    overload = getattr(getattr(torch.ops, namespace), op).default
+    overload = register_vmap(name)
     if "Tensor[]" not in str(overload._schema):  # an autograd.Function does not look into lists
         _FUNCTIONS[overload] = _function(overload, backward, setup)
+
+
+def register_vmap(name: str) -> Any:
+    """vmap of the operator "namespace::op" as a loop, for gradients that come in batches
+    (`torch.autograd.grad(..., is_grads_batched=True)`, `jacobian(..., vectorize=True)`). Returns its overload."""
+    namespace, _, op = name.partition("::")
+    overload = getattr(getattr(torch.ops, namespace), op).default
+
+    def loop(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
+        samples = [overload(*_sample(inputs, in_dims, i)) for i in range(info.batch_size)]
+        out = _pytree.tree_map(lambda *tensors: torch.stack(tensors), *samples)
+        return out, _pytree.tree_map(lambda _: 0, out)
+
+    torch.library.register_vmap(name, loop)
+    return overload
+
+
+def _sample(values: Any, dims: Any, index: int) -> list[Any]:
+    """Number `index` of the values that are batched along `dims`; the others as they are."""
+
+    def pick(value: Any, dim: Any) -> Any:
+        if isinstance(dim, (list, tuple)):
+            return _sample(value, dim, index)
+        return value if dim is None else value.select(dim, index)
+
+    return [pick(value, dim) for value, dim in zip(values, dims, strict=True)]
 
 
 def call(op: Any, *inputs: Any) -> Any:
     """op(*inputs) of an operator overload. Under autocast the caller has cast the inputs already, in a way that
     autograd sees."""
-    if forward_ad._current_level >= 0 and any(
-        map(_has_tangent, inputs)
-    ):  # torch.library would drop it in silence
+    if has_dual_level() and any(map(_has_tangent, inputs)):  # torch.library would drop it in silence
         raise NotImplementedError(
-            f"{op._schema.name}: forward-mode differentiation is not supported; "
-            "frd_kernels.use_backend('reference') has it"
+            f"{op._schema.name}: forward-mode differentiation does not go through the kernels; leave use_backend "
+            "out, or ask for frd_kernels.use_backend('reference')"
         )
     if _has_observers():
         return op(*inputs)
@@ -44,11 +70,7 @@ def call(op: Any, *inputs: Any) -> Any:
 
 def _has_observers() -> bool:
     """Whether something has to see the operator itself: a compiler, a dispatch mode, functorch."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
 
 
 def _has_tangent(value: Any) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ._torch_internals import is_tracing
+
 _MOST = 4096  # calls of different shapes; beyond, all are forgotten
 _SEEN: dict[Any, Any] = {}
 
@@ -16,7 +18,7 @@ _SEEN: dict[Any, Any] = {}
 def key(name: str, *values: Any) -> tuple[Any, ...] | None:
     """What checks can see of the arguments of a call of `name`; None where they have to be made: while tracing, and
     for mixed dtypes, which autocast allows and nothing else does."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_tracing():
         return None
     parts: list[Any] = [name]
     dtype = None

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _library, _triton
+from ._torch_internals import is_tracing, is_transformed, is_transforming
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -81,6 +82,8 @@ _traced: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Runs every operation inside the `with` block on the named backend.
 
+    A graph of `torch.fx` holds the functions, which choose when the graph runs: set the backend there.
+
     Args:
         name: "reference" (plain PyTorch, any device), "cpu" (C++ kernels), "triton" or "cuda".
 
@@ -127,15 +130,20 @@ def requested() -> str | None:
 
 
 def select(op: str, tensor: torch.Tensor) -> Any | None:
-    """The namespace (torch.ops.frd, ...) whose operators run `op` on this tensor; None: the reference.
+    """The namespace (torch.ops.frd, ...) whose operators run `op` on this tensor; None: plain PyTorch.
+
+    That is the reference, or the composed form where `is_composed()`.
 
     Raises:
-        NotImplementedError: a backend was requested with `use_backend` that cannot run the op on this tensor.
+        NotImplementedError: a backend was requested with `use_backend` that cannot run the op on this tensor, or under
+            this transform.
     """
     name = requested()
     if name == "reference":
         return None
     if name is None:
+        if is_transforming():
+            return None
         if tensor.device.type in ("cpu", "meta"):
             return torch.ops.frd  # meta tensors have no data to compute: the registered fakes answer for them
         for provider in (PROVIDERS["cuda"], PROVIDERS["triton"]):
@@ -143,10 +151,26 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
                 return getattr(torch.ops, provider.namespace)
         return None
     provider = PROVIDERS[name]
-    refusal = provider.refusal(op, tensor)
+    refusal = _transform_refusal() or provider.refusal(op, tensor)
     if refusal is not None:
         raise NotImplementedError(f"{op}: backend {name!r} was requested and {refusal}")
     return getattr(torch.ops, provider.namespace)
+
+
+def is_composed() -> bool:
+    """Whether `select` gives None for the sake of a transform, and not because the reference was asked for."""
+    return is_transforming() and requested() is None
+
+
+def _transform_refusal() -> str | None:
+    """Why no kernel can run under what torch is doing. Forward mode is left to the operators, which see tangents."""
+    if is_transformed():
+        found = "torch.func (vmap, grad, jvp, ...) does not go through operators (pytorch/pytorch#168393)"
+    elif is_tracing():
+        found = "torch.jit.trace does not record its operators"
+    else:
+        return None
+    return f"{found}; leave use_backend out, or ask for frd_kernels.use_backend('reference')"
 
 
 def is_fused(op: str, tensor: torch.Tensor, native: Any) -> bool:

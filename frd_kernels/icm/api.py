@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.fx
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
 from .. import backend
 from .._autocast import autocast_dtype
 from .._numbers import is_integer, is_number
+from .._torch_internals import untraced
 from . import ops, reference
 from .reference import ClusterResult, Projection, Scalar
 
@@ -62,9 +66,31 @@ def cluster(
     Raises:
         ValueError: shapes, dtypes or names that do not fit.
     """
-    _check_tokens(k, "k")
-    _check_tokens(v, "v")
+    if isinstance(k, Proxy):
+        named: dict[str, Any] = {"aggregate": aggregate, "alpha": alpha, "beta": beta, "mask": mask}
+        return handle_torch_function(cluster, (k,), k, v, grid, hw, **named)
+    untraced(_check_tokens, k, "k")
+    untraced(_check_tokens, v, "v")
     k, v = _autocast(k, k), _autocast(v, k)
+    untraced(_check_cluster, k, v, grid, hw, aggregate, alpha, beta, mask)
+    native = backend.select("cluster", k)
+    if native is None:
+        return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta, mask=mask)
+    index = AGGREGATES.index(aggregate)
+    centres, labels, similarity, counts = ops.cluster(native, k, v, mask, grid, hw, index, alpha, beta)
+    return ClusterResult(centres, labels.long(), similarity, counts)
+
+
+def _check_cluster(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    grid: Sequence[int],
+    hw: Sequence[int],
+    aggregate: str,
+    alpha: Scalar,
+    beta: Scalar,
+    mask: torch.Tensor | None,
+) -> None:
     if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
         raise ValueError(f"v must have k's shape, dtype and device, got {_describe(v)} for k {_describe(k)}")
     check_grid(grid, "grid")
@@ -74,12 +100,6 @@ def cluster(
     _check_scalar(alpha, "alpha", (1,))
     _check_scalar(beta, "beta", (1,))
     _check_mask(mask, k)
-    native = backend.select("cluster", k)
-    if native is None:
-        return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta, mask=mask)
-    index = AGGREGATES.index(aggregate)
-    centres, labels, similarity, counts = ops.cluster(native, k, v, mask, grid, hw, index, alpha, beta)
-    return ClusterResult(centres, labels.long(), similarity, counts)
 
 
 def dispatch(
@@ -101,6 +121,17 @@ def dispatch(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
+    if isinstance(centres, Proxy):
+        inputs = centres, labels, similarity
+        return handle_torch_function(dispatch, (centres,), *inputs, channels_first=channels_first)
+    untraced(_check_dispatch, centres, labels, similarity)
+    native = backend.select("cluster_dispatch", centres)
+    if native is None:
+        return reference.dispatch(centres, labels, similarity, channels_first=channels_first)
+    return ops.dispatch(native, centres, labels, similarity, channels_first)
+
+
+def _check_dispatch(centres: torch.Tensor, labels: torch.Tensor, similarity: torch.Tensor) -> None:
     _check_tokens(centres, "centres", "[B, O, C]", "centre")
     _check_per_token(labels, "labels", centres)
     _check_per_token(similarity, "similarity", centres)
@@ -112,10 +143,6 @@ def dispatch(
         raise ValueError(f"labels must be int64 or int32, got {_describe(labels)}")
     if not similarity.is_floating_point():
         raise ValueError(f"similarity must be of a floating dtype, got {_describe(similarity)}")
-    native = backend.select("cluster_dispatch", centres)
-    if native is None:
-        return reference.dispatch(centres, labels, similarity, channels_first=channels_first)
-    return ops.dispatch(native, centres, labels, similarity, channels_first)
 
 
 def icm(
@@ -153,6 +180,49 @@ def icm(
     Raises:
         ValueError: shapes, dtypes or names that do not fit.
     """
+    if isinstance(x, Proxy):
+        named: dict[str, Any] = {"variant": variant, "alpha": alpha, "beta": beta, "grids": grids, "hw": hw}
+        return handle_torch_function(icm, (x,), x, projections, **named)
+    untraced(_check_icm, x, variant, alpha, beta, grids, hw)
+    if projections is not None:
+        projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
+    x = _autocast(x, x)
+    untraced(_check_projections, projections, len(grids), x)
+    native = backend.select("icm", x)
+    if native is None:
+        return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
+    given = [None] * len(grids) if projections is None else projections
+    return ops.icm(native, x, given, VARIANTS.index(variant), alpha, beta, grids, hw)
+
+
+def icm_of_image(
+    x: torch.Tensor, channels: int, projections: Sequence[Projection | None] | None, **options: Any
+) -> torch.Tensor:
+    """`icm` of an image [B, channels, H, W], in one piece for torch.fx, which knows no sizes."""
+    check_channels(x, channels)
+    height, width = x.shape[2:]
+    out = icm(x.flatten(2).transpose(1, 2), projections, hw=(height, width), **options)
+    return torch.unflatten(out.transpose(1, 2), 2, (height, width))
+
+
+def check_channels(x: torch.Tensor, channels: int) -> None:
+    """x is [B, channels, H, W]; raises ValueError."""
+    if x.dim() != 4 or untraced(x.size, 1) != channels:
+        raise ValueError(f"x must be [B, {channels}, H, W], got {list(x.shape)}")
+
+
+torch.fx.wrap("check_channels")
+torch.fx.wrap("icm_of_image")
+
+
+def _check_icm(
+    x: torch.Tensor,
+    variant: str,
+    alpha: Scalar,
+    beta: Scalar,
+    grids: Sequence[Sequence[int]],
+    hw: Sequence[int],
+) -> None:
     _check_tokens(x, "x")
     if len(grids) == 0:
         raise ValueError("grids must hold at least one (rows, columns), got none")
@@ -164,15 +234,6 @@ def icm(
     sizes = (1,) if variant == "paper" else (1, len(grids))
     _check_scalar(alpha, "alpha", sizes)
     _check_scalar(beta, "beta", sizes)
-    if projections is not None:
-        projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
-    x = _autocast(x, x)
-    _check_projections(projections, len(grids), x)
-    native = backend.select("icm", x)
-    if native is None:
-        return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
-    given = [None] * len(grids) if projections is None else projections
-    return ops.icm(native, x, given, VARIANTS.index(variant), alpha, beta, grids, hw)
 
 
 def _autocast(tensor: _TensorOrNone, like: torch.Tensor) -> _TensorOrNone:

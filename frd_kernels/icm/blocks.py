@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import nn
 
 from .._numbers import parse_count
-from . import api, reference
-from .reference import ClusterResult
+from .._torch_internals import is_transformed, untraced
+from . import api
+from .reference import ClusterResult, dispatch_to_all
 
 _DISPATCHES = ("masked", "dense")
 
@@ -26,6 +28,10 @@ class _Split(NamedTuple):
     columns: int
     heads: int
     channels_last: bool
+
+    @property
+    def channels_first(self) -> bool:
+        return not self.channels_last
 
     @property
     def regions(self) -> int:
@@ -89,15 +95,28 @@ class _Split(NamedTuple):
 def _split(x: torch.Tensor, fold_w: int, fold_h: int, heads: int) -> _Split:
     # As in both sources, there are regions only where both sides are cut.
     rows, columns = (fold_w, fold_h) if min(fold_w, fold_h) > 1 else (1, 1)
+    untraced(_check_fold, x, rows, columns)
+    return _Split(rows, columns, heads, _is_channels_last(x))
+
+
+def _check_fold(x: torch.Tensor, rows: int, columns: int) -> None:
     if x.size(2) % rows or x.size(3) % columns:
         raise ValueError(
             f"x must have a size that the fold ({rows}, {columns}) divides, got {list(x.shape[2:])}"
         )
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return _Split(rows, columns, heads, last)
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    if is_transformed():  # a batched tensor does not tell
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _check_image(x: torch.Tensor, channels: int, mask: torch.Tensor | None) -> None:
+    untraced(_check_shapes, x, channels, mask)
+
+
+def _check_shapes(x: torch.Tensor, channels: int, mask: torch.Tensor | None) -> None:
     if x.dim() != 4 or x.size(1) != channels:
         raise ValueError(f"x must be [B, {channels}, H, W], got {list(x.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (x.size(0), *x.shape[2:])):
@@ -108,6 +127,53 @@ def _check_image(x: torch.Tensor, channels: int, mask: torch.Tensor | None) -> N
 def _select(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Zeros for what is masked: a NaN there would reach the gradients of the projections' weights."""
     return x if mask is None else torch.where(mask.unsqueeze(1), x, 0)
+
+
+def _select_tokens(similarity: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return similarity if mask is None else torch.where(mask, similarity, 0)
+
+
+def _pooled_grid(hw: tuple[int, int], stride: int) -> tuple[int, int]:
+    untraced(_check_regions, hw, stride)
+    return hw[0] // stride, hw[1] // stride
+
+
+def _check_regions(hw: tuple[int, int], stride: int) -> None:
+    if min(hw) < stride:
+        raise ValueError(f"x must have regions of at least the stride {stride}, got {tuple(map(int, hw))}")
+
+
+def _sum(skip: torch.Tensor, centres: torch.Tensor, stride: int) -> torch.Tensor:
+    untraced(_check_alike, skip, centres, stride)
+    return skip + centres
+
+
+def _check_alike(skip: torch.Tensor, centres: torch.Tensor, stride: int) -> None:
+    if any(a != b and 1 not in (a, b) for a, b in zip(skip.shape, centres.shape, strict=True)):
+        raise ValueError(
+            f"x must be of a size that the stride {stride} and conv_skip's 2 reduce alike, got "
+            f"{list(centres.shape[2:])} centres and {list(skip.shape[2:])} of conv_skip"
+        )
+
+
+def _with_clusters(
+    out: torch.Tensor, split: _Split, found: ClusterResult, wanted: bool
+) -> torch.Tensor | tuple[torch.Tensor, ClusterResult]:
+    return (out, split.by_image(found)) if wanted else out
+
+
+# What looks at sizes, layouts or optional arguments is one node in a graph of torch.fx, which knows none of them.
+for _name in (
+    "_check_image",
+    "_pooled_grid",
+    "_select",
+    "_select_tokens",
+    "_split",
+    "_sum",
+    "_with_clusters",
+    "dispatch_to_all",
+):
+    torch.fx.wrap(_name)
 
 
 class _Cluster(nn.Module):
@@ -188,9 +254,9 @@ class _Cluster(nn.Module):
         keys, values = split.tokens(self.f(regions)), split.tokens(self.v(regions))
         tokens_mask = split.mask(mask)
         found = self._round(keys, values, hw, tokens_mask)
-        tokens, size = self._back(found, keys, hw, tokens_mask, not split.channels_last)
-        out = split.unfold(self.proj(split.image(tokens, *size)))
-        return (out, split.by_image(found)) if return_clusters else out
+        tokens, size = self._back(found, keys, hw, tokens_mask, split.channels_first)
+        out = split.unfold(self.proj(split.image(tokens, size[0], size[1])))
+        return _with_clusters(out, split, found, return_clusters)
 
 
 class ContextCluster(_Cluster):
@@ -264,7 +330,7 @@ class ContextCluster(_Cluster):
             return found.centres, self.proposal
         if self.dispatch == "dense":
             gate = self.sim_alpha, self.sim_beta
-            return reference.dispatch_to_all(keys, found.centres, self.proposal, hw, *gate, mask), hw
+            return dispatch_to_all(keys, found.centres, self.proposal, hw, *gate, mask), hw
         return super()._back(found, keys, hw, mask, channels_first)
 
 
@@ -302,8 +368,7 @@ class FECCluster(_Cluster):
         found = api.cluster(keys, values, self.proposal, hw, alpha=order, mask=mask)
         cosine = found.similarity
         alpha, beta = (t.to(cosine.dtype) for t in (self.sim_alpha, self.sim_beta))
-        similarity = torch.sigmoid(beta + alpha * cosine)
-        return found._replace(similarity=similarity if mask is None else torch.where(mask, similarity, 0))
+        return found._replace(similarity=_select_tokens(torch.sigmoid(beta + alpha * cosine), mask))
 
 
 class ClusterPool(nn.Module):
@@ -373,18 +438,10 @@ class ClusterPool(nn.Module):
         x = _select(x, mask)
         regions = split.fold(x)
         hw = (regions.size(2), regions.size(3))
-        grid = (hw[0] // self.stride, hw[1] // self.stride)
-        if min(grid) < 1:
-            raise ValueError(f"x must have regions of at least the stride {self.stride}, got {hw}")
+        grid = _pooled_grid(hw, self.stride)
         with torch.no_grad():
             keys = split.tokens(self.conv_f(regions))
         found = api.cluster(keys, split.tokens(self.conv_v(regions)), grid, hw, mask=split.mask(mask))
-        centres = self.norm2(split.unfold(split.image(found.centres, *grid)))
-        skip = self.conv_skip(x)
-        if any(a != b and 1 not in (a, b) for a, b in zip(skip.shape, centres.shape, strict=True)):
-            raise ValueError(
-                f"x must be of a size that the stride {self.stride} and conv_skip's 2 reduce alike, got "
-                f"{list(centres.shape[2:])} centres and {list(skip.shape[2:])} of conv_skip"
-            )
-        out = cast(torch.Tensor, skip + centres)
-        return (out, split.by_image(found)) if return_clusters else out
+        centres = self.norm2(split.unfold(split.image(found.centres, grid[0], grid[1])))
+        out = _sum(self.conv_skip(x), centres, self.stride)
+        return _with_clusters(out, split, found, return_clusters)

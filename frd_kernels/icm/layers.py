@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.fx
 from torch import nn
 
 from .._inner import has_global_hooks, is_plain
 from .._numbers import parse_count
-from . import api, reference
-from .reference import Projection
+from . import api
+from .reference import Projection, dispatch_densely
 
 
 class _Projections(nn.Module):
@@ -38,6 +39,19 @@ class _Projections(nn.Module):
         if not (is_plain(self, _Projections) and is_plain(key, nn.Linear) and is_plain(value, nn.Linear)):
             return None
         return key.weight, key.bias, value.weight, value.bias
+
+
+def _is_image(tokens: torch.Tensor) -> bool:
+    return tokens.stride(1) == 1
+
+
+def _laid_out(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
+    return tokens.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else tokens
+
+
+# Layouts are not known while torch.fx traces.
+for _name in ("_is_image", "_laid_out", "dispatch_densely"):
+    torch.fx.wrap(_name)
 
 
 class ICM(nn.Module):
@@ -110,23 +124,13 @@ class ICM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] -> [B, C, H, W]."""
-        if x.dim() != 4 or x.size(1) != self.channels:
-            raise ValueError(f"x must be [B, {self.channels}, H, W], got {list(x.shape)}")
-        height, width = x.shape[2:]
-        tokens = x.flatten(2).transpose(1, 2)
         projections = self._projections()
         if projections is not None:
-            out = api.icm(
-                tokens,
-                projections,
-                variant=self.variant,
-                alpha=self.alpha,
-                beta=self.beta,
-                grids=self.grids,
-                hw=(height, width),
-            )
-        else:
-            out = self._composed(tokens, (height, width))
+            options = {"variant": self.variant, "alpha": self.alpha, "beta": self.beta, "grids": self.grids}
+            return api.icm_of_image(x, self.channels, projections, **options)
+        api.check_channels(x, self.channels)
+        height, width = x.shape[2:]
+        out = self._composed(x.flatten(2).transpose(1, 2), (height, width))
         return torch.unflatten(out.transpose(1, 2), 2, (height, width))
 
     def _projections(self) -> list[Projection] | None:
@@ -140,7 +144,7 @@ class ICM(nn.Module):
 
     def _composed(self, x: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
         """`icm` of tokens [B, N, C] with rounds that are called."""
-        paper, last = self.variant == "paper", x.stride(1) == 1
+        paper, last = self.variant == "paper", _is_image(x)
         tokens, found, products = x.contiguous(), [], []
         alphas, betas = self.alpha.expand(len(self.grids)), self.beta.expand(len(self.grids))
         for t, (projections, grid) in enumerate(zip(self.rounds, self.grids, strict=True)):
@@ -154,8 +158,7 @@ class ICM(nn.Module):
             found.append(clusters)
             tokens, hw = clusters.centres, grid
         if paper:
-            out = reference.dispatch_densely(tokens, products, self.alpha, self.beta)
-            return out.transpose(1, 2).contiguous().transpose(1, 2) if last else out
+            return _laid_out(dispatch_densely(tokens, products, self.alpha, self.beta), last)
         labels, similarity = found[0].labels, found[0].similarity
         for clusters in found[1:]:
             similarity = similarity * clusters.similarity.gather(1, labels)

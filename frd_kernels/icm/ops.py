@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import _autograd, _triton
+from .. import _autograd, _flops, _triton
+from .._torch_internals import is_batched_grad, over_batched_grad
 from .reference import compute_dtype
 
 Tensor = torch.Tensor
@@ -173,7 +174,12 @@ class _Rules:
         if grad is None:
             return None, [None] * len(projections), None, None, None, None, None
         saved_for = x, projections, alpha, beta, labels, saved, ctx.grids, ctx.hw, ctx.variant
-        grads = _autograd.call(self.ops.icm_backward.default, grad, *saved_for)
+
+        def backward(grad: Tensor) -> Any:
+            return _autograd.call(self.ops.icm_backward.default, grad, *saved_for)
+
+        # torch loops by itself over operators without lists.
+        grads = over_batched_grad(backward, grad) if is_batched_grad(grad) else backward(grad)
         return *grads, None, None, None
 
 
@@ -203,6 +209,48 @@ def _autocast_rule(op: Any, floats: int, device: str) -> Callable[..., Any]:
     return rule
 
 
+def _cluster_flops(
+    k: Sequence[int], v: Any, mask: Any, alpha: Any, beta: Any, grid: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return _flops.clustering(k, grid[0] * grid[1])
+
+
+def _cluster_backward_flops(
+    grad_centres: Sequence[int], grad_similarity: Any, k: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * _flops.clustering(k, grad_centres[1])
+
+
+def _icm_flops(
+    x: Any, projections: Any, alpha: Any, beta: Any, grids: Any, hw: Any, variant: int, **_: Any
+) -> int:
+    return _flops.icm(x, projections, grids, variant)
+
+
+def _icm_backward_flops(
+    grad: Any,
+    x: Any,
+    projections: Any,
+    alpha: Any,
+    beta: Any,
+    labels: Any,
+    saved: Any,
+    *options: Any,
+    **_: Any,
+) -> int:
+    grids, _hw, variant = options
+    return 2 * _flops.icm(x, projections, grids, variant)
+
+
+_FLOPS: dict[str, Callable[..., int]] = {
+    "cluster": _cluster_flops,
+    "cluster_backward": _cluster_backward_flops,
+    "cluster_dispatch": _flops.nothing,
+    "cluster_dispatch_backward": _flops.nothing,
+    "icm": _icm_flops,
+    "icm_backward": _icm_backward_flops,
+}
+
 _autocast: list[torch.library.Library] = []
 
 
@@ -226,6 +274,8 @@ def register(namespace: str) -> None:
     ):
         _autograd.register(f"{namespace}::{name}", backward, setup)
         torch.library.register_autograd(f"{namespace}::{name}_backward", _refuse(name))
+        _autograd.register_vmap(f"{namespace}::{name}_backward")
+    _flops.register(namespace, _FLOPS)
     library = torch.library.Library(namespace, "FRAGMENT")
     _autocast.append(library)
     for device in ("cpu", "cuda"):

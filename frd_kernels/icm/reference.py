@@ -137,7 +137,9 @@ def _outside_autocast(function: _Function) -> _Function:
 
 
 def _scalar(value: Scalar, like: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype=like.dtype, device=like.device)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 @_outside_autocast

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
 from .. import _autograd, backend
 from .._autocast import autocast_dtype
+from .._torch_internals import untraced
 from ..kinds import Kind, parse_kind
 from . import ops, reference
 from .arguments import (
@@ -38,12 +42,14 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
     Raises:
         ValueError: unknown kind, theta outside [0, 1], or a weight of another shape or dtype.
     """
-    check_weight(weight)
+    if isinstance(weight, Proxy):
+        return handle_torch_function(pdc_weight, (weight,), weight, kind=kind, theta=theta)
+    untraced(check_weight, weight)
     parsed, theta = parse_kind(kind), parse_theta(theta)
     native = backend.select("pdc_weight", weight)
     if native is None:
         return reference.pdc_weight(weight, kind=kind, theta=theta)
-    return native.pdc_weight(weight, int(parsed), theta, weight.dtype)
+    return _autograd.call(native.pdc_weight.default, weight, int(parsed), theta, weight.dtype)
 
 
 def pdc2d(
@@ -83,8 +89,42 @@ def pdc2d(
         ValueError: one line that names the argument, the rule and what came.
         TypeError: something that has to be a tensor or a number is not.
     """
+    if isinstance(x, Proxy):
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return handle_torch_function(pdc2d, (x,), x, weight, bias, kind=kind, theta=theta, **options)
     geometry = checked_geometry(x, weight, bias, kind, theta, stride, padding, dilation, groups)
     return run(x, weight, bias, geometry)
+
+
+def pdc2d_padded(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding_mode: str, *options: Any
+) -> torch.Tensor:
+    """`pdc2d` with a padding mode of `nn.Conv2d`; the options are those of `parse_geometry`."""
+    geometry = checked_geometry(x, weight, bias, *options)
+    if padding_mode != "zeros":
+        x, geometry = pad(x, geometry, padding_mode)
+    return run(x, weight, bias, geometry)
+
+
+torch.fx.wrap("pdc2d_padded")
+
+
+def pad(x: torch.Tensor, geometry: Geometry, mode: str) -> tuple[torch.Tensor, Geometry]:
+    """Pads by the mode as far as the outermost tap reaches; no zeros are left to add."""
+    untraced(_check_pad, x, geometry, mode)
+    vertical, horizontal = geometry.plain_padding
+    x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=mode)
+    already = geometry.dilation if geometry.kind == Kind.RADIAL else (0, 0)
+    return x, geometry._replace(padding=(-already[0], -already[1]))
+
+
+def _check_pad(x: torch.Tensor, geometry: Geometry, mode: str) -> None:
+    for pad, size in zip(geometry.plain_padding, x.shape[-2:], strict=True):
+        if (mode == "reflect" and pad >= size) or (mode == "circular" and pad > size):
+            raise ValueError(
+                f"padding_mode {mode!r} cannot pad {size} pixels by {pad} on a side (kind "
+                f"{geometry.kind.name.lower()}, padding {geometry.padding}, dilation {geometry.dilation})"
+            )
 
 
 def run(
@@ -99,9 +139,7 @@ def run(
         return run(x.unsqueeze(0), weight, bias, geometry, plain).squeeze(0)
     native = backend.select("pdc2d", x)
     if native is None:
-        if autocast_dtype(x.device.type) is not None:
-            return _autocast_reference(x, weight, bias, geometry)
-        return reference.run(x, weight, bias, geometry)
+        return _run_plain(x, weight, bias, geometry)
     if is_depthwise(weight, geometry.groups):
         return ops.pdc2d_depthwise(native, x, weight, bias, geometry)
     if plain is None:
@@ -127,10 +165,13 @@ def plain_weight(ops: Any, weight: torch.Tensor, geometry: Geometry) -> torch.Te
     return _autograd.call(ops.pdc_weight.default, weight, int(geometry.kind), geometry.theta, dtype)
 
 
-def _autocast_reference(
+def _run_plain(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:
-    """Casts the operands as autocast does for `F.conv2d`; the reference itself then sees no autocast."""
-    x, weight, bias = ops.autocast_operands(x, weight, bias)
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.run(x, weight, bias, geometry)
+    """In plain PyTorch. It sees no autocast: the operands are cast as autocast does for `F.conv2d`."""
+    if autocast_dtype(x.device.type) is not None:
+        x, weight, bias = ops.autocast_operands(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return _run_plain(x, weight, bias, geometry)
+    form = reference.as_conv2d if backend.is_composed() else reference.run
+    return form(x, weight, bias, geometry)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import _seen
 from .._autocast import autocast_dtype
 from .._numbers import as_int, is_integer, is_number, parse_count
+from .._torch_internals import untraced
 from ..kinds import Kind, parse_kind
 
 IntOrPair = int | Sequence[int]
@@ -108,9 +109,14 @@ def checked_geometry(
     key = _seen.key("pdc2d", x, weight, bias, *options)
     geometry: Geometry | None = _seen.get(key)
     if geometry is None:
-        geometry = parse_geometry(*options)
-        check_tensors(x, weight, bias, geometry)
+        geometry = untraced(_checked, x, weight, bias, *options)
         _seen.put(key, geometry)
+    return geometry
+
+
+def _checked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *options: Any) -> Geometry:
+    geometry = parse_geometry(*options)
+    check_tensors(x, weight, bias, geometry)
     return geometry
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.fx import Proxy
 
 from .. import _autograd, backend
 from .._autocast import autocast_dtype
 from .._numbers import is_integer, parse_count
-from ..kinds import Kind, parse_kind
+from ..kinds import parse_kind
 from . import api
 from .arguments import Geometry, IntOrPair, checked_geometry, parse_geometry, parse_theta
 
@@ -102,26 +102,12 @@ class PDC2d(nn.Conv2d):
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         options = (self.kind, self.theta, self.stride, self.padding, self.dilation, self.groups)
+        if isinstance(input, Proxy):
+            return api.pdc2d_padded(input, weight, bias, self.padding_mode, *options)
         geometry = checked_geometry(input, weight, bias, *options)
         if self.padding_mode != "zeros":
-            input, geometry = self._pad(input, geometry)
+            input, geometry = api.pad(input, geometry, self.padding_mode)
         return api.run(input, weight, bias, geometry, self._kept_plain(weight, geometry))
-
-    def _pad(self, x: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, Geometry]:
-        """Pads by the mode as far as the outermost tap reaches; no zeros are left to add."""
-        vertical, horizontal = geometry.plain_padding
-        limits = (x.shape[-2], x.shape[-1])
-        for pad, size in zip((vertical, horizontal), limits, strict=True):
-            if (self.padding_mode == "reflect" and pad >= size) or (
-                self.padding_mode == "circular" and pad > size
-            ):
-                raise ValueError(
-                    f"padding_mode {self.padding_mode!r} cannot pad {size} pixels by {pad} on a side "
-                    f"(kind {self.kind}, padding {self.padding}, dilation {self.dilation})"
-                )
-        x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=self.padding_mode)
-        already = geometry.dilation if geometry.kind == Kind.RADIAL else (0, 0)
-        return x, geometry._replace(padding=(-already[0], -already[1]))
 
     def freeze(self) -> PDC2d:
         """Keeps the plain kernel of a dense layer for inference, in eval mode, until `unfreeze()` or `train()`.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .. import _autograd, _triton
+from .. import _autograd, _flops, _triton
 from .._autocast import autocast_dtype
 from . import weight as _weight
 from .arguments import Geometry
@@ -128,6 +128,15 @@ class _Rules:
         return d_grad, d_x, d_weight, *(None for _ in range(7))
 
 
+def _flop_count(x: Any, weight: Any, bias: Any, kind: int, *_: Any, out_shape: Any, **__: Any) -> int:
+    return _flops.convolution(out_shape, weight, kind)
+
+
+def _backward_flop_count(grad: Any, x: Any, weight: Any, kind: int, *options: Any, **_: Any) -> int:
+    *_geometry, need_dx, need_dw = options
+    return (need_dx + need_dw) * _flops.convolution(grad, weight, kind)
+
+
 def register(namespace: str) -> None:
     """Fakes, autograd and autocast of the family's operators in `namespace`."""
     _weight.register(namespace)
@@ -137,6 +146,9 @@ def register(namespace: str) -> None:
     torch.library.register_fake(backward, _fake_backward)
     _autograd.register(forward, rules.backward, _setup)
     _autograd.register(backward, rules.double_backward, _setup_backward)
+    _flops.register(
+        namespace, {"pdc2d_depthwise": _flop_count, "pdc2d_depthwise_backward": _backward_flop_count}
+    )
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(forward, device, torch.bfloat16)
 

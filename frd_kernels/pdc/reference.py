@@ -27,15 +27,18 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
         [O, I, 3, 3], for radial [O, I, 5, 5].
     """
     check_weight(weight)
-    parsed, theta = parse_kind(kind), parse_theta(theta)
-    side = 5 if parsed == Kind.RADIAL else 3
+    return _plain_weight(weight, parse_kind(kind), parse_theta(theta))
+
+
+def _plain_weight(weight: torch.Tensor, kind: Kind, theta: float) -> torch.Tensor:
+    side = 5 if kind == Kind.RADIAL else 3
     flat = weight.flatten(2)
     taps = [torch.zeros_like(flat[..., 0]) for _ in range(side * side)]
 
     def index(offset: Offset) -> int:
         return (offset[0] + side // 2) * side + offset[1] + side // 2
 
-    for k, minuend, subtrahend in pairs(parsed):
+    for k, minuend, subtrahend in pairs(kind):
         taps[index(minuend)] = taps[index(minuend)] + flat[..., k]
         if subtrahend is not None:
             taps[index(subtrahend)] = taps[index(subtrahend)] - theta * flat[..., k]
@@ -93,6 +96,25 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geomet
     assert out is not None
     if bias is not None:
         out = out + bias.to(compute)[:, None, None]
+    return out.to(dtype)
+
+
+def as_conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+) -> torch.Tensor:
+    """`run` as one plain convolution by `pdc_weight`: what every transform of torch and every counter knows."""
+    dtype = x.dtype
+    compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    plain = _plain_weight(weight.to(compute), geometry.kind, geometry.theta)
+    out = F.conv2d(
+        x.to(compute),
+        plain,
+        None if bias is None else bias.to(compute),
+        geometry.stride,
+        geometry.plain_padding,
+        geometry.dilation,
+        geometry.groups,
+    )
     return out.to(dtype)
 
 

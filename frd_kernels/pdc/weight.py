@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .. import _autograd
+from .. import _autograd, _flops
 from ..kinds import Kind
 
 
@@ -55,3 +55,4 @@ def register(namespace: str) -> None:
     torch.library.register_fake(transposed, _fake_backward)
     _autograd.register(forward, rules.backward, _setup)
     _autograd.register(transposed, rules.double_backward, _setup)
+    _flops.register(namespace, {"pdc_weight": _flops.nothing, "pdc_weight_backward": _flops.nothing})

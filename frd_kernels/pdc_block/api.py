@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx import Proxy
+from torch.overrides import handle_torch_function
 
-from .. import _seen, _triton, backend
+from .. import _autograd, _seen, _triton, backend
 from .._autocast import autocast_dtype
+from .._torch_internals import untraced
 from ..pdc import api as pdc_api
 from ..pdc.arguments import Geometry, IntOrPair, check_tensors, parse_geometry
 from . import ops, reference
@@ -53,22 +56,39 @@ def pdc_block(
         ValueError: one line that names the argument, the rule and what came.
         TypeError: something that has to be a tensor or a number is not.
     """
+    if isinstance(x, Proxy):
+        named: dict[str, Any] = {"kind": kind, "theta": theta, "stride": stride, "dilation": dilation}
+        named |= {"residual": residual, "pdc_bias": pdc_bias, "point_bias": point_bias}
+        return handle_torch_function(pdc_block, (x,), x, pdc_weight, point_weight, **named)
     tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
     key = _seen.key("pdc_block", *tensors, kind, theta, stride, dilation)
     geometry: Geometry | None = _seen.get(key)
     if geometry is None:
-        geometry = _checked(*tensors, kind, theta, stride, dilation)
+        geometry = untraced(_checked, *tensors, kind, theta, stride, dilation)
         _seen.put(key, geometry)
     native = backend.select("pdc_block", x)
     if native is None:
-        return _reference(*tensors, geometry)
+        return _run_plain(*tensors, geometry)
     depthwise = pdc_api.is_depthwise(pdc_weight, geometry.groups)
     if depthwise and backend.is_fused("pdc_block", x, native):
         return ops.pdc_block(native, *tensors, geometry)
     if not depthwise and _runs_dense_kernel(native, *tensors):
         plain = pdc_api.plain_weight(native, pdc_weight, geometry)
         options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
-        return native.pdc_block_dense(x, plain, pdc_bias, point_weight, point_bias, residual, *options)
+        tensors = (x, plain, *tensors[2:])
+        return _autograd.call(native.pdc_block_dense.default, *tensors, *options)
+    return _compose(*tensors, geometry)
+
+
+def _compose(
+    x: torch.Tensor,
+    pdc_weight: torch.Tensor,
+    pdc_bias: OptionalTensor,
+    point_weight: torch.Tensor,
+    point_bias: OptionalTensor,
+    residual: OptionalTensor,
+    geometry: Geometry,
+) -> torch.Tensor:
     hidden = F.relu(pdc_api.run(x, pdc_weight, pdc_bias, geometry))
     out = F.conv2d(hidden, point_weight, point_bias)
     return out if residual is None else out + residual
@@ -159,7 +179,7 @@ def _check_point(
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
 
 
-def _reference(
+def _run_plain(
     x: torch.Tensor,
     pdc_weight: torch.Tensor,
     pdc_bias: OptionalTensor,
@@ -168,14 +188,16 @@ def _reference(
     residual: OptionalTensor,
     geometry: Geometry,
 ) -> torch.Tensor:
-    """The reference, which itself sees no autocast: the operands are cast as the op's rule casts them."""
+    """In plain PyTorch. It sees no autocast: the operands are cast as the op's rule casts them."""
     device = x.device.type
     if autocast_dtype(device) is not None:
         x, pdc_weight, pdc_bias, point_weight, point_bias, residual = ops.autocast_operands(
             x, pdc_weight, pdc_bias, point_weight, point_bias, residual
         )
         with torch.autocast(device, enabled=False):
-            return _reference(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
+            return _run_plain(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
+    if backend.is_composed():
+        return _compose(x, pdc_weight, pdc_bias, point_weight, point_bias, residual, geometry)
     return reference.pdc_block(
         x,
         pdc_weight,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import _autograd, _triton
+from .. import _autograd, _flops, _triton
 from .._autocast import autocast_dtype
 from ..pdc import ops as _pdc_ops  # noqa: F401  registers the autograd of the ops the double backward uses
 from ..pdc.arguments import Geometry
@@ -160,6 +160,38 @@ class _Rules:
         return d_grad, d_x, d_pdc, d_bias if ctx.has_bias else None, d_point, *(None for _ in range(4))
 
 
+def _flop_count(out: Any, pdc_weight: Any, point_weight: Any, kind: int | None) -> int:
+    hidden = (out[0], pdc_weight[0], *out[2:])
+    return _flops.convolution(hidden, pdc_weight, kind) + _flops.convolution(out, point_weight)
+
+
+def _forward_flops(
+    x: Any,
+    pdc_weight: Any,
+    pdc_bias: Any,
+    point_weight: Any,
+    point_bias: Any,
+    residual: Any,
+    kind: int,
+    *_: Any,
+    out_shape: Any,
+    **__: Any,
+) -> int:
+    return _flop_count(out_shape, pdc_weight, point_weight, kind)
+
+
+def _backward_flops(
+    grad: Any, x: Any, pdc_weight: Any, pdc_bias: Any, point_weight: Any, kind: int, *_: Any, **__: Any
+) -> int:
+    return 2 * _flop_count(grad, pdc_weight, point_weight, kind)
+
+
+def _dense_flops(
+    x: Any, plain: Any, pdc_bias: Any, point_weight: Any, *_: Any, out_shape: Any, **__: Any
+) -> int:
+    return _flop_count(out_shape, plain, point_weight, None)
+
+
 def register(namespace: str) -> None:
     """Fakes, autograd and autocast of the family's operators in `namespace`."""
     forward, backward = f"{namespace}::pdc_block", f"{namespace}::pdc_block_backward"
@@ -168,6 +200,7 @@ def register(namespace: str) -> None:
     torch.library.register_fake(backward, _fake_backward)
     _autograd.register(forward, rules.backward, _setup)
     _autograd.register(backward, rules.double_backward, _setup_backward)
+    _flops.register(namespace, {"pdc_block": _forward_flops, "pdc_block_backward": _backward_flops})
     for device in ("cpu", "cuda"):
         torch.library.register_autocast(forward, device, torch.bfloat16)
 
@@ -191,3 +224,4 @@ def _fake_dense(
 register("frd")
 register(_triton.NAMESPACE)
 torch.library.register_fake(f"{_triton.NAMESPACE}::pdc_block_dense", _fake_dense)
+_flops.register(_triton.NAMESPACE, {"pdc_block_dense": _dense_flops})
