@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
+from frd_kernels._torch_internals import is_transforming
+
 
 class MiTSize(NamedTuple):
     """Depth and width of the four stages of one MiT."""
@@ -62,12 +64,20 @@ class PatchEmbed(nn.Module):
         return self.norm(tokens(x)), h, w
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k') v. The fused kernel has no forward-mode derivative, vmap loops over it, and what counts the
+    operations of a torch.jit.trace does not see the two products in it."""
+    if is_transforming():
+        return torch.softmax(scale * q @ k.transpose(-2, -1), dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 class ReducedAttention(nn.Module):
     """Self-attention; keys and values come from a map shrunk `reduction` times. [B, N, D] -> [B, N, D]."""
 
     def __init__(self, dim: int, heads: int, reduction: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -80,7 +90,7 @@ class ReducedAttention(nn.Module):
         if self.sr is not None and self.norm is not None:
             x = self.norm(tokens(self.sr(image(x, h, w))))
         k, v = self.kv(x).view(b, -1, 2, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attention(q, k, v, self.scale)
         return self.proj(out.transpose(1, 2).reshape(b, n, d))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -85,13 +86,8 @@ class FRDNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         _check_images(images)
-        height, width = images.shape[-2:]
         x = _pad(images, self.multiple, self.least)
-        size = x.shape[-2:]
-        logits = self.logits(x)
-        if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        return _fit(self.logits(x), x, images)
 
     def logits(self, x: Tensor) -> Tensor:
         """The net on an image whose sides are multiples of `multiple`; logits at the decoder's own size."""
@@ -107,15 +103,37 @@ class FRDNet(nn.Module):
 
 
 def _check_images(images: Tensor) -> None:
-    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] < 1 or images.shape[3] < 1:
+    # Sizes that torch.jit.trace records are tensors, to be asked nothing.
+    is_image = images.dim() == 4 and (
+        torch.jit.is_tracing() or (images.shape[1] == 3 and images.shape[2] >= 1 and images.shape[3] >= 1)
+    )
+    if not is_image:
         raise ValueError(f"images: must be [B, 3, H, W] with H, W >= 1, got {list(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images: must be floating point, got {images.dtype}")
 
 
 def _pad(images: Tensor, multiple: int, least: int) -> Tensor:
-    below, right = (max(-side % multiple, least - side) for side in images.shape[-2:])
-    return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+    if torch.jit.is_tracing():
+        below, right = (torch.clamp_min(-side % multiple, least - side) for side in images.shape[-2:])
+    else:
+        below, right = (max(-side % multiple, least - side) for side in images.shape[-2:])
+        if not below and not right:
+            return images
+    return F.pad(images, (0, right, 0, below), mode="replicate")
+
+
+def _fit(logits: Tensor, padded: Tensor, images: Tensor) -> Tensor:
+    """The logits in the size of the padded images, cropped to that of the images."""
+    size = padded.shape[-2:]
+    if torch.jit.is_tracing() or logits.shape[-2:] != size:
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return logits[..., : images.shape[-2], : images.shape[-1]]
+
+
+# What depends on sizes is one node in a graph of torch.fx, which knows none.
+for _name in ("_check_images", "_pad", "_fit"):
+    torch.fx.wrap(_name)
 
 
 def create_model(
