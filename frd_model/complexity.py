@@ -2,8 +2,9 @@
 
 Counted, as fvcore does: one multiply-accumulate per product term of a convolution, a linear layer or a
 matrix product (the two of attention included), and 5 operations for each element of an affine LayerNorm or
-GroupNorm. Not counted: element-wise work, softmax, interpolation, pooling. The FRD blocks are counted in
-their reference form, whose similarity products are plain matrix products.
+GroupNorm. Not counted: element-wise work, softmax, interpolation, pooling. The operators of frd_kernels have
+formulas of their own: a difference convolution counts as a plain one, a round of clustering as the product of its
+keys and centres.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-import frd_kernels as fk
 
 from .frdnet import FRDNet
 
@@ -50,7 +49,7 @@ def count_macs(model: FRDNet, height: int = 512, width: int = 512) -> dict[str, 
         },
     )
     # Fused attention would hide its two matrix products.
-    with torch.no_grad(), fk.use_backend("reference"), sdpa_kernel(SDPBackend.MATH), fake, counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, counter:
         functional_call(shadow, state, (torch.empty(1, 3, height, width),))
     by_module = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     macs = {"total": counter.get_total_flops() // 2}
