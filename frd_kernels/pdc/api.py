@@ -22,6 +22,7 @@ from .arguments import (
     checked_geometry,
     parse_theta,
 )
+from .reference import is_depthwise
 
 
 def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.Tensor:
@@ -147,11 +148,6 @@ def run(
     return F.conv2d(
         x, plain, bias, geometry.stride, geometry.plain_padding, geometry.dilation, geometry.groups
     )
-
-
-def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
-    """One input channel and one output channel per group: the case of the own stencil kernels."""
-    return weight.shape[1] == 1 and weight.shape[0] == groups
 
 
 def plain_weight(ops: Any, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:

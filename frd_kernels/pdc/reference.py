@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .._torch_internals import untraced
 from ..kinds import Kind, parse_kind
 from .arguments import Geometry, IntOrPair, check_tensors, check_weight, parse_geometry, parse_theta
 from .taps import Offset, pairs
@@ -26,7 +27,7 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
     Returns:
         [O, I, 3, 3], for radial [O, I, 5, 5].
     """
-    check_weight(weight)
+    untraced(check_weight, weight)
     return _plain_weight(weight, parse_kind(kind), parse_theta(theta))
 
 
@@ -62,7 +63,7 @@ def pdc2d(
     16-bit inputs are computed in float32 and rounded once. Arguments and errors: `frd_kernels.pdc2d`.
     """
     geometry = parse_geometry(kind, theta, stride, padding, dilation, groups)
-    check_tensors(x, weight, bias, geometry)
+    untraced(check_tensors, x, weight, bias, geometry)
     return run(x, weight, bias, geometry)
 
 
@@ -118,9 +119,14 @@ def as_conv2d(
     return out.to(dtype)
 
 
+def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
+    """One input channel and one output channel per group: the case of the own stencil kernels."""
+    return weight.shape[1] == 1 and weight.shape[0] == groups
+
+
 def _contract(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     """x [..., C, H, W], weight [O, C / groups] -> [..., O, H, W], a grouped 1x1 convolution."""
-    if weight.shape[1] == 1 and weight.shape[0] == groups:
+    if untraced(is_depthwise, weight, groups):
         return x * weight[:, 0, None, None]
     split = torch.unflatten(x, -3, (groups, -1))
     out = torch.einsum("...gchw,goc->...gohw", split, torch.unflatten(weight, 0, (groups, -1)))

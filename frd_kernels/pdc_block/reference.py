@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .._torch_internals import untraced
 from ..pdc import reference as pdc_reference
 from ..pdc.arguments import IntOrPair
 
@@ -36,10 +37,14 @@ def pdc_block(
         stride=stride,
         padding=dilation,
         dilation=dilation,
-        groups=x.shape[1] // pdc_weight.shape[1],
+        groups=untraced(_groups, x, pdc_weight),
     )
     out = F.conv2d(F.relu(hidden), point_weight, point_bias)
     return out if residual is None else out + residual
+
+
+def _groups(x: torch.Tensor, pdc_weight: torch.Tensor) -> int:
+    return x.shape[1] // pdc_weight.shape[1]
 
 
 def dpm(
