@@ -50,7 +50,8 @@ def count_macs(model: FRDNet, height: int = 512, width: int = 512) -> dict[str, 
     )
     # Fused attention would hide its two matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fake, counter:
-        functional_call(shadow, state, (torch.empty(1, 3, height, width),))
+        images = torch.empty(1, 3, height, width, dtype=next(shadow.parameters()).dtype)
+        functional_call(shadow, state, (images,))
     by_module = {name: sum(flops.values()) // 2 for name, flops in counter.get_flop_counts().items()}
     macs = {"total": counter.get_total_flops() // 2}
     for part in ("stem", "encoder", "decoder"):

@@ -114,13 +114,10 @@ def _check_images(images: Tensor) -> None:
 
 
 def _pad(images: Tensor, multiple: int, least: int) -> Tensor:
-    sides: Any = images.shape[-2:]
-    if torch.jit.is_tracing():
-        below, right = (torch.maximum(-side % multiple, least - side) for side in sides)
-    else:
-        below, right = (max(-side % multiple, least - side) for side in sides)
-        if not below and not right:
-            return images
+    largest: Any = torch.maximum if torch.jit.is_tracing() else max
+    below, right = (largest(-side % multiple, least - side) for side in images.shape[-2:])
+    if not torch.jit.is_tracing() and not below and not right:
+        return images
     return F.pad(images, (0, right, 0, below), mode="replicate")
 
 
