@@ -13,7 +13,7 @@ from torch import nn
 from .._inner import has_global_hooks, is_plain
 from .._numbers import parse_count
 from . import api
-from .reference import Projection, dispatch_densely
+from .reference import Projection, cluster_densely, dispatch_densely
 
 
 class _Projections(nn.Module):
@@ -50,7 +50,7 @@ def _laid_out(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
 
 
 # Layouts are not known while torch.fx traces.
-for _name in ("_is_image", "_laid_out", "dispatch_densely"):
+for _name in ("_is_image", "_laid_out", "cluster_densely", "dispatch_densely"):
     torch.fx.wrap(_name)
 
 
@@ -144,21 +144,23 @@ class ICM(nn.Module):
 
     def _composed(self, x: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
         """`icm` of tokens [B, N, C] with rounds that are called."""
-        paper, last = self.variant == "paper", _is_image(x)
-        tokens, found, products = x.contiguous(), [], []
+        tokens, last = x.contiguous(), _is_image(x)
+        if self.variant == "paper":
+            matrices = []
+            for projections, grid in zip(self.rounds, self.grids, strict=True):
+                keys, values = projections(tokens)
+                tokens, matrix = cluster_densely(keys, values, grid, hw)
+                matrices.append(matrix)
+                hw = grid
+            return _laid_out(dispatch_densely(tokens, matrices, self.alpha, self.beta), last)
+        found = []
         alphas, betas = self.alpha.expand(len(self.grids)), self.beta.expand(len(self.grids))
         for t, (projections, grid) in enumerate(zip(self.rounds, self.grids, strict=True)):
             keys, values = projections(tokens)
-            if paper:
-                clusters = api.cluster(keys, values, grid, hw)
-                products.append((keys, hw, grid))
-            else:
-                gates: dict[str, Any] = {"alpha": alphas[t], "beta": betas[t]}
-                clusters = api.cluster(keys, values, grid, hw, aggregate="similarity", **gates)
+            gates: dict[str, Any] = {"alpha": alphas[t], "beta": betas[t]}
+            clusters = api.cluster(keys, values, grid, hw, aggregate="similarity", **gates)
             found.append(clusters)
             tokens, hw = clusters.centres, grid
-        if paper:
-            return _laid_out(dispatch_densely(tokens, products, self.alpha, self.beta), last)
         labels, similarity = found[0].labels, found[0].similarity
         for clusters in found[1:]:
             similarity = similarity * clusters.similarity.gather(1, labels)

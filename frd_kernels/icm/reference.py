@@ -202,22 +202,27 @@ def dispatch_to_all(
 
 
 @_outside_autocast
+def cluster_densely(
+    keys: torch.Tensor, values: torch.Tensor, grid: Sequence[int], hw: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A round with raw cosines and means over counts: the centres [B, O, C], and all cosines [B, N, O]."""
+    dtype = compute_dtype(keys.dtype)
+    found = _cluster_round(keys.to(dtype), values.to(dtype), grid, hw, None)
+    return found.centres.to(values.dtype), found.similarity
+
+
+@_outside_autocast
 def dispatch_densely(
-    last: torch.Tensor,
-    rounds: Sequence[tuple[torch.Tensor, Sequence[int], Sequence[int]]],
-    alpha: torch.Tensor,
-    beta: torch.Tensor,
+    last: torch.Tensor, matrices: Sequence[torch.Tensor], alpha: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
     """sigmoid(alpha * (M1 M2 ... MT) + beta) R_T, Eq. 4 of the paper.
 
-    last: R_T [B, O_T, C], the last centres; rounds: of each, its keys [B, N_t, C], its tokens' (H, W) and its grid,
-    from which its cosines M_t [B, N_t, O_t] come; alpha, beta [1]. -> [B, N_1, C].
+    last: R_T [B, O_T, C], the last centres; matrices: of each round, its cosines M_t [B, N_t, O_t]; alpha, beta [1].
+    -> [B, N_1, C].
     """
-    dtype = compute_dtype(last.dtype)
-    matrices = [cosines(keys.to(dtype), hw, grid) for keys, hw, grid in rounds]
     product = functools.reduce(torch.matmul, matrices)
     alpha, beta = _scalar(alpha, product), _scalar(beta, product)
-    return (torch.sigmoid(alpha * product + beta) @ last.to(dtype)).to(last.dtype)
+    return (torch.sigmoid(alpha * product + beta) @ last.to(product.dtype)).to(last.dtype)
 
 
 def _project(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -250,15 +255,11 @@ def icm(
             values = _project(tokens, projection[2], projection[3])
         rounds.append(_cluster_round(keys, values, grid, hw, None if paper else (alphas[t], betas[t])))
         tokens, hw = rounds[-1].centres, grid
-    return (_dense_dispatch(rounds, alphas, betas) if paper else _masked_dispatch(rounds)).to(x.dtype)
-
-
-def _dense_dispatch(rounds: list[_Round], alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """sigmoid(alpha * (M1 M2 ... MT) + beta) R_T, Eq. 4 of the paper."""
-    product = rounds[0].similarity
-    for found in rounds[1:]:
-        product = product @ found.similarity
-    return torch.sigmoid(alpha * product + beta) @ rounds[-1].centres
+    if paper:
+        out = dispatch_densely(tokens, [found.similarity for found in rounds], alphas, betas)
+    else:
+        out = _masked_dispatch(rounds)
+    return out.to(x.dtype)
 
 
 def _masked_dispatch(rounds: list[_Round]) -> torch.Tensor:
