@@ -163,15 +163,6 @@ def check_hessian(layer: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(hessian(loss)(x), wanted)
 
 
-def check_compiled(layer: nn.Module, x: Tensor) -> None:
-    def loss(x: Tensor) -> Tensor:
-        return layer(x.unsqueeze(0)).square().sum()
-
-    compiled = torch.compile(vmap(grad(loss)), fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x), torch.cat([gradients(layer, x[i : i + 1])[0] for i in range(2)]))
-    torch._dynamo.reset()
-
-
 def check_jit_trace(layer: nn.Module, x: Tensor) -> None:
     """A trace holds no operator of ours, so that it loads without the library, and serves other sizes."""
     with warnings.catch_warnings(record=True) as caught:
@@ -206,7 +197,6 @@ CHECKS = [
     check_vjp_and_jvp,
     check_jacobians,
     check_hessian,
-    check_compiled,
     check_jit_trace,
     check_fx,
 ]
@@ -217,6 +207,19 @@ def test_transform(check: Callable[[nn.Module, Tensor], None], layer: nn.Module,
     check(layer, x)
 
 
+@pytest.mark.parametrize("name", ["PDC2d dense", "PDCBlock2d", "ICM paper", "ClusterPool"])
+def test_compiled_transforms(name: str) -> None:
+    layer, x = MODULES[name]().double(), torch.randn(2, 4, 6, 8, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x.unsqueeze(0)).square().sum()
+
+    compiled = torch.compile(vmap(grad(loss)), fullgraph=True, backend="eager")
+    wanted = [gradients(layer, x[i : i + 1])[0] for i in range(len(x))]
+    torch.testing.assert_close(compiled(x), torch.cat(wanted))
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", ["ContextCluster", "FECCluster", "ClusterPool"])
 def test_fx_keeps_optional_arguments(name: str) -> None:
     layer = MODULES[name]()
@@ -225,6 +228,19 @@ def test_fx_keeps_optional_arguments(name: str) -> None:
     mask = torch.rand(1, 8, 8) > 0.3
     for found, wanted in zip(graph(x, mask, True), layer(x, mask, True), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["PDCBlock2d", "ICM paper", "ICM released"])
+def test_composed_layers(name: str) -> None:
+    """Layers that call their modules, for what is attached to one of them."""
+    layer, x = MODULES[name]().double(), torch.randn(2, 4, 6, 8, dtype=torch.float64)
+    inner = next(module for module in layer.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+    inner.register_forward_hook(lambda _module, _inputs, out: 2 * out)
+    for check in (check_grad, check_vmap, check_jit_trace):
+        check(layer, x)
+    graph = torch.fx.symbolic_trace(layer)
+    torch.testing.assert_close(graph(x), layer(x))
+    assert [node.op for node in graph.graph.nodes].count("call_module") > 0
 
 
 def test_fx_records_functions_wherever_they_come_from() -> None:
