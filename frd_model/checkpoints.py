@@ -62,12 +62,12 @@ def open_checkpoint(
             "Using the demo checkpoint: a small network trained on a few sample photos, a demonstration only.",
             file=sys.stderr,
         )
-    label = name or "demo"
+    label = "demo" if name is None else name
     return Checkpoint(load_model(label, target, model=model, preset=preset), label)
 
 
-def parse_device(name: str) -> torch.device:
-    """Raises ValueError for a name torch does not know, or a GPU that is not there."""
+def parse_device(name: str | torch.device) -> torch.device:
+    """Raises ValueError for a name torch does not know, or a device that is not there or holds no data."""
     import torch
 
     try:
@@ -76,4 +76,9 @@ def parse_device(name: str) -> torch.device:
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name} was asked for, but torch finds no usable GPU")
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that torch can use here, got {name!r}: {reason}") from None
     return device

@@ -85,7 +85,8 @@ def _run(module: Any, args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         status: int = module.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller: `>&-`
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("frd: interrupted", file=sys.stderr)
         return 130

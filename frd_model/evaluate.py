@@ -6,6 +6,7 @@ import argparse
 import csv
 import io
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -151,8 +152,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
-    # File names may hold bytes that are no text.
-    write_bytes(path, text.getvalue().encode(errors="surrogateescape"))
+    # File names may hold bytes that are no text, which come out as they went in, and lists what no name can hold.
+    legible = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text.getvalue())
+    write_bytes(path, legible.encode(errors="surrogateescape"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

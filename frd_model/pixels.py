@@ -46,7 +46,7 @@ def _channels_last(tensor: torch.Tensor) -> npt.NDArray[Any]:
             f"image must be a tensor [C, H, W] or [H, W], got shape {list(tensor.shape)}; pass a batch as list(batch)"
         )
     tensor = tensor.detach().cpu()
-    values = (tensor.float() if tensor.is_floating_point() else tensor).resolve_conj().numpy()
+    values = (tensor.float() if tensor.is_floating_point() else tensor).resolve_conj().resolve_neg().numpy()
     if values.ndim == 3:
         if values.shape[0] not in _MODES:
             raise ValueError(

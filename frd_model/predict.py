@@ -6,6 +6,7 @@ pixels goes through the network in one piece, a larger one as overlapping tiles 
 
 from __future__ import annotations
 
+import numbers
 import operator
 import sys
 import time
@@ -171,6 +172,8 @@ def check_options(size: str, tile: int, overlap: int, threshold: float, batch_si
         raise ValueError(f"tile must be at least {MIN_SIDE} pixels, got {tile}")
     if not 0 <= overlap <= tile // 2:
         raise ValueError(f"overlap must lie between 0 and half the tile ({tile // 2}), got {overlap}")
+    if not isinstance(threshold, numbers.Real):
+        raise TypeError(f"threshold must be a number, got {threshold!r}")
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"threshold must lie in [0, 1], got {threshold}")
     if batch_size < 1:

@@ -286,7 +286,9 @@ def _shortened(name: str, limit: int) -> str:
     if len(raw) <= limit:
         return name
     digest = hashlib.sha256(raw).hexdigest()[:12]
-    return f"{raw[: max(1, limit - 13)].decode(errors='ignore')}-{digest}"
+    # No character is cut in two, and the locale need not be that of the name.
+    start = raw[: max(1, limit - 13)].decode(errors="ignore")
+    return f"{os.fsdecode(start.encode())}-{digest}"
 
 
 def _longest_name(folder: Path) -> int:

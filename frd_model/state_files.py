@@ -165,6 +165,9 @@ def _start(file: Path) -> bytes:
         raise ValueError(f"{file}: a directory; a file is needed{hint}")
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
+    # opening a pipe would wait for a writer
+    if not file.is_file():
+        raise ValueError(f"{file}: a device, pipe or socket; a file is needed")
     with file.open("rb") as stream:
         start = stream.read(256)
     if not start:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from frd_model.arguments import say
+
 # The configuration's keys that have a flag of their own; --set reaches all others.
 FLAGS: dict[str, tuple[str, type, str]] = {
     "--images": ("data.train_images", str, "folder of training photos; sets data.source to folder"),
@@ -96,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
             print(f"{len(names)} {part} photos could not be used, see above", file=sys.stderr)
     best, last = (trainer.output / f"{name}.safetensors" for name in ("best", "last"))
     if best.exists():
-        print(f"best weights by validation (mean of AUC and permute-F1 {trainer.best:.4f}): {best}")
+        say(f"best weights by validation (mean of AUC and permute-F1 {trainer.best:.4f}): {best}")
     elif last.exists():
-        print(f"weights of the last epoch, as validation could not choose a best one: {last}")
+        say(f"weights of the last epoch, as validation could not choose a best one: {last}")
     return 0
 
 

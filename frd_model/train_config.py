@@ -182,6 +182,14 @@ def _ordered(low: float, high: float) -> Rule:
     return lambda pair: low <= pair[0] <= pair[1] <= high, f"two rising values between {low} and {high}"
 
 
+def _is_utf8(name: str) -> bool:
+    """TensorBoard writes to no directory with another name."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
+
+
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SOURCES = ("sample", "folder", "json")
 PATHS = (
@@ -198,7 +206,7 @@ _SHARE = _between(0, 1)
 _BELOW_ONE: Rule = (lambda value: 0 <= value < 1, "in [0, 1)")
 
 RULES: dict[str, Rule] = {
-    "output": (lambda value: bool(value.strip()), "the name of a directory"),
+    "output": (lambda value: bool(value.strip()) and _is_utf8(value), "the name of a directory, in UTF-8"),
     "seed": _SEED,
     "epochs": _COUNT,
     "batch_size": _COUNT,

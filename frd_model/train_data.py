@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from frd_model.arguments import one_line, say
 from frd_model.data.augment import Augmentation
 from frd_model.data.dataset import FolderDataset, ForgeryDataset, JsonDataset, PairDataset
 from frd_model.data.files import describe_skipped
@@ -112,9 +114,8 @@ class ForgedValidation:
 
 def failure(data: Any, index: int, error: Exception) -> Failure:
     """What to tell of a photo of a `PairDataset` that could not be loaded."""
-    name = str(data.pairs[index].image)
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return Failure(name, reason if name in reason else f"{name}: {reason}")
+    name, reason = str(data.pairs[index].image), one_line(error)
+    return Failure(name, reason if repr(name) in reason else f"{name!r}: {reason}")
 
 
 def collate(samples: Sequence[Any]) -> tuple[Tensor | None, Tensor | None, list[Failure]]:
@@ -136,6 +137,7 @@ def start_worker(_: int) -> None:
 def open_data(config: TrainConfig) -> tuple[Any, ValidationData]:
     """Training set, with `set_epoch`, and validation set. ConfigError or DatasetError where they cannot be opened."""
     data = config.data
+    forge_options(data.forge)  # a mistake in a section that is not in use is told as well
     validation = _open_pairs(data, "val")
     if data.source == "sample":
         return open_training_data(config), validation or _forged_validation(data)
@@ -193,7 +195,7 @@ def digest(data: Any) -> str:
     if pairs is None:
         return ""
     lines = [f"{pair.image.name}\0{pair.mask.name if pair.mask else ''}" for pair in pairs.pairs]
-    return f"{len(lines)} photos ({hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:12]})"
+    return f"{len(lines)} photos ({hashlib.sha256(os.fsencode(chr(10).join(lines))).hexdigest()[:12]})"
 
 
 def describe(data: Any) -> str:
@@ -255,5 +257,5 @@ def _open_pairs(data: DataSection, part: str) -> PairDataset | None:
         images, masks, allow_authentic=True, invert_masks=data.invert_masks, recursive=data.recursive
     )
     if found.skipped:
-        print(f"not used of {images} and {masks}: {describe_skipped(found.skipped)}", file=sys.stderr)
+        say(f"not used of {images} and {masks}: {describe_skipped(found.skipped)}", sys.stderr)
     return found

@@ -232,11 +232,12 @@ def load_model(
     try:
         _fill(net, net, stored.state, file)
     except ValueError as error:
-        if not assumed:
+        if stored.config is not None:
             raise
+        tried = f"assumed was preset {assumed!r}" if assumed else f"given was preset {preset!r}"
         raise ValueError(
-            f"{error}; the file tells no configuration, assumed was preset {assumed!r} with "
-            f"{NAME_PREFIX}{config.encoder}: give model and preset (--model, --preset)"
+            f"{error}; the file tells no configuration, {tried} with {NAME_PREFIX}{config.encoder}: "
+            "give model and preset (--model, --preset) that it was made with"
         ) from None
     return net.to(device).eval()
 

@@ -267,9 +267,21 @@ class ManiDataset(FolderDataset):
 
 
 class JsonDataset(PairDataset):
-    """A JSON list [[image, mask or "Negative"], ...]; relative paths start at the JSON file's folder."""
+    """A JSON list [[image, mask or "Negative"], ...]; relative paths start at the JSON file's folder.
+
+    A file that the list names and that is not there is the error of its pair, raised by `load`, unless none of
+    the pairs is complete.
+    """
 
     def __init__(
         self, path: PathLike, size: tuple[int, int] | None = None, invert_masks: bool = False
     ) -> None:
-        super().__init__(read_list(expand_user(path)), size, invert_masks)
+        pairs, self._missing = read_list(expand_user(path))
+        super().__init__(pairs, size, invert_masks)
+
+    def load(self, index: int) -> tuple[UInt8, Bool]:
+        """See `PairDataset.load`."""
+        for file in self.pairs[index]:
+            if file in self._missing:
+                raise ImageError(self._missing[file])
+        return super().load(index)

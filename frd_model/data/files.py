@@ -62,8 +62,14 @@ def _opens(name: str) -> bool:
 
 
 def expand_user(path: PathLike) -> Path:
-    """`path` with a leading ~ or ~user replaced by that home directory, unless a file has that very name."""
+    """`path` with a leading ~ or ~user replaced by that home directory, unless a file has that very name.
+
+    Raises:
+        ImageError: an empty text, as an unset variable of a shell gives it; pathlib takes it for the working directory.
+    """
     name = os.fspath(path)
+    if not name:
+        raise ImageError("path must name a file or directory, got an empty text")
     return Path(name if os.path.lexists(name) else os.path.expanduser(name))
 
 

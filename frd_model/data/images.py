@@ -61,8 +61,10 @@ def _decode(
             raw_mode = _raw_mode(image)
             image.load()
             return convert(image, raw_mode)
-    except (ImageError, MemoryError):
+    except ImageError:
         raise
+    except MemoryError:
+        raise ImageError(f"image {name!r} must fit into memory, got out of memory") from None
     except Image.DecompressionBombError:
         raise ImageError(f"image {name!r} must have at most {max_pixels} pixels, got far more") from None
     except UnidentifiedImageError:
@@ -135,7 +137,9 @@ def _to_rgb(image: Image.Image, background: int) -> UInt8:
 
 
 def _band_to_rgb(image: Image.Image, background: int) -> UInt8:
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode == "La":  # Pillow knows no other way out of it
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (background, background, background, 255))
         image = Image.alpha_composite(canvas, rgba)

@@ -180,11 +180,13 @@ def _character(text: str, place: int) -> str:
     return f"{text[place]!r} (U+{ord(text[place]):04X})" if place < len(text) else "the end"
 
 
-def read_list(path: Path) -> list[Pair]:
-    """The pairs of a JSON list [[image, mask or "Negative"], ...]; relative paths start at the list's folder.
+def read_list(path: Path) -> tuple[list[Pair], dict[Path, str]]:
+    """The pairs of a JSON list [[image, mask or "Negative"], ...], and a complaint for each file that is not there.
+
+    Relative paths start at the list's folder.
 
     Raises:
-        DatasetError: no readable JSON list of pairs, or it names files that do not exist.
+        DatasetError: no readable JSON list of pairs, or no pair whose files exist.
     """
     try:
         # Windows editors put a byte order mark first
@@ -196,19 +198,23 @@ def read_list(path: Path) -> list[Pair]:
     if not isinstance(entries, list) or not entries:
         raise DatasetError(f"list {str(path)!r} must hold a JSON list of pairs, got {type(entries).__name__}")
     pairs = []
+    missing: dict[Path, str] = {}
     for number, entry in enumerate(entries):
         if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)):
             raise DatasetError(
                 f'list {str(path)!r} entry {number} must be [image, mask or "Negative"], got {entry!r:.200}'
             )
-        files = [_listed(path, number, name) for name in entry if name != "Negative"]
+        files = [_listed(path, number, name, missing) for name in entry if name != "Negative"]
         if not files or entry[0] == "Negative":
             raise DatasetError(f"list {str(path)!r} entry {number} must name an image, got {entry!r:.200}")
         pairs.append(Pair(files[0], files[1] if len(files) > 1 else None))
-    return pairs
+    # such as paths from another folder or machine: the list is of no use
+    if all(missing.keys() & set(pair) for pair in pairs):
+        raise DatasetError(next(iter(missing.values())))
+    return pairs, missing
 
 
-def _listed(path: Path, number: int, name: str) -> Path:
+def _listed(path: Path, number: int, name: str, missing: dict[Path, str]) -> Path:
     """The file that entry `number` of the list names, in whichever Unicode form the disk holds its name."""
     file = path.parent / expand_user(name)
     forms: Iterable[Path] = (file, *(Path(unicodedata.normalize(f, str(file))) for f in ("NFC", "NFD")))
@@ -217,6 +223,7 @@ def _listed(path: Path, number: int, name: str) -> Path:
             return form
     beside: dict[str, Path] = {}
     if os.path.isdir(file.parent):
-        beside = {unicodedata.normalize("NFC", f.name): f for f in file.parent.iterdir()}
+        beside = {unicodedata.normalize("NFC", f.name): f for f in file.parent.iterdir() if f.is_file()}
     closest = closest_name(unicodedata.normalize("NFC", file.name), beside)
-    raise DatasetError(f"list {str(path)!r} entry {number} must name files, got {str(file)!r}{closest}")
+    missing[file] = f"list {str(path)!r} entry {number} must name files, got {str(file)!r}{closest}"
+    return file

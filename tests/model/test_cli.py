@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from frd_model import cli, create_model
 from frd_model.cli import COMMANDS, PASSED_ON, Parser, main
+from frd_model.data.images import write_png
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +163,14 @@ def test_a_defect_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError):
         cli._run(SimpleNamespace(run=run), argparse.Namespace(command="x"))
+
+
+def test_a_closed_stdout_is_no_error(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.zeros((40, 40, 3), np.uint8))
+    command = ["sh", "-c", '"$0" -m frd_model predict "$1" --out "$2" >&-', sys.executable]
+    done = subprocess.run([*command, tmp_path / "a.png", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert (tmp_path / "out" / "a.json").is_file()
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

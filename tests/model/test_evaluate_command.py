@@ -80,6 +80,26 @@ def test_bad_pairs_do_not_stop_the_others(tmp_path: Path, capsys: pytest.Capture
     assert "logits must be finite" in next(f["error"] for f in means["failed"] if f["name"] == "nan.png")
 
 
+def test_missing_files_of_a_list_do_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.png"):
+        pair(tmp_path, name)
+    bad = ["gone.png", "\ud800.png", "x" * 300 + ".png", "n\0l.png", "b.png"]
+    entries = [["Tp/a.png", "Gt/a.png"], *([f"Tp/{name}", f"Gt/{name}"] for name in bad[:-1])]
+    (tmp_path / "list.json").write_text(json.dumps([*entries, ["Tp/b.png", "Gt/B.png"]]))
+
+    assert run("--json", tmp_path / "list.json", "--csv", tmp_path / "rows.csv") == 1
+
+    error = capsys.readouterr().err
+    assert "5 of 6 images could not be scored" in error and "gone.png" in error
+    assert "entry 5 must name files" in error and "'b.png', differs in letter case" in error
+    with (tmp_path / "rows.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["a.png", "gone.png", "\ufffd.png", *bad[2:]]
+    assert float(rows[0]["f1"]) == 1 and all(row["error"] for row in rows[1:])
+
+
 def test_all_bad_pairs_still_write(tmp_path: Path) -> None:
     pair(tmp_path, "nan.png", WIDTH_OF_NAN)
     assert run(*folders(tmp_path), "--json-out", tmp_path / "m.json") == 1

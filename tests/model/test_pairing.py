@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from frd_model.data.dataset import DatasetError, FolderDataset, JsonDataset
-from frd_model.data.images import write_png
+from frd_model.data.images import ImageError, write_png
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
@@ -176,3 +176,24 @@ def test_lists_with_bad_names(tmp_path, entry, words):
     with pytest.raises(DatasetError, match=words) as caught:
         JsonDataset(tmp_path / "list.json")
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_of_a_list_is_the_error_of_its_pair(tmp_path):
+    make(tmp_path, ["a.png"], ["a.png"])
+    (tmp_path / "images" / "gt").mkdir()
+    entries = [
+        ["images/a.png", "masks/a.png"],
+        ["images/wholly other", "Negative"],
+        ["images/gt", "Negative"],
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    data = JsonDataset(tmp_path / "list.json")
+    assert data.load(0)[1].sum() == 32
+    with pytest.raises(ImageError, match=r"entry 1 must name files, got .*images/wholly other'"):
+        data.load(1)
+    # a folder of the very name is not its closest file
+    missing = [(1, "images/wholly other"), (2, "images/gt")]
+    assert data.check() == [
+        f"list {str(tmp_path / 'list.json')!r} entry {number} must name files, got {str(tmp_path / name)!r}"
+        for number, name in missing
+    ]

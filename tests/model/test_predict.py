@@ -102,12 +102,31 @@ def test_model_stays_in_its_mode_and_is_deterministic(model: nn.Module) -> None:
         ({"tile": 64, "overlap": 40}, "overlap must lie"),
         ({"threshold": 1.5}, "threshold must lie"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "meta"}, "device must be one that torch can use here, got 'meta'"),
         ({"threshold": float("nan")}, "threshold must lie"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predict(photo(8, 8), Brightness(), **change)
+
+
+@pytest.mark.parametrize("change", [{"threshold": "0.5"}, {"threshold": None}, {"tile": 64.0}])
+def test_arguments_of_another_type(change: dict) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
+        predict(photo(8, 8), Brightness(), **change)
+
+
+def test_pictures_that_hold_their_values_otherwise() -> None:
+    """Premultiplied alpha, and a tensor whose sign is kept as a flag."""
+    grey = photo(40, 50)[:, :, 0]
+    alike = Image.merge("LA", [Image.fromarray(grey), Image.new("L", (50, 40), 255)])
+    flagged = torch.complex(torch.zeros(40, 50), torch.from_numpy(grey) / -255).conj().imag
+    assert flagged.is_neg()
+    want = predict(grey, Brightness()).probability
+    np.testing.assert_array_equal(predict(alike.convert("La"), Brightness()).probability, want)
+    np.testing.assert_array_equal(predict(flagged, Brightness()).probability, want)
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,25 @@ def test_a_name_that_stdout_cannot_show(tmp_path: Path) -> None:
     assert done.stdout.startswith(b"gr\\xfcn ") and (tmp_path / "out" / "grün.json").exists()
 
 
+def test_long_names_in_another_locale(tmp_path: Path) -> None:
+    """The file system's encoding is then ASCII, and the bytes of a name go through it unchanged."""
+    name = "ü" * 125
+    write_png(tmp_path / f"{name}.png", photo())
+    done = subprocess.run(
+        [sys.executable, "-m", "frd_model", "predict", tmp_path / f"{name}.png", "--out", tmp_path / "out"],
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    written = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert len(written) == 3 and all(file.startswith("ü" * 100) for file in written)
+
+
+def test_an_unset_variable_is_no_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("", "--out", tmp_path / "out") == 1
+    assert "path must name a file or directory, got an empty text" in capsys.readouterr().err
+
+
 def test_path_flags(tmp_path: Path) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="got an empty text"):
         path("")

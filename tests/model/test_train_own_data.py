@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from frd_model import load_model
 from frd_model.cli import main
+from frd_model.data import images
 from frd_model.data.augment import Augmentation
 from frd_model.data.dataset import FolderDataset
 from frd_model.losses import FORMS, FRDLoss
@@ -323,6 +325,49 @@ def test_a_file_that_breaks_is_named_counted_and_replaced(
         Trainer(configuration(tmp_path / "none", flags, data={"max_bad": 0.0, "val_share": 0.2})).fit()
 
 
+def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Photos, one of them damaged, and folders whose names are not UTF-8, with resuming."""
+    root = tmp_path / os.fsdecode(b"set\xff")
+    flags = make_plain(root, 5)
+    for file in [*root.glob("images/*"), *root.glob("masks/*")]:
+        file.rename(file.with_name(os.fsdecode(b"\xff" + os.fsencode(file.name))))
+    assert train(tmp_path / "run", *flags) == 0
+    broken = next(iter(Trainer(configuration(tmp_path / "x", flags)).train_data.pairs.pairs)).image
+    broken.write_bytes(b"broken")
+    assert train(tmp_path / "run", *flags, "--resume", "--epochs", "2") == 0
+    err = capsys.readouterr().err
+    assert "\\udcff" in err and "(1 of 4 training photos)" in err
+
+
+def test_a_photo_too_large_for_the_memory_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = make_plain(tmp_path, 5)
+    large = Trainer(configuration(tmp_path / "x", flags)).train_data.pairs.pairs[0].image
+
+    def convert(image: Image.Image, background: int, convert: Any = images._to_rgb) -> Any:
+        if getattr(image, "filename", None) == str(large):
+            raise MemoryError
+        return convert(image, background)
+
+    monkeypatch.setattr(images, "_to_rgb", convert)
+    assert train(tmp_path / "run", *flags) == 0
+    reason = f"image {str(large)!r} must fit into memory, got out of memory"
+    assert f"skipped {reason} (1 of 4 training photos)" in capsys.readouterr().err
+    assert FolderDataset(flags[1], flags[3]).check() == [reason]
+
+
+def test_missing_files_of_a_list_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_plain(tmp_path, 4)
+    entries = [[f"images/{name}.png", f"masks/{name}.png"] for name in "abcd"]
+    (tmp_path / "train.json").write_text(json.dumps([*entries, ["images/gone.png", "Negative"]]))
+    (tmp_path / "val.json").write_text(json.dumps(entries[:1]))
+    lists = ["--json", str(tmp_path / "train.json"), "--val-json", str(tmp_path / "val.json")]
+    assert train(tmp_path / "run", *lists) == 0
+    err = capsys.readouterr().err
+    assert "entry 4 must name files" in err and "(1 of 5 training photos)" in err
+
+
 def test_bad_validation_files_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = make_plain(tmp_path / "train", 2)
     other = make_plain(tmp_path / "val", 2)
@@ -495,6 +540,13 @@ def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--stop-after", "0"], "--stop-after must be at least 1"),
         (["--max-minutes", "nan"], "--max-minutes must be positive"),
         (["--output", " "], "output must be the name of a directory"),
+        (["--output", os.fsdecode(b"run\xff")], "output must be the name of a directory, in UTF-8, got"),
+        (
+            ["--images", "x", "--masks", "y", "--set", "data.forge={nosuch: 1}"],
+            "unknown key data.forge.nosuch",
+        ),
+        (["--images", "", "--masks", ""], "path must name a file or directory, got an empty text"),
+        (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
         (["--images", "x"], "data.train_masks must be given"),
         (["--val-masks", "x"], "data.val_images and data.val_masks must be given together"),
         (["--json", "x", "--images", "y"], "exclude"),

@@ -402,6 +402,7 @@ def test_a_foreign_checkpoint_takes_name_and_preset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"does not fit this FRDNet: .* shape .* is needed") as caught:
         load_model(tmp_path / "net.pth", model="frdnet_mit_b1", preset="lite")
     assert "assumed" not in str(caught.value)
+    assert "given was preset 'lite' with frdnet_mit_b1: give model and preset" in str(caught.value)
     with pytest.raises(ValueError, match="holds no FRD-Net configuration: give model and preset"):
         load_model(tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match="preset: must be one of paper, released, lite, got 'large'"):
@@ -535,6 +536,12 @@ def test_what_else_a_file_may_be(tmp_path: Path, content: Any, message: str) -> 
     with pytest.raises(ValueError, match=message) as caught:
         load_model(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "net.pth")
+    with pytest.raises(ValueError, match="a device, pipe or socket; a file is needed"):
+        load_model(tmp_path / "net.pth")
 
 
 def test_a_directory_is_no_checkpoint(saved: Path) -> None:
