@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
-from frd_model.checkpoints import parse_device
-
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -28,8 +26,8 @@ def eval_view(model: nn.Module, device: str | torch.device | None = None) -> nn.
     """
     model = unwrap(model)
     here = device_of(model)
-    # A tensor's device has an index where the argument may have none.
-    target = here if device is None else torch.empty(0, device=parse_device(device)).device
+    # An empty tensor's device has an index where the argument may have none.
+    target = here if device is None else torch.empty(0, device=device).device
     members = {id(module) for module in model.modules()}
     if target == here and not any(module.training for module in model.modules()):
         return model

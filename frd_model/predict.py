@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from frd_model.checkpoints import parse_device
 from frd_model.data.transforms import to_tensor
 from frd_model.eval_view import device_of, dtype_of, eval_view
 from frd_model.metrics import image_score
@@ -115,7 +116,7 @@ def predict(  # type: ignore[misc]  # the options are spelled out here alone
     check_options(size, tile, overlap, threshold, batch_size)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}; see create_model")
-    view = eval_view(model, device)
+    view = eval_view(model, None if device is None else parse_device(device))
     if isinstance(image, (list, tuple)):
         return [_predict_one(as_pixels(item), view, threshold, options) for item in image]
     return _predict_one(as_pixels(image), view, threshold, options)
