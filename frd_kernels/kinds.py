@@ -6,7 +6,7 @@ import enum
 
 
 class Kind(enum.IntEnum):
-    """How a 3x3 weight meets the pixels; `csrc/pdc/pdc_taps.h` holds the same numbers."""
+    """How a 3x3 weight meets the pixels; `csrc/pdc/taps.h` holds the same numbers."""
 
     VANILLA = 0
     CENTRAL = 1

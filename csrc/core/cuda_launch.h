@@ -1,4 +1,4 @@
-// Device guard, current stream and registration of the *_cuda.cpp files.
+// Device guard, current stream and registration of the operators in cuda/*.cpp.
 #pragma once
 #include <cuda_runtime_api.h>
 

@@ -16,6 +16,8 @@ namespace frd {
 
 enum class DType : int { f32, f64, f16, bf16 };
 
+using f32 = float;
+using f64 = double;
 struct bf16 {
   uint16_t bits;
 };
@@ -101,6 +103,21 @@ FRD_HD static inline void store(f16& d, float v) {
   }
   d.bits = static_cast<uint16_t>(sign | r);
 #endif
+}
+
+// f(T{}) for the element type T of a dtype.
+template <typename F>
+inline auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(f32{});
+    case DType::f64:
+      return f(f64{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(bf16{});
+  }
 }
 
 }  // namespace frd

@@ -11,7 +11,7 @@ const char* isa_name(Isa isa);
 
 }  // namespace frd
 
-// Declares frd::fn(), which returns the Table of the chosen build. Each *_kernel.cpp defines FRD_ISA::fn().
+// Declares frd::fn(), which returns the Table of the chosen build. Each *kernel.cpp defines FRD_ISA::fn().
 #if defined(__x86_64__)
 #define FRD_ISA_TABLE(Table, fn) \
   namespace frd {                \

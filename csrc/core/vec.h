@@ -1,4 +1,4 @@
-// Vectors of the instruction set that a kernel file is compiled for. For *_kernel.cpp only: everything here
+// Vectors of the instruction set that a kernel file is compiled for. For *kernel.cpp only: everything here
 // has internal linkage, so that no build's code can stand in for another's.
 #pragma once
 #include <cstdint>

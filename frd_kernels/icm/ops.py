@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 
 def saved_size(tokens: int, centres: int, channels: int) -> int:
-    """What a round keeps for an item, as `layout_saved` in csrc/icm/launch_cpu.h."""
+    """What a round keeps for an item, as `saved_round` in csrc/cluster/saved.h."""
     return 2 * tokens + 4 * centres * channels + 3 * centres
 
 

@@ -1,7 +1,7 @@
 """Which pixels meet in a difference: the tap table of every kind, stated once for the reference and the Triton
 kernels.
 
-The C++ kernels have the same table in `csrc/pdc/pdc_taps.h`. Semantics: PiDiNet (Su et al., ICCV 2021).
+The C++ kernels have the same table in `csrc/pdc/taps.h`. Semantics: PiDiNet (Su et al., ICCV 2021).
 """
 
 from __future__ import annotations

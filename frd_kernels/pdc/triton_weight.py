@@ -1,5 +1,5 @@
 """The weight transform on Triton: `frd_triton::pdc_weight` and its backward, with the semantics of
-`csrc/pdc/pdc_weight_math.h`, zero-sum rounding to 16 bit included."""
+`csrc/pdc/weight.h`, zero-sum rounding to 16 bit included."""
 
 # Triton functions take no annotations, and their tuples grow.
 # mypy: disable-error-code="no-untyped-def, assignment"

@@ -13,6 +13,7 @@ import hashlib
 import pathlib
 import shutil
 import subprocess
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,35 @@ OPS = (
     *("cluster", "cluster_backward", "cluster_dispatch", "cluster_dispatch_backward"),
     *("icm", "icm_backward"),
 )
+
+
+DTYPES = ("f32", "f64", "f16", "bf16")
+
+
+class Source(NamedTuple):
+    """A source of libfrd_cuda.so; a *inst.cu is compiled once per dtype, as CMakeLists.txt does."""
+
+    path: pathlib.Path
+    dtype: str = ""
+
+    @property
+    def name(self) -> str:
+        family = self.path.parts[-3]
+        return "-".join(part for part in (family, self.path.name, self.dtype) if part)
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"-DFRD_DTYPE={self.dtype}"] if self.dtype else []
+
+
+def cuda_sources() -> list[Source]:
+    """The .cu files of the library, by name."""
+    found = []
+    for path in sorted(CSRC.glob("*/cuda/*.cu")):
+        block = "pdc_block" in path.parts
+        dtypes = [d for d in DTYPES if not (block and d == "f64")] if path.name.endswith("inst.cu") else [""]
+        found += [Source(path, dtype) for dtype in dtypes]
+    return found
 
 
 def cuda_include() -> pathlib.Path | None:
@@ -47,12 +77,13 @@ def problem() -> str:
     return ""
 
 
-def _compile(source: pathlib.Path, flags: list[str], common: bytes, cache: pathlib.Path) -> pathlib.Path:
-    key = hashlib.sha256(common + source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
+def _compile(source: Source, flags: list[str], common: bytes, cache: pathlib.Path) -> pathlib.Path:
+    flags = [*flags, *source.flags]
+    key = hashlib.sha256(common + source.path.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     out = cache / f"{source.name}-{key}.o"
     if not out.exists():
         partial = out.with_suffix(".partial.o")
-        command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(partial)]
+        command = ["g++", *flags, "-x", "c++", "-c", str(source.path), "-o", str(partial)]
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr[-4000:]
         partial.rename(out)
@@ -85,7 +116,8 @@ def _build(cache: pathlib.Path) -> pathlib.Path:
         flags += ["-isystem", str(system)]
     headers = sorted(p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in (".h", ".cuh"))
     common = b"".join(path.read_bytes() for path in headers)
-    sources = sorted([*CSRC.glob("*/*_cuda.cu"), *CSRC.glob("*/*_cuda.cpp"), HERE / "emulated_runtime.cc"])
+    plain = [*sorted(CSRC.glob("*/cuda/*.cpp")), HERE / "emulated_runtime.cc"]
+    sources = [*cuda_sources(), *map(Source, plain)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _compile(source, flags, common, cache), sources))
     return _link(objects, cache)

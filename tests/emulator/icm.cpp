@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "icm/icm_launch.cuh"
+#include "cluster/cuda/icm_launch.cuh"
 
 using namespace frd;
 

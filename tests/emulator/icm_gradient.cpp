@@ -5,8 +5,8 @@
 #include <random>
 #include <vector>
 
-#include "icm/icm_grad_launch.cuh"
-#include "icm/icm_grad_plan.h"
+#include "cluster/cuda/grad_plan.h"
+#include "cluster/cuda/icm_grad_launch.cuh"
 #include "icm_plain.h"
 
 using namespace frd;

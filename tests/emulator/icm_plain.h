@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "icm/icm_cuda.h"
+#include "cluster/cuda/args.h"
 
 namespace {
 

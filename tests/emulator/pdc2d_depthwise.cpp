@@ -12,9 +12,9 @@
 #undef __forceinline__
 #define __forceinline__ inline
 
-#include "pdc/pdc_gather_cuda.cu"
-#include "pdc/pdc_pixels_cuda.cu"
-#include "pdc/pdc_planes_cuda.cu"
+#include "pdc/cuda/gather.cu"
+#include "pdc/cuda/pixels.cu"
+#include "pdc/cuda/planes.cu"
 
 using namespace frd;
 

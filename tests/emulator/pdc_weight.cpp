@@ -3,8 +3,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "pdc/pdc_weight_dispatch.h"
-#include "pdc/pdc_weight_kernel.cuh"
+#include "pdc/cuda/weight.cuh"
+#include "pdc/taps.h"
 
 using namespace frd;
 

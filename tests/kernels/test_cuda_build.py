@@ -19,8 +19,10 @@ from frd_kernels.backend import _runs_on
 
 from . import backends
 
-CSRC = pathlib.Path(__file__).parents[2] / "csrc"
-SOURCES = sorted(CSRC.glob("*/*_cuda.cu"))
+Source = backends.emulated.Source
+
+CSRC = backends.emulated.CSRC
+SOURCES = backends.emulated.cuda_sources()
 ARCHITECTURES = (80, 90, 100, 120)  # Ampere, Hopper, data centre and desktop Blackwell
 LIBRARY = pathlib.Path(frd_kernels.__file__).parent / "libfrd_cuda.so"
 
@@ -51,11 +53,11 @@ def test_library_spills_nothing() -> None:
     assert not {name: int(stack) for name, stack in stacks if int(stack) > 0}
 
 
-def usage(source: pathlib.Path, architecture: int, out: pathlib.Path) -> dict[str, tuple[int, int, int]]:
+def usage(source: Source, architecture: int, out: pathlib.Path) -> dict[str, tuple[int, int, int]]:
     """Kernel -> (bytes of stack, of spill stores, of spill loads), as ptxas reports them."""
     command = ["nvcc", "-O3", "-std=c++17", f"-I{CSRC}", "-Xptxas=-v", "-cubin", f"-arch=sm_{architecture}"]
     built = subprocess.run(
-        [*command, str(source), "-o", str(out / f"{source.stem}.{architecture}.cubin")],
+        [*command, *source.flags, str(source.path), "-o", str(out / f"{source.name}.{architecture}.cubin")],
         capture_output=True,
         text=True,
     )
@@ -67,14 +69,14 @@ def usage(source: pathlib.Path, architecture: int, out: pathlib.Path) -> dict[st
     return {name: (int(stack), int(stores), int(loads)) for name, stack, stores, loads in found}
 
 
-def others(source: pathlib.Path) -> list[int]:
+def others(source: Source) -> list[int]:
     """The architectures to compile a source for beside the library's: one each, another for another source. The
     kernels of the clustering take minutes: of them only those of bfloat16. With FRD_TEST_ALL=1 all on all."""
     missing = [architecture for architecture in ARCHITECTURES if architecture not in in_library()]
     if not missing or os.environ.get("FRD_TEST_ALL"):
         return missing
-    if source.name.startswith("icm_"):
-        return [missing[-1 if "grad" in source.name else 0]] if "bf16" in source.name else []
+    if source.name.startswith("cluster-icm_"):
+        return [missing[-1 if "grad" in source.name else 0]] if source.dtype == "bf16" else []
     return [missing[SOURCES.index(source) % len(missing)]]
 
 

@@ -1,0 +1,216 @@
+#include "cluster/cpu/kernels.h"
+
+#include "cluster/cpu/round_tile.h"
+
+namespace frd {
+namespace FRD_ISA {
+namespace {
+
+// Tokens of item b that take part in the pixels [top, bottom) x [left, right).
+template <class A>
+int64_t bin_tokens(const Round<A>& r, int64_t b, int64_t top, int64_t bottom, int64_t left, int64_t right) {
+  if (!r.masked) return (bottom - top) * (right - left);
+  int64_t count = 0;
+  for (int64_t y = top; y < bottom; ++y)
+    for (int64_t x = left; x < right; ++x) count += r.takes_part(b, y * r.width + x);
+  return count;
+}
+
+// Bin means of one row of bins: out [columns, C]; share [columns]: 1 / tokens of each bin.
+template <class A>
+void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t row, A* buffer, A* out,
+                  A* share) {
+  const int64_t top = bin_begin(row, r.height, r.rows), bottom = bin_end(row, r.height, r.rows);
+  fill(out, r.columns * r.channels, A(0));
+  for (int64_t first = top * r.width; first < bottom * r.width; first += kTile) {
+    const int64_t left = bottom * r.width - first, m = left < kTile ? left : kTile;
+    const A* tokens = load_tile(view, b, first, m, r.channels, buffer);
+    for (int64_t i = 0; i < m; ++i) {
+      if (!r.takes_part(b, first + i)) continue;
+      const int64_t column = (first + i) % r.width;
+      for (int64_t j = first_bin(column, r.width, r.columns); j <= last_bin(column, r.width, r.columns); ++j)
+        add_scaled(A(1), tokens + i * r.channels, r.channels, out + j * r.channels);
+    }
+  }
+  for (int64_t j = 0; j < r.columns; ++j) {
+    const int64_t left = bin_begin(j, r.width, r.columns), right = bin_end(j, r.width, r.columns);
+    const int64_t count = bin_tokens(r, b, top, bottom, left, right);
+    share[j] = count > 0 ? A(1) / static_cast<A>(count) : A(0);
+    if (count == 0) continue;
+    for (int64_t c = 0; c < r.channels; ++c) out[j * r.channels + c] /= static_cast<A>(count);
+  }
+}
+
+template <class A>
+void pool(const Round<A>& r, int64_t begin, int64_t end) {
+  Scratch<A> buffer(kTile * r.channels);
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t b = u / r.rows, bin = u % r.rows * r.columns;
+    const auto mean = [&](const TokenView& view, const PerItem<A>& out) {
+      pool_bin_row<A>(r, view, b, u % r.rows, buffer, out[b] + bin * r.channels, r.share[b] + bin);
+    };
+    mean(r.values, r.pooled);
+    if (!r.shared) mean(r.keys, r.pooled_keys);
+  }
+}
+
+template <class A>
+int64_t key_panels(int64_t centres) {
+  return (centres + gemm_of(A()).panel - 1) / gemm_of(A()).panel;
+}
+
+template <class A>
+void centre_keys(const Round<A>& r, int64_t begin, int64_t end) {
+  const GemmOps<A>& gemm = gemm_of(A());
+  const int64_t panels = key_panels<A>(r.centres()), channels = r.channels;
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t b = u / panels, first = u % panels * gemm.panel;
+    const int64_t left = r.centres() - first, m = left < gemm.panel ? left : gemm.panel;
+    const A* pooled = r.pooled_keys[b] + first * channels;
+    A* unit = r.unit[b] + first * channels;
+    if (r.key_packed != nullptr) project(pooled, r.key_packed, r.key_bias, m, channels, unit);
+    for (int64_t i = 0; i < m; ++i) {
+      const A* key = (r.key_packed != nullptr ? unit : pooled) + i * channels;
+      const A scale = inverse_norm(key, channels);
+      r.unit_scale[b][first + i] = scale;
+      for (int64_t c = 0; c < channels; ++c) unit[i * channels + c] = key[c] * scale;
+    }
+    gemm.pack(unit, 1, channels, channels, m, r.unit_packed[b] + first * channels);
+  }
+}
+
+// Index of the score that `wins` a scan from the left, in two passes that vectorise. sign: 1, 0, -1 (or NaN).
+template <class A>
+int32_t best_score(const A* scores, int32_t n, A sign) {
+  A best = -__builtin_inf();
+  int32_t nan = 0, index = n;
+#pragma omp simd reduction(max : best) reduction(| : nan)
+  for (int32_t i = 0; i < n; ++i) {
+    const A v = sign * scores[i];
+    best = v > best ? v : best;
+    nan |= v != v;
+  }
+  if (!nan) {
+#pragma omp simd reduction(min : index)
+    for (int32_t i = 0; i < n; ++i) {
+      const int32_t found = sign * scores[i] == best ? i : n;
+      index = found < index ? found : index;
+    }
+    if (index < n) return index;
+  }
+  index = 0;
+  for (int32_t i = 1; i < n; ++i)
+    if (wins(sign * scores[i], sign * scores[index])) index = i;
+  return index;
+}
+
+template <class A>
+void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* keys_buffer, A* scores,
+                  A* unit) {
+  const int64_t channels = r.channels, centres = r.centres();
+  // The arg-max does not see a positive factor, so neither the token's norm nor the sigmoid; a negative alpha
+  // flips it, and zero ties all.
+  const A sign = r.order > 0 ? A(1) : r.order < 0 ? A(-1) : r.order;
+  A* sums = r.sums[b] + chunk * centres * channels;
+  A* weights = r.weights[b] + chunk * centres;
+  fill(sums, centres * channels, A(0));
+  fill(weights, centres, A(0));
+  const Span span = chunk_span(r.tokens(), r.chunks, chunk);
+  for (int64_t first = span.begin; first < span.end; first += kTile) {
+    const int64_t m = span.end - first < kTile ? span.end - first : kTile;
+    const A* tokens = load_tile(r.values, b, first, m, channels, buffer);
+    const A* keys = load_keys(r, tokens, b, first, m, keys_buffer);
+    gemm_of(A()).run(keys, channels, r.unit_packed[b], scores, centres, m, centres, channels, false);
+    for (int64_t i = 0; i < m; ++i) {
+      if (!r.takes_part(b, first + i)) {
+        r.cosine[b][first + i] = r.scale[b][first + i] = 0;
+        continue;
+      }
+      const A* key = keys + i * channels;
+      A* row = scores + i * centres;
+      const A scale = inverse_norm(key, channels);
+      A factor = scale;
+      if (!is_live(scale) || !(scale > 0)) {
+        // The norm counts as zero or has overflowed. The scores of such a key may have underflowed, or rank
+        // centres that its cosines, all zero, do not.
+        for (int64_t c = 0; c < channels; ++c) unit[c] = key[c] * scale;
+        gemm_of(A()).run(unit, channels, r.unit_packed[b], row, centres, 1, centres, channels, false);
+        factor = 1;
+      }
+      const int32_t label = best_score(row, static_cast<int32_t>(centres), sign);
+      const A cosine = row[label] * factor, weight = token_weight(r, cosine);
+      r.labels[b][first + i] = label;
+      r.cosine[b][first + i] = cosine;
+      r.scale[b][first + i] = scale;
+      weights[label] += weight;
+      add_scaled(weight, tokens + i * channels, channels, sums + label * channels);
+    }
+  }
+}
+
+template <class A>
+void assign(const Round<A>& r, int64_t begin, int64_t end) {
+  Scratch<A> buffer(kTile * r.channels), keys(kTile * r.channels), scores(kTile * r.centres());
+  Scratch<A> unit(r.channels);
+  for (int64_t u = begin; u < end; ++u)
+    assign_chunk<A>(r, u / r.chunks, u % r.chunks, buffer, keys, scores, unit);
+}
+
+template <class A>
+void finish(const Round<A>& r, int64_t begin, int64_t end) {
+  const int64_t channels = r.channels, centres = r.centres();
+  for (int64_t u = begin; u < end; ++u) {
+    const int64_t b = u / r.blocks(), first = u % r.blocks() * kCentreBlock;
+    const int64_t m = centres - first < kCentreBlock ? centres - first : kCentreBlock;
+    A* mean = r.mean[b] + first * channels;
+    for (int64_t i = 0; i < m; ++i) {
+      const A* pooled = r.pooled[b] + (first + i) * channels;
+      A* row = mean + i * channels;
+      A mass = 1;
+      for (int64_t c = 0; c < channels; ++c) row[c] = pooled[c];
+      for (int64_t k = 0; k < r.chunks; ++k) {
+        mass += r.weights[b][k * centres + first + i];
+        add_scaled(A(1), r.sums[b] + (k * centres + first + i) * channels, channels, row);
+      }
+      for (int64_t c = 0; c < channels; ++c) row[c] /= mass;
+      r.mass[b][first + i] = mass;
+    }
+    A* result = r.result[b] + first * channels;
+    if (r.value_packed != nullptr)
+      project(mean, r.value_packed, r.value_bias, m, channels, result);
+    else if (result != mean)
+      for (int64_t c = 0; c < m * channels; ++c) result[c] = mean[c];
+  }
+}
+
+template <class A>
+void publish(const Round<A>& r, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    for (int64_t o = 0; o < r.centres(); ++o) r.counts[b][o] = 0;
+    for (int64_t n = 0; n < r.tokens(); ++n) {
+      r.similarity[b][n] = 0;
+      if (!r.takes_part(b, n)) continue;
+      ++r.counts[b][r.labels[b][n]];
+      r.similarity[b][n] = r.weighted ? token_weight(r, r.cosine[b][n]) : r.cosine[b][n];
+    }
+    store_tile(static_cast<const A*>(r.result[b]), r.result_view, b, 0, r.centres(), r.channels);
+  }
+}
+
+template <class A>
+RoundOps<A> table() {
+  return {key_panels<A>,     gemm_of(A()).packed_size,
+          gemm_of(A()).pack, pool<A>,
+          centre_keys<A>,    assign<A>,
+          finish<A>,         publish<A>};
+}
+
+}  // namespace
+
+const RoundKernels& round_kernels() {
+  static const RoundKernels kernels{table<float>(), table<double>()};
+  return kernels;
+}
+
+}  // namespace FRD_ISA
+}  // namespace frd

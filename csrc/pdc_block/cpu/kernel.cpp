@@ -1,0 +1,276 @@
+#include "pdc_block/cpu/kernel.h"
+
+#include "core/gemm.h"
+#include "pdc_block/cpu/hidden.h"
+
+namespace frd {
+namespace FRD_ISA {
+namespace {
+
+template <class A>
+const GemmOps<A>& gemm() {
+  if constexpr (sizeof(A) == 8)
+    return gemm_kernels().f64;
+  else
+    return gemm_kernels().f32;
+}
+
+constexpr int64_t kStrip = 48;  // rows of a product that meet their epilogue in the first cache
+
+int64_t tile_pixels(const PdcBlockArgs& a) { return a.tile_rows * a.tile_columns; }
+
+// Row stride of a tile that holds channels by pixels.
+template <class A>
+int64_t tile_ld(const PdcBlockArgs& a) {
+  return round_up(tile_pixels(a), gemm<A>().panel);
+}
+
+// Hands out aligned pieces of the scratch; with base null it only counts.
+template <class A>
+struct Pieces {
+  A* base;
+  int64_t used = 0;
+  A* take(int64_t n) {
+    A* piece = base ? base + used : nullptr;
+    used += round_up(n, kVecBytes / sizeof(A));
+    return piece;
+  }
+};
+
+template <class A>
+struct ForwardScratch {
+  A *staged, *line, *hidden, *packed, *strip;
+  int64_t elements;
+  ForwardScratch(const PdcBlockArgs& a, A* base) {
+    const int64_t lanes = Vec<A>::lanes, ld = tile_ld<A>(a);
+    Pieces<A> pieces{base};
+    staged = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
+    line = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
+    hidden = pieces.take(a.channels * ld + lanes);
+    packed = pieces.take(a.channels_last ? 0 : gemm<A>().packed_size(a.channels, tile_pixels(a)));
+    strip = pieces.take(kStrip * (a.channels_last ? a.out_channels : ld));
+    elements = pieces.used;
+  }
+};
+
+// out = sums (+ bias: one value, or one for each element) (+ residual), rounded once
+template <class T>
+void finish_row(const compute_t<T>* sums, const compute_t<T>* bias, bool bias_each, const T* residual, T* out,
+                int64_t n) {
+  typedef compute_t<T> A;
+  typedef Vec<A> V;
+  const A shared = bias && !bias_each ? *bias : A(0);
+  const A* each = bias_each ? bias : nullptr;
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) {
+    typename V::type v = V::load(sums + i) + shared;
+    if (each) v += V::load(each + i);
+    if (residual) v += V::load(residual + i);
+    V::store(out + i, v);
+  }
+  for (; i < n; ++i) {
+    A v = sums[i] + shared;
+    if (each) v += each[i];
+    if (residual) v += load(residual[i]);
+    store(out[i], v);
+  }
+}
+
+template <class T>
+void forward_planes(const PdcBlockArgs& a, const Tile& t, const ForwardScratch<compute_t<T>>& s) {
+  typedef compute_t<T> A;
+  const int64_t pixels = t.pixels(), ld = tile_ld<A>(a), plane = a.out_height * a.out_width;
+  hidden_planes<T>(a, t, s.staged, s.line, s.hidden, ld);
+  gemm<A>().pack(s.hidden, ld, 1, a.channels, pixels, s.packed);
+  const A* point = static_cast<const A*>(a.point);
+  const A* bias = static_cast<const A*>(a.point_bias);
+  for (int64_t o = 0; o < a.out_channels; o += kStrip) {
+    const int64_t rows = a.out_channels - o < kStrip ? a.out_channels - o : kStrip;
+    gemm<A>().run(point + o * a.channels, a.channels, s.packed, s.strip, ld, rows, pixels, a.channels, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (t.image * a.out_channels + o + r) * plane + t.y * a.out_width + t.x;
+      finish_row<T>(s.strip + r * ld, bias ? bias + o + r : nullptr, false,
+                    a.residual ? static_cast<const T*>(a.residual) + at : nullptr,
+                    static_cast<T*>(a.out) + at, pixels);
+    }
+  }
+}
+
+template <class T>
+void forward_pixels(const PdcBlockArgs& a, const Tile& t, const ForwardScratch<compute_t<T>>& s) {
+  typedef compute_t<T> A;
+  const int64_t first = (t.image * a.out_height + t.y) * a.out_width + t.x, pixels = t.pixels();
+  hidden_pixels<T>(a, t, s.hidden);
+  for (int64_t p = 0; p < pixels; p += kStrip) {
+    const int64_t rows = pixels - p < kStrip ? pixels - p : kStrip;
+    gemm<A>().run(s.hidden + p * a.channels, a.channels, static_cast<const A*>(a.point), s.strip,
+                  a.out_channels, rows, a.out_channels, a.channels, false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = (first + p + r) * a.out_channels;
+      finish_row<T>(s.strip + r * a.out_channels, static_cast<const A*>(a.point_bias),
+                    a.point_bias != nullptr, a.residual ? static_cast<const T*>(a.residual) + at : nullptr,
+                    static_cast<T*>(a.out) + at, a.out_channels);
+    }
+  }
+}
+
+template <class T>
+void forward_tiles(const PdcBlockArgs& a, void* scratch, int64_t begin, int64_t end) {
+  const ForwardScratch<compute_t<T>> s(a, static_cast<compute_t<T>*>(scratch));
+  for (int64_t i = begin; i < end; ++i)
+    a.channels_last ? forward_pixels<T>(a, tile_at(a, i), s) : forward_planes<T>(a, tile_at(a, i), s);
+}
+
+template <class A>
+struct BackwardScratch {
+  A *staged, *line, *hidden, *grad, *packed_grad, *packed_hidden, *product;
+  int64_t elements;
+  BackwardScratch(const PdcBlockArgs& a, A* base) {
+    const int64_t lanes = Vec<A>::lanes, ld = tile_ld<A>(a), pixels = tile_pixels(a);
+    Pieces<A> pieces{base};
+    staged = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
+    line = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
+    hidden = pieces.take(a.channels * ld + lanes);
+    grad = pieces.take(a.out_channels * ld);
+    packed_grad = pieces.take(a.channels_last ? 0 : gemm<A>().packed_size(a.out_channels, pixels));
+    packed_hidden = pieces.take(gemm<A>().packed_size(pixels, a.channels));
+    product = pieces.take(a.channels * ld);
+    elements = pieces.used;
+  }
+};
+
+// out = grad where the ReLU let something through (NaN counts, as in torch), else 0
+template <class T>
+void mask_row(const compute_t<T>* grad, const compute_t<T>* hidden, T* out, int64_t n) {
+  typedef compute_t<T> A;
+  typedef Vec<A> V;
+  const typename V::type zero = {};
+  int64_t i = 0;
+  for (; i + V::lanes <= n; i += V::lanes)
+    V::store(out + i, V::load(hidden + i) <= zero ? zero : V::load(grad + i));
+  for (; i < n; ++i) store(out[i], hidden[i] <= A(0) ? A(0) : grad[i]);
+}
+
+// The rows of a matrix in the compute type: where they are if they are of that type, else a copy.
+template <class T>
+const compute_t<T>* converted(const T* rows, int64_t ld, int64_t count, int64_t n, compute_t<T>* copy,
+                              int64_t* out_ld) {
+  if constexpr (sizeof(T) == sizeof(compute_t<T>)) {
+    *out_ld = ld;
+    return rows;
+  } else {
+    for (int64_t r = 0; r < count; ++r) copy_row(rows + r * ld, copy + r * *out_ld, n);
+    return copy;
+  }
+}
+
+template <class T>
+void backward_planes(const PdcBlockArgs& a, const Tile& t, const BackwardScratch<compute_t<T>>& s,
+                     compute_t<T>* sums, bool accumulate) {
+  typedef compute_t<T> A;
+  typedef Vec<A> V;
+  const int64_t pixels = t.pixels(), ld = tile_ld<A>(a), plane = a.out_height * a.out_width;
+  const int64_t offset = t.y * a.out_width + t.x;
+  int64_t grad_ld = ld;
+  const T* from = static_cast<const T*>(a.grad) + t.image * a.out_channels * plane + offset;
+  const A* grad = converted(from, plane, a.out_channels, pixels, s.grad, &grad_ld);
+  hidden_planes<T>(a, t, s.staged, s.line, s.hidden, ld);
+  gemm<A>().pack(grad, grad_ld, 1, a.out_channels, pixels, s.packed_grad);
+  gemm<A>().run_at(static_cast<const A*>(a.point), a.channels, s.packed_grad, s.product, ld, a.channels,
+                   pixels, a.out_channels, false);
+  T* to = static_cast<T*>(a.hidden_grad) + t.image * a.channels * plane + offset;
+  for (int64_t c = 0; c < a.channels; ++c)
+    mask_row(s.product + c * ld, s.hidden + c * ld, to + c * plane, pixels);
+  gemm<A>().pack(s.hidden, 1, ld, pixels, a.channels, s.packed_hidden);
+  gemm<A>().run(grad, grad_ld, s.packed_hidden, sums, a.channels, a.out_channels, a.channels, pixels,
+                accumulate);
+  A* bias = sums + a.out_channels * a.channels;
+  for (int64_t o = 0; o < a.out_channels; ++o) {
+    typename V::type partial = {};
+    int64_t i = 0;
+    for (; i + V::lanes <= pixels; i += V::lanes) partial += V::load(grad + o * grad_ld + i);
+    A sum = 0;
+    for (int j = 0; j < V::lanes; ++j) sum += partial[j];
+    for (; i < pixels; ++i) sum += grad[o * grad_ld + i];
+    bias[o] = accumulate ? bias[o] + sum : sum;
+  }
+}
+
+template <class T>
+void backward_pixels(const PdcBlockArgs& a, const Tile& t, const BackwardScratch<compute_t<T>>& s,
+                     compute_t<T>* sums, bool accumulate) {
+  typedef compute_t<T> A;
+  const int64_t first = (t.image * a.out_height + t.y) * a.out_width + t.x, pixels = t.pixels();
+  int64_t grad_ld = a.out_channels;
+  const T* from = static_cast<const T*>(a.grad) + first * a.out_channels;
+  const A* grad = converted(from, a.out_channels, 1, pixels * a.out_channels, s.grad, &grad_ld);
+  hidden_pixels<T>(a, t, s.hidden);
+  gemm<A>().run(grad, grad_ld, static_cast<const A*>(a.point), s.product, a.channels, pixels, a.channels,
+                a.out_channels, false);
+  mask_row(s.product, s.hidden, static_cast<T*>(a.hidden_grad) + first * a.channels, pixels * a.channels);
+  gemm<A>().pack(s.hidden, a.channels, 1, pixels, a.channels, s.packed_hidden);
+  gemm<A>().run_at(grad, grad_ld, s.packed_hidden, sums, a.channels, a.out_channels, a.channels, pixels,
+                   accumulate);
+  A* bias = sums + a.out_channels * a.channels;
+  if (!accumulate) memset(bias, 0, sizeof(A) * a.out_channels);
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t o = 0; o < a.out_channels; ++o) bias[o] += grad[p * grad_ld + o];
+}
+
+template <class T>
+void backward_tiles(const PdcBlockArgs& a, void* scratch, int64_t begin, int64_t end, void* sums_) {
+  typedef compute_t<T> A;
+  const BackwardScratch<A> s(a, static_cast<A*>(scratch));
+  A* sums = static_cast<A*>(sums_);
+  for (int64_t i = begin; i < end; ++i) {
+    const Tile t = tile_at(a, i);
+    a.channels_last ? backward_pixels<T>(a, t, s, sums, i > begin)
+                    : backward_planes<T>(a, t, s, sums, i > begin);
+  }
+}
+
+int64_t forward_scratch(const PdcBlockArgs& a) {
+  return a.dtype == DType::f64 ? ForwardScratch<double>(a, nullptr).elements
+                               : ForwardScratch<float>(a, nullptr).elements;
+}
+
+int64_t backward_scratch(const PdcBlockArgs& a) {
+  return a.dtype == DType::f64 ? BackwardScratch<double>(a, nullptr).elements
+                               : BackwardScratch<float>(a, nullptr).elements;
+}
+
+void forward(const PdcBlockArgs& a, void* scratch, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::f32:
+      return forward_tiles<float>(a, scratch, begin, end);
+    case DType::f64:
+      return forward_tiles<double>(a, scratch, begin, end);
+    case DType::f16:
+      return forward_tiles<f16>(a, scratch, begin, end);
+    case DType::bf16:
+      return forward_tiles<bf16>(a, scratch, begin, end);
+  }
+}
+
+void backward(const PdcBlockArgs& a, void* scratch, int64_t begin, int64_t end, void* sums) {
+  switch (a.dtype) {
+    case DType::f32:
+      return backward_tiles<float>(a, scratch, begin, end, sums);
+    case DType::f64:
+      return backward_tiles<double>(a, scratch, begin, end, sums);
+    case DType::f16:
+      return backward_tiles<f16>(a, scratch, begin, end, sums);
+    case DType::bf16:
+      return backward_tiles<bf16>(a, scratch, begin, end, sums);
+  }
+}
+
+}  // namespace
+
+const PdcBlockKernels& pdc_block_kernels() {
+  static const PdcBlockKernels table = {forward_scratch, backward_scratch, forward, backward};
+  return table;
+}
+
+}  // namespace FRD_ISA
+}  // namespace frd
