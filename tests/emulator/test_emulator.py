@@ -16,6 +16,8 @@ import pytest
 
 from .emulated import cuda_include
 
+pytestmark = pytest.mark.build
+
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 PROGRAMS = sorted(path for path in HERE.glob("*.cpp") if not path.stem.startswith("broken_"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import pathlib
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -74,18 +72,16 @@ def assert_same_bits(name: str, found: Iterable[torch.Tensor], wanted: Iterable[
             assert torch.equal(a, b)
 
 
-def is_thinned(name: str, op: str) -> bool:
-    """Whether a backend runs few of the cases of `op`; FRD_TEST_ALL=1 runs all."""
-    return is_slow(name, op) and not os.environ.get("FRD_TEST_ALL")
+def tier(name: str) -> str:
+    """The marker of what runs on a backend; none for those that are quick everywhere."""
+    if name == EMULATED or (name == "triton" and _triton.INTERPRETED):
+        return "slow"
+    return "gpu" if name in ("cuda", "triton") else ""
 
 
-def share(name: str, cases: Sequence[Case], *key: object) -> Sequence[Case]:
-    """What a test that loops over cases takes of them: all, but for the slow interpreter four, others for
-    another key. FRD_TEST_ALL=1 gives it all."""
-    if not is_slow(name) or os.environ.get("FRD_TEST_ALL"):
-        return cases
-    step = -(-len(cases) // 4)
-    return cases[zlib.crc32(repr(key).encode()) % step :: step]
+def share(name: str, cases: Sequence[Case]) -> Sequence[Case]:
+    """What a test that loops over cases takes of them: all, in the slow interpreter four."""
+    return cases[:: -(-len(cases) // 4)] if is_slow(name) else cases
 
 
 def device_of(name: str) -> torch.device:

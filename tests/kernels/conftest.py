@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -27,23 +26,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", params, indirect=True)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out most cases of a backend that is slow for the op, not the same for each test."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the cases of a backend into its tier; of a slow one every twelfth case of a test, and its first."""
     rank: Counter[str] = Counter()
-    dropped = set()
     for item in items:
         spec = getattr(item, "callspec", None)
         name = spec.params.get("backend", "") if spec else ""
+        tier = backends.tier(name)
+        if tier:
+            item.add_marker(tier)
         module: Any = item.module  # type: ignore[attr-defined]
-        if not backends.is_thinned(name, getattr(module, "OP", "")):
-            continue
-        step = getattr(module, "THINNING", 12)
-        test = f"{item.nodeid.partition('[')[0]} {name}"
-        if (rank[test] + zlib.crc32(test.encode())) % step and rank[test]:
-            dropped.add(item.nodeid)
-        rank[test] += 1
-    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in dropped])
-    items[:] = [item for item in items if item.nodeid not in dropped]
+        if backends.is_slow(name, getattr(module, "OP", "")):
+            test = f"{item.nodeid.partition('[')[0]} {name}"
+            if rank[test] % getattr(module, "EVERY", 12):
+                item.add_marker("exhaustive")
+            rank[test] += 1
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

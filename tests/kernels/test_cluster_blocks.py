@@ -20,7 +20,7 @@ from .cluster_dense import Case, dense_cluster, dense_pool
 from .icm_cases import on_device  # noqa: F401  an autouse fixture
 
 OP = "cluster"
-THINNING = 40  # the layers put together what other tests run on every backend
+EVERY = 40  # the layers put together what other tests run on every backend
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import shutil
@@ -44,6 +43,7 @@ def in_library() -> set[int]:
 
 
 @loaded
+@pytest.mark.build
 def test_library_spills_nothing() -> None:
     triton = pytest.importorskip("triton")
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -71,10 +71,10 @@ def usage(source: Source, architecture: int, out: pathlib.Path) -> dict[str, tup
 
 def others(source: Source) -> list[int]:
     """The architectures to compile a source for beside the library's: one each, another for another source. The
-    kernels of the clustering take minutes: of them only those of bfloat16. With FRD_TEST_ALL=1 all on all."""
+    kernels of the clustering take minutes: of them only those of bfloat16."""
     missing = [architecture for architecture in ARCHITECTURES if architecture not in in_library()]
-    if not missing or os.environ.get("FRD_TEST_ALL"):
-        return missing
+    if not missing:
+        return []
     if source.name.startswith("cluster-icm_"):
         return [missing[-1 if "grad" in source.name else 0]] if source.dtype == "bf16" else []
     return [missing[SOURCES.index(source) % len(missing)]]
@@ -95,6 +95,7 @@ def compile_all() -> dict[tuple[str, int], dict[str, tuple[int, int, int]]]:
 COMPILED: Any = None  # the Future of it
 
 
+@pytest.mark.build
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.timeout(1800)
 def test_no_other_architecture_spills() -> None:

@@ -17,6 +17,8 @@ from frd_kernels.convert import fold
 from .convert_cases import randomised
 from .pdc_cases import KINDS
 
+pytestmark = pytest.mark.build
+
 AUTO = torch.export.Dim.AUTO
 ANY_SIZE = [{0: AUTO, 2: AUTO, 3: AUTO}]
 

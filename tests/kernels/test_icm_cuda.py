@@ -14,9 +14,12 @@ from . import backends
 from .icm_cases import VARIANTS, Case, clear_case, clear_tokens
 
 NAME = "cuda" if torch.cuda.is_available() else backends.EMULATED
-pytestmark = pytest.mark.skipif(
-    NAME not in PROVIDERS or bool(PROVIDERS[NAME].problem), reason="needs a GPU or the emulator"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        NAME not in PROVIDERS or bool(PROVIDERS[NAME].problem), reason="needs a GPU or the emulator"
+    ),
+]
 CASES = [
     Case((8, 9), [(4, 4), (3, 2), (2, 1)], 32, "biases"),  # by the tensor cores
     Case((5, 7), [(3, 3), (5, 4), (2, 3)], 10, "mixed"),

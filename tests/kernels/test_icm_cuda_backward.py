@@ -15,6 +15,8 @@ from frd_kernels.icm.reference import compute_dtype
 from . import backends
 from .icm_cases import Grid, laid_out
 
+pytestmark = pytest.mark.slow
+
 cpu = torch.ops.frd
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Of the largest element: the order of the sums, and a rounding of each stored gradient.

@@ -19,6 +19,8 @@ if _triton.problem():
 
 from frd_kernels.icm import triton_round
 
+pytestmark = pytest.mark.slow
+
 Grid = tuple[int, int]
 OPS = getattr(torch.ops, _triton.NAMESPACE)
 GATES = (1.7, -0.4)

@@ -16,9 +16,13 @@ from frd_kernels.icm.reference import compute_dtype
 from . import backends
 from .icm_cases import PROJECTIONS, Grid, laid_out, map_projections, projections
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or not _triton.INTERPRETED, reason="needs triton's interpreter"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None or not _triton.INTERPRETED,
+        reason="needs triton's interpreter",
+    ),
+]
 
 CPU = torch.ops.frd
 TRITON = getattr(torch.ops, _triton.NAMESPACE)
@@ -69,8 +73,8 @@ CLUSTERS: list[tuple[Grid, Grid, int]] = [
 
 
 def some(*axes: Any) -> Any:
-    """Combinations of the axes: a few of them, or with FRD_TEST_ALL=1 all."""
-    return backends.share("triton", list(itertools.product(*axes)), *axes)
+    """Combinations of the axes: a few of them in the interpreter, else all."""
+    return backends.share("triton", list(itertools.product(*axes)))
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ THETAS = [0.0, 0.7, 1.0]
 def test_depthwise(backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
     blends = [(0.0, True), (0.7, False), (0.7, True), (1.0, False)]
     cases = [(*case, *blend) for case in DEPTHWISE for blend in blends]
-    for batch, channels, height, width, options, theta, biased in share(backend, cases, kind, dtype, layout):
+    for batch, channels, height, width, options, theta, biased in share(backend, cases):
         x = torch.randn(batch, channels, height, width, device=device).to(dtype)
         x = x.contiguous(memory_format=LAYOUTS[layout])
         weight = torch.randn(channels, 1, 3, 3, device=device).to(dtype)

@@ -98,9 +98,7 @@ def test_rounded_once(backend: str, device: torch.device, kind: str, dtype: torc
     matrix units take it rounded once, as eager gives it to them."""
     absences = [["pdc_bias"], ["point_bias", "residual"], []]
     cases = [(*case, absences[i % 3], theta) for i, case in enumerate(CASES) for theta in (0.7, 1.0)]
-    for batch, channels, filters, height, width, options, absent, theta in share(
-        backend, cases, kind, dtype, layout
-    ):
+    for batch, channels, filters, height, width, options, absent, theta in share(backend, cases):
         operands = block_operands(
             batch, channels, filters, height, width, dtype=dtype, layout=layout, device=device, **options
         )

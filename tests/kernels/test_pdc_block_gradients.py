@@ -96,7 +96,7 @@ def test_matches_the_oracle(
     backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str
 ) -> None:
     eps = torch.finfo(dtype).eps
-    for batch, channels, filters, height, width, options in share(backend, CASES, kind, dtype, layout):
+    for batch, channels, filters, height, width, options in share(backend, CASES):
         shape = (batch, channels, filters, height, width)
         draw = partial(block_operands, *shape, dtype=dtype, layout=layout, device=device, **options)
         operands = learning(off_the_kink(draw, kind=kind, theta=0.7, **options))

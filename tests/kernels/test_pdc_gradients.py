@@ -112,7 +112,7 @@ def test_second_derivative_of_one_operand(kind: str, learns: tuple[bool, bool]) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_depthwise(backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
     cases = [(*case, theta) for case in DEPTHWISE for theta in (0.7, 1.0)]
-    for batch, channels, height, width, options, theta in share(backend, cases, kind, dtype, layout):
+    for batch, channels, height, width, options, theta in share(backend, cases):
         x = leaf(batch, channels, height, width, layout=layout, dtype=dtype, device=device)
         weight = leaf(channels, 1, 3, 3, dtype=dtype, device=device)
         bias = leaf(channels, dtype=dtype, device=device)

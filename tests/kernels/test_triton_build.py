@@ -17,7 +17,10 @@ import frd_kernels
 SCRIPT = pathlib.Path(__file__).with_name("triton_aot.py")
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block of threads can have at most
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+pytestmark = [
+    pytest.mark.build,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+]
 
 
 def _compile(architecture: int) -> list[dict[str, Any]]:
