@@ -1,10 +1,9 @@
 // Pixel metrics over raw arrays: confusion counts and the AUC's integer rank statistic. No torch header.
 #pragma once
 
-#include <array>
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 #include <vector>
 
 namespace frd::native {
@@ -38,32 +37,34 @@ inline uint32_t ordered_key(float value) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+// The end of the run of equal keys that begins at `first`.
+inline const uint32_t* end_of_run(const uint32_t* first, const uint32_t* last) {
+  const uint32_t key = *first;
+  while (first != last && *first == key) ++first;
+  return first;
+}
+
 // 2 U, where U counts the (positive, negative) pairs whose positive scores higher, a tie as one half.
-// score: [n], no NaN; truth: [n], 0 or 1. Exact for n below 2^31.
+// score: [n], no NaN; truth: [n], 0 or 1. Exact for n below 2^31. Sorts in place: of a large photo the
+// probabilities alone fill much of the memory.
 inline AucCounts auc_counts(const float* score, const uint8_t* truth, int64_t n) {
-  constexpr int kBits = 11, kBins = 1 << kBits, kPasses = 3;
-  std::vector<uint64_t> items(n), other(n);  // the key in the high half, the class in the lowest bit
-  std::array<std::vector<int64_t>, kPasses> offset;
-  for (auto& bins : offset) bins.assign(kBins, 0);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t key = ordered_key(score[i]);
-    items[i] = (static_cast<uint64_t>(key) << 32) | truth[i];
-    for (int p = 0; p < kPasses; ++p) ++offset[p][(key >> (kBits * p)) & (kBins - 1)];
-  }
-  for (int p = 0; p < kPasses; ++p) {
-    int64_t total = 0;
-    for (auto& bin : offset[p]) total += std::exchange(bin, total);
-    for (const uint64_t item : items) other[offset[p][(item >> (32 + kBits * p)) & (kBins - 1)]++] = item;
-    items.swap(other);
-  }
-  AucCounts counts;
-  for (int64_t i = 0; i < n;) {
-    const uint64_t key = items[i] >> 32;
-    int64_t size = 0, positives = 0;
-    for (; i < n && items[i] >> 32 == key; ++i, ++size) positives += items[i] & 1;
-    counts.twice_u += positives * (2 * counts.negatives + (size - positives));
-    counts.positives += positives;
-    counts.negatives += size - positives;
+  std::vector<uint32_t> keys(n);  // the negatives' from the front, the positives' from the back
+  int64_t front = 0, back = n;
+  for (int64_t i = 0; i < n; ++i) keys[truth[i] ? --back : front++] = ordered_key(score[i]);
+  const uint32_t *negative = keys.data(), *negatives_end = negative + front;
+  const uint32_t *positive = negatives_end, *positives_end = negative + n;
+  std::sort(keys.begin(), keys.begin() + front);
+  std::sort(keys.begin() + front, keys.end());
+  AucCounts counts{0, n - front, front};
+  int64_t below = 0;  // negatives that score lower than the positives of a run
+  while (positive != positives_end) {
+    const uint32_t* const run_end = end_of_run(positive, positives_end);
+    while (negative != negatives_end && *negative < *positive) ++negative, ++below;
+    int64_t tied = 0;
+    while (negative != negatives_end && *negative == *positive) ++negative, ++tied;
+    counts.twice_u += (run_end - positive) * (2 * below + tied);
+    below += tied;
+    positive = run_end;
   }
   return counts;
 }
