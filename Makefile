@@ -1,6 +1,8 @@
 # make demo: set up, forge and localize the sample photos, a short kernel benchmark
-# make test: the same set-up, then the whole test-suite against the installed package, in a process for each core;
+# make test: the same set-up, then the quick tests against the installed package, in a process for each core;
 #            options of pytest go into PYTEST_ARGS, -n 0 for one process
+# make test-all: also the tiers `slow` and `build`: everything that runs without a GPU
+# make docs: the guides and the API reference as HTML; a warning is an error
 # make lint: ruff, mypy, clang-format, the pre-commit configuration
 PYTHON ?= python3
 VENV := .venv
@@ -12,13 +14,21 @@ SOURCES := $(shell find csrc frd_kernels frd_model build_backend -type f ! -name
            CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-all docs lint setup clean
 
 demo: setup
 	@$(STEP) "demo" $(BIN)/python examples/demo.py --out demo_out
 
+PYTEST = env FRD_TEST_INSTALLED=1 $(BIN)/pytest -q -n $(CORES) --dist worksteal --durations=20
+
 test: setup
-	@$(STEP) "test-suite" env FRD_TEST_INSTALLED=1 $(BIN)/pytest -q -n $(CORES) --dist worksteal $(PYTEST_ARGS)
+	@$(STEP) "tests" $(PYTEST) $(PYTEST_ARGS)
+
+test-all: test docs
+	@$(STEP) "tests of the tiers slow and build" $(PYTEST) -m "(slow or build) and not (exhaustive or gpu or sanitize)" $(PYTEST_ARGS)
+
+docs: setup $(VENV)/docs.stamp
+	@$(STEP) "documentation" $(BIN)/sphinx-build -q -W --keep-going docs docs/_build
 
 lint: $(VENV)/lint.stamp
 	@$(STEP) "ruff check" $(BIN)/ruff check .
@@ -46,6 +56,10 @@ $(VENV)/install.stamp: $(SOURCES) | $(VENV)/dependencies.stamp
 
 $(VENV)/lint.stamp: constraints.txt pyproject.toml | $(VENV)/dependencies.stamp
 	@$(STEP) "install the linters" $(PIP) $$($(BIN)/python tools/dependencies.py dev)
+	@touch $@
+
+$(VENV)/docs.stamp: constraints.txt pyproject.toml | $(VENV)/dependencies.stamp
+	@$(STEP) "install Sphinx" $(PIP) $$($(BIN)/python tools/dependencies.py docs)
 	@touch $@
 
 clean:

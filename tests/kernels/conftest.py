@@ -21,9 +21,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for marker, others in (("kernels", {"reference"}), ("native", {"reference", "triton"})):
             if metafunc.definition.get_closest_marker(marker):
                 names = [name for name in names if name not in others]
-        marks = [pytest.mark.gpu] if torch.cuda.is_available() else []
-        params = [pytest.param(n, marks=marks if n in ("cuda", "triton") else ()) for n in names]
-        metafunc.parametrize("backend", params, indirect=True)
+        metafunc.parametrize("backend", names, indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
