@@ -189,7 +189,7 @@ def test_layer_names_a_bad_input() -> None:
         fk.DPM(4)(X[0])
     with raises(ValueError, "channels"):
         fk.DPM(4)(torch.ones(1, 5, 8, 9))
-    with raises(ValueError, "in_channels must be a positive int, got 0"):
+    with raises(ValueError, "channels must be a positive int, got 0"):
         fk.DPM(0)
 
 
