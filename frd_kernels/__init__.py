@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 try:
     from . import _compile_cache, _library, convert, reference  # noqa: F401  _library loads the operators
     from .backend import backends, use_backend
-    from .icm import ICM, ClusterPool, ClusterResult, ContextCluster, FECCluster, cluster, dispatch, icm
+    from .cluster import ICM, ClusterPool, ClusterResult, ContextCluster, FECCluster, cluster, dispatch, icm
     from .pdc import PDC2d, pdc2d, pdc_weight
     from .pdc_block import DPM, PDCBlock2d, pdc_block
 

@@ -25,9 +25,9 @@ _MODULES = {
     "pdc.triton": ("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
     "pdc_block.triton": ("pdc_block",),
     "pdc_block.triton_backward": ("pdc_block_backward",),
-    "icm.triton": ("cluster", "icm"),
-    "icm.triton_backward": ("cluster_backward", "icm_backward"),
-    "icm.triton_dispatch": ("cluster_dispatch", "cluster_dispatch_backward"),
+    "cluster.triton": ("cluster", "icm"),
+    "cluster.triton_backward": ("cluster_backward", "icm_backward"),
+    "cluster.triton_dispatch": ("cluster_dispatch", "cluster_dispatch_backward"),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _seen
+from .. import _checked_calls
 from .._autocast import autocast_dtype
 from .._numbers import as_int, is_integer, is_number, parse_count
 from .._torch_internals import untraced
@@ -106,11 +106,11 @@ def checked_geometry(
 ) -> Geometry:
     """`parse_geometry` and `check_tensors` in one."""
     options = (kind, theta, stride, padding, dilation, groups)
-    key = _seen.key("pdc2d", x, weight, bias, *options)
-    geometry: Geometry | None = _seen.get(key)
+    key = _checked_calls.key("pdc2d", x, weight, bias, *options)
+    geometry: Geometry | None = _checked_calls.get(key)
     if geometry is None:
         geometry = untraced(_checked, x, weight, bias, *options)
-        _seen.put(key, geometry)
+        _checked_calls.put(key, geometry)
     return geometry
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
-from .. import _autograd, _seen, _triton, backend
+from .. import _autograd, _checked_calls, _triton, backend
 from .._autocast import autocast_dtype
 from .._torch_internals import untraced
 from ..pdc import api as pdc_api
@@ -61,11 +61,11 @@ def pdc_block(
         named |= {"residual": residual, "pdc_bias": pdc_bias, "point_bias": point_bias}
         return handle_torch_function(pdc_block, (x,), x, pdc_weight, point_weight, **named)
     tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
-    key = _seen.key("pdc_block", *tensors, kind, theta, stride, dilation)
-    geometry: Geometry | None = _seen.get(key)
+    key = _checked_calls.key("pdc_block", *tensors, kind, theta, stride, dilation)
+    geometry: Geometry | None = _checked_calls.get(key)
     if geometry is None:
         geometry = untraced(_checked, *tensors, kind, theta, stride, dilation)
-        _seen.put(key, geometry)
+        _checked_calls.put(key, geometry)
     native = backend.select("pdc_block", x)
     if native is None:
         return _run_plain(*tensors, geometry)

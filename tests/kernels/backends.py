@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from frd_kernels import _triton, backend
-from frd_kernels.icm import ops as icm_ops
+from frd_kernels.cluster import ops as icm_ops
 from frd_kernels.pdc import ops as pdc_ops
 from frd_kernels.pdc_block import ops as pdc_block_ops
 

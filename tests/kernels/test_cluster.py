@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import frd_kernels as fk
 
-from .icm_cases import (
+from .cluster_cases import (
     VIEWS,
     Grid,
     exact_pool,

@@ -16,8 +16,8 @@ from torch import nn
 import frd_kernels as fk
 
 from . import backends
+from .cluster_cases import on_device  # noqa: F401  an autouse fixture
 from .cluster_dense import Case, dense_cluster, dense_pool
-from .icm_cases import on_device  # noqa: F401  an autouse fixture
 
 OP = "cluster"
 EVERY = 40  # the layers put together what other tests run on every backend
@@ -215,7 +215,7 @@ def test_memory_format_is_kept(name: str, layout: str) -> None:
 @pytest.mark.parametrize(("layout", "heads"), [("nchw", 4), ("channels_last", 1)])
 def test_heads_are_strides(layout: str, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values reach `cluster` in the memory the projections wrote, and `proj` reads what it wrote."""
-    from frd_kernels.icm import api
+    from frd_kernels.cluster import api
 
     made = fk.ContextCluster(DIM, OUT, 2, 2, 1, 1, heads, 8)
     written, read = [], []

@@ -10,7 +10,7 @@ import torch
 import frd_kernels as fk
 
 from .backends import is_slow
-from .icm_cases import (
+from .cluster_cases import (
     laid_out,
     on_device,  # noqa: F401  an autouse fixture
 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import frd_kernels as fk
 
-from .icm_cases import (
+from .cluster_cases import (
     laid_out,
     on_device,  # noqa: F401  an autouse fixture
 )

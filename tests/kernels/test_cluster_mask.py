@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import frd_kernels as fk
-from frd_kernels.icm.reference import cosines
+from frd_kernels.cluster.reference import cosines
 
 from . import backends
 from .backends import is_slow
-from .icm_cases import (
+from .cluster_cases import (
     CLEAR,
     Grid,
     gap,

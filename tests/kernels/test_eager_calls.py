@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frd_kernels as fk
-from frd_kernels import _autograd, _seen
+from frd_kernels import _autograd, _checked_calls
 
 OP = "pdc2d"
 
@@ -128,11 +128,11 @@ def test_mixed_dtypes_pass_under_autocast_only() -> None:
 
 
 def test_what_was_seen_is_bounded_and_takes_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_seen, "_MOST", 2)
-    monkeypatch.setattr(_seen, "_SEEN", {})
+    monkeypatch.setattr(_checked_calls, "_MOST", 2)
+    monkeypatch.setattr(_checked_calls, "_SEEN", {})
     for size in (5, 6, 7):
         conv(torch.randn(1, 4, size, size), torch.randn(4, 1, 3, 3))
-    assert len(_seen._SEEN) <= 2
+    assert len(_checked_calls._SEEN) <= 2
     x, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 1, 3, 3)
     options: dict[str, Any] = {"kind": "angular", "groups": 4, "stride": [1, 2], "padding": [1, 1]}
     for _ in range(2):

@@ -12,7 +12,7 @@ import torch
 
 import frd_kernels as fk
 
-from .icm_cases import Case, clear_case, clear_tokens, map_projections
+from .cluster_cases import Case, clear_case, clear_tokens, map_projections
 from .pdc_cases import LAYOUTS, block_operands
 
 pytestmark = [

@@ -8,7 +8,7 @@ import torch
 import frd_kernels as fk
 
 from .backends import is_slow
-from .icm_cases import (
+from .cluster_cases import (
     CLEAR,
     VARIANTS,
     VIEWS,

@@ -11,7 +11,7 @@ import torch
 from frd_kernels.backend import PROVIDERS
 
 from . import backends
-from .icm_cases import VARIANTS, Case, clear_case, clear_tokens
+from .cluster_cases import VARIANTS, Case, clear_case, clear_tokens
 
 NAME = "cuda" if torch.cuda.is_available() else backends.EMULATED
 pytestmark = [

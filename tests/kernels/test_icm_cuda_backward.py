@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from frd_kernels import backend
-from frd_kernels.icm.reference import compute_dtype
+from frd_kernels.cluster.reference import compute_dtype
 
 from . import backends
-from .icm_cases import Grid, laid_out
+from .cluster_cases import Grid, laid_out
 
 pytestmark = pytest.mark.slow
 

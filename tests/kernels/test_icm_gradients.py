@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 import frd_kernels as fk
 
 from .backends import is_slow
-from .icm_cases import (
+from .cluster_cases import (
     VARIANTS,
     Case,
     Grid,

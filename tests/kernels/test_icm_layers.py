@@ -12,7 +12,7 @@ import torch
 
 import frd_kernels as fk
 
-from .icm_cases import (
+from .cluster_cases import (
     CLEAR,
     VARIANTS,
     on_device,  # noqa: F401  an autouse fixture

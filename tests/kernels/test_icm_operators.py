@@ -16,7 +16,7 @@ import torch
 import frd_kernels as fk
 import frd_kernels._C as native
 
-from .icm_cases import (
+from .cluster_cases import (
     VARIANTS,
     Case,
     icm_options,

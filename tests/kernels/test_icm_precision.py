@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import frd_kernels as fk
 
 from . import backends
-from .icm_cases import (
+from .cluster_cases import (
     VARIANTS,
     Case,
     Grid,

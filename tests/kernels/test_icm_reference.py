@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import frd_kernels as fk
-from frd_kernels.icm.reference import pool
+from frd_kernels.cluster.reference import pool
 
 Matrix = list[list[float]]
 Grid = tuple[int, int]

@@ -10,7 +10,7 @@ import torch
 from frd_kernels.backend import PROVIDERS
 
 from . import backends
-from .icm_cases import VARIANTS, Case, clear_case, laid_out
+from .cluster_cases import VARIANTS, Case, clear_case, laid_out
 
 NAMES = [name for name in backends.running("icm") if name != "reference"]
 PAIRS = [(forward, backward) for forward in NAMES for backward in NAMES if forward != backward]

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from frd_kernels import _triton
 
 from . import backends
-from .icm_cases import Case, clear_case, clear_tokens, laid_out
+from .cluster_cases import Case, clear_case, clear_tokens, laid_out
 from .test_cluster import check
 
 if _triton.problem():
     pytest.skip(_triton.problem(), allow_module_level=True)
 
-from frd_kernels.icm import triton_round
+from frd_kernels.cluster import triton_round
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ import torch
 
 import frd_kernels as fk
 from frd_kernels import _triton
-from frd_kernels.icm.reference import compute_dtype
+from frd_kernels.cluster.reference import compute_dtype
 
 from . import backends
-from .icm_cases import PROJECTIONS, Grid, laid_out, map_projections, projections
+from .cluster_cases import PROJECTIONS, Grid, laid_out, map_projections, projections
 
 pytestmark = [
     pytest.mark.slow,

@@ -29,8 +29,8 @@ from frd_kernels.pdc_block import triton as block
 from frd_kernels.pdc_block import triton_backward, triton_dense
 
 # Run as a script: its folder is on the path.
-from triton_aot_icm import launches as icm_launches  # isort: skip
-from triton_aot_icm_backward import launches as icm_backward_launches  # isort: skip
+from triton_aot_cluster import launches as icm_launches  # isort: skip
+from triton_aot_cluster_backward import launches as icm_backward_launches  # isort: skip
 
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 # How often each SASS instruction stands in a kernel.

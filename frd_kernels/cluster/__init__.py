@@ -2,8 +2,8 @@
 (`icm`), and the layers built on them."""
 
 from .api import ClusterResult, cluster, dispatch, icm
-from .blocks import ClusterPool, ContextCluster, FECCluster
 from .layers import ICM
+from .layers_coc import ClusterPool, ContextCluster, FECCluster
 
 __all__ = [
     "ICM",

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from frd_kernels.icm import ops, triton_backward, triton_dispatch
-from frd_kernels.icm.reference import compute_dtype
+from frd_kernels.cluster import ops, triton_backward, triton_dispatch
+from frd_kernels.cluster.reference import compute_dtype
 
 Launch = Callable[[], Any]
 # batch, image, grid of one round; grids and projections of an ICM
