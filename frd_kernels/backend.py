@@ -1,7 +1,8 @@
 """Which implementation an operation runs on, and why.
 
-By default the tensor's device decides: the C++ kernels on the CPU, on a GPU the kernels that have been proven
-there. `use_backend` overrides; an explicit request that cannot be met raises, it never falls back.
+By default the tensor's device decides: an op runs on the first backend whose kernel is verified on such a device (the
+test suite has passed there) and preferred (measured faster than plain PyTorch there, in wall time), else as plain
+PyTorch. `use_backend` overrides; an explicit request that cannot be met raises, it never falls back.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,29 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 
 _ALL = frozenset({"pdc_weight", "pdc2d", "pdc_block", "cluster", "cluster_dispatch", "icm"})
 _INT32 = 2**31 - 1
-# Where the suite has passed, of Triton's kernels one case in five: an H100.
-_PROVEN_ON = frozenset({(9, 0)})
+_H100 = "benchmarks/results/nvidia-h100-80gb-hbm3"
+
+
+class Evidence(NamedTuple):
+    """The result files that a default rests on; "": there is none."""
+
+    verified: str = ""  # the suite has passed
+    preferred: str = ""  # faster than the PyTorch form, in wall time
+
+
+# Verified wherever the tests run. Of dense PDC the weight transform is ours, the convolution the library's.
+_ON_CPU = dict.fromkeys(_ALL, Evidence("tests", "benchmarks/results/cpu/kernels.json"))
+_SUITE, _TIMES = f"{_H100}/suite.json", f"{_H100}/kernels.json"
+_CUDA_ON_H100 = {
+    "pdc2d": Evidence(_SUITE, _TIMES),
+    "pdc_block": Evidence(_SUITE, _TIMES),
+    "icm": Evidence(_SUITE, _TIMES),
+    "pdc_weight": Evidence(_SUITE),  # 0.9x
+    "cluster": Evidence(_SUITE),  # not timed
+    "cluster_dispatch": Evidence(_SUITE),  # not timed
+}
+# One case in five has passed; slower than plain PyTorch in 14 of 17 cases.
+_TRITON_ON_H100 = dict.fromkeys(_ALL, Evidence(_SUITE))
 
 
 class Provider(NamedTuple):
@@ -31,11 +53,11 @@ class Provider(NamedTuple):
     namespace: str
     device: str
     ops: frozenset[str]
-    proven: frozenset[str]  # those that have run and been checked on such a device: the automatic choice
+    evidence: Mapping[str, Evidence]  # by op, on such a device
     problem: str = ""  # why none of them can run
     most_elements: int | None = None  # of an image: what its kernels can index
     without_float64: frozenset[str] = frozenset()  # ops that are put together from others in float64
-    proven_on: frozenset[tuple[int, int]] = frozenset()  # compute capabilities, where the device is a GPU
+    capabilities: frozenset[tuple[int, int]] = frozenset()  # of the GPUs that the evidence is of
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
         """Why it cannot run `op` on this tensor; None if it can."""
@@ -50,11 +72,12 @@ class Provider(NamedTuple):
             return f"indexes images of at most {self.most_elements} elements, got {image}"
         return _device_refusal(self.namespace, tensor.device) if self.device == "cuda" else None
 
-    def is_proven(self, op: str, tensor: torch.Tensor) -> bool:
-        """Whether `op` has passed the suite on a device like that of the tensor."""
-        if self.device != tensor.device.type or op not in self.proven:
+    def is_default(self, op: str, tensor: torch.Tensor) -> bool:
+        """Whether the kernels of `op` are verified and preferred on a device like that of the tensor."""
+        evidence = self.evidence.get(op, Evidence())
+        if self.device != tensor.device.type or not (evidence.verified and evidence.preferred):
             return False
-        return self.device != "cuda" or _capability(tensor.device) in self.proven_on
+        return self.device != "cuda" or _capability(tensor.device) in self.capabilities
 
 
 def _cuda_problem() -> str:
@@ -63,13 +86,27 @@ def _cuda_problem() -> str:
     return _library.CUDA_PROBLEM
 
 
+_H100_CAPABILITY = frozenset({(9, 0)})
 PROVIDERS = {
-    "cpu": Provider("frd", "cpu", _ALL, _ALL),
+    "cpu": Provider("frd", "cpu", _ALL, _ON_CPU),
     "triton": Provider(
-        _triton.NAMESPACE, _triton.DEVICE, _ALL, _ALL, _triton.problem(), _INT32, proven_on=_PROVEN_ON
+        _triton.NAMESPACE,
+        _triton.DEVICE,
+        _ALL,
+        _TRITON_ON_H100,
+        _triton.problem(),
+        _INT32,
+        capabilities=_H100_CAPABILITY,
     ),
     "cuda": Provider(
-        "frd", "cuda", _ALL, _ALL, _cuda_problem(), _INT32, frozenset({"pdc_block"}), _PROVEN_ON
+        "frd",
+        "cuda",
+        _ALL,
+        _CUDA_ON_H100,
+        _cuda_problem(),
+        _INT32,
+        frozenset({"pdc_block"}),
+        _H100_CAPABILITY,
     ),
 }
 
@@ -118,10 +155,13 @@ def _describe(name: str, provider: Provider) -> str:
     text = f"kernels for: {', '.join(sorted(provider.ops))}"
     if provider.device != "cuda":
         return f"{text}; in an interpreter on the CPU, to check them"
-    gpus = ", ".join(f"{major}.{minor}" for major, minor in sorted(provider.proven_on)) or "none"
-    text += f"; chosen by itself on GPUs of the compute capability that the suite has passed on: {gpus}"
-    unproven = ", ".join(sorted(provider.ops - provider.proven))
-    return f"{text}, but for {unproven}" if unproven else text
+    gpus = ", ".join(f"{major}.{minor}" for major, minor in sorted(provider.capabilities)) or "none"
+    parts = [text, f"on GPUs of compute capability {gpus}"]
+    for what in ("verified", "preferred"):
+        ops = sorted(op for op, evidence in provider.evidence.items() if getattr(evidence, what))
+        files = sorted({getattr(provider.evidence[op], what) for op in ops})
+        parts.append(f"{what}: {', '.join(ops) or 'none'}" + (f" ({', '.join(files)})" if files else ""))
+    return "; ".join([*parts, "the default is what is both"])
 
 
 def requested() -> str | None:
@@ -147,7 +187,7 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
         if tensor.device.type in ("cpu", "meta"):
             return torch.ops.frd  # meta tensors have no data to compute: the registered fakes answer for them
         for provider in (PROVIDERS["cuda"], PROVIDERS["triton"]):
-            if provider.is_proven(op, tensor) and provider.refusal(op, tensor) is None:
+            if provider.is_default(op, tensor) and provider.refusal(op, tensor) is None:
                 return getattr(torch.ops, provider.namespace)
         return None
     provider = PROVIDERS[name]

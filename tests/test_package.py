@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import types
@@ -64,19 +65,39 @@ def test_explicit_backend_never_falls_back() -> None:
         frd_kernels.pdc2d(x, w, kind="angular", padding=1, groups=4)
 
 
-def test_kernels_are_chosen_only_where_they_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_default_is_verified_and_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
-    for name in ("triton", "cuda"):
+    defaults = {"cuda": {"icm", "pdc2d", "pdc_block"}, "triton": set()}
+    for name, expected in defaults.items():
         provider = backend.PROVIDERS[name]._replace(device="cuda")
-        for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        for capability, ops in (((9, 0), expected), ((8, 0), set()), ((10, 0), set())):
             monkeypatch.setattr(backend, "_capability", lambda device, found=capability: found)
-            assert all(provider.is_proven(op, gpu) == expected for op in provider.ops)
-        without = provider._replace(proven=provider.ops - {"icm"})
-        monkeypatch.setattr(backend, "_capability", lambda device: (9, 0))
-        assert not without.is_proven("icm", gpu)
-        reason = backend._describe(name, without)
-        assert "passed on: 9.0, but for icm" in reason
-        assert not provider.is_proven("pdc2d", torch.ones(1))
+            assert {op for op in provider.ops if provider.is_default(op, gpu)} == ops
+        assert not provider.is_default("pdc2d", torch.ones(1))
+    cpu = backend.PROVIDERS["cpu"]
+    assert all(cpu.is_default(op, torch.ones(1)) for op in cpu.ops)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton", "cpu"])
+def test_the_evidence_of_a_default_is_a_result_file(name: str) -> None:
+    """Each preferred op is faster than the first baseline there in the geometric mean of its cases in wall time."""
+    names = {
+        "pdc2d": "pdc ",
+        "pdc_block": "dpm",
+        "icm": "icm",
+        "pdc_weight": "pdc_weight",
+        "cluster": "cluster",
+    }
+    for op, evidence in backend.PROVIDERS[name].evidence.items():
+        assert not evidence.verified.endswith(".json") or (ROOT / evidence.verified).is_file()
+        if evidence.preferred and op in names:
+            cases = json.loads((ROOT / evidence.preferred).read_text())["cases"]
+            ratios = [
+                case["ratio"]
+                for case in cases
+                if case["op"].startswith(names[op]) and case["timing"] == "wall" and case["backend"] == name
+            ]
+            assert ratios and statistics.geometric_mean(ratios) > 1
 
 
 def test_a_gpu_the_binary_was_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
