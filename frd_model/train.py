@@ -135,8 +135,7 @@ class Trainer:
         TrainingError when a loss is not finite, when more photos than `data.max_bad` allows cannot be used, and,
         before any work, when the output directory holds another run; OSError where it cannot be written.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
+        writer = _summary_writer()
         self._prepare_output(overwrite)
         print(f"training on {describe(self.train_data)}; validation on {describe(self.val_data)}", flush=True)
         self._check_sets()
@@ -144,7 +143,7 @@ class Trainer:
         (self.output / "config.yaml").write_text(text, encoding="utf-8")
         started = time.monotonic()
         end = self.config.epochs if stop_after is None else min(self.config.epochs, self.epoch + stop_after)
-        with contextlib.closing(SummaryWriter(str(self.output / "tensorboard"))) as board:
+        with contextlib.closing(writer(str(self.output / "tensorboard"))) as board:
             while self.epoch < end:
                 begin = time.monotonic()
                 figures = self._train_epoch(board)
@@ -437,6 +436,14 @@ class Trainer:
         temporary = self.output / "last.pt.tmp"
         torch.save(state, temporary)
         os.replace(temporary, self.output / "last.pt")
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ModuleNotFoundError("training needs tensorboard: pip install 'frd-kernels[train]'") from None
+    return SummaryWriter
 
 
 def _seed_everything(seed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ def config(output: Path, **changes: Any) -> TrainConfig:
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def test_training_without_tensorboard_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs tensorboard: pip install 'frd-kernels\[train\]'"):
+        Trainer(config(tmp_path)).fit()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
