@@ -199,6 +199,7 @@ def test_a_case_that_a_tree_cannot_run_is_named() -> None:
     assert compare.compare_case(fine, crashing, "x") == "the base failed: the process ended with status -11"
 
 
+@pytest.mark.slow
 def test_two_processes_of_this_tree(tmp_path: pathlib.Path) -> None:
     package, name = pathlib.Path(frd_kernels.__file__).parent, "pdc_weight central"
     with (
@@ -318,6 +319,7 @@ print(json.dumps([dataclasses.asdict(c) for c in counts]))
     assert grown[:2] == ["instructions +100.0%", "entries +100.0%"]
 
 
+@pytest.mark.slow
 def test_no_kernel_needs_more_instructions_than_recorded() -> None:
     names = ["pdc_weight angular", "pdc vanilla depthwise", "cluster"]
     only = [option for name in names for option in ("--only", name)]

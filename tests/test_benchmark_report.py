@@ -210,6 +210,7 @@ def test_near_ties_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         model.build_model("none")
 
 
+@pytest.mark.slow
 def test_nets_on_the_cpu(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     peaks = {"1": {"ours": 10, "baseline": 20}, "2": {"ours": 30, "baseline": 40}}
     monkeypatch.setattr(model, "peak_bytes_on_cpu", lambda *_: peaks)
@@ -242,6 +243,7 @@ def test_the_limit_leaves_the_rest_out() -> None:
     assert job.red == {"red": "a net is wrong"}
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = {"ours": "nchw", "baseline": "channels_last"}
     found = model.peak_bytes_on_cpu("lite", 128, [1, 4], layouts, 200)

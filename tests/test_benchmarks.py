@@ -236,6 +236,7 @@ def test_summary_of_times() -> None:
         timing.without_flush({"ours": [3.0], "baseline": [1.0], "flush": [1.0]})
 
 
+@pytest.mark.slow
 def test_the_compiled_baseline_is_checked_and_timed(
     case: registry.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +373,7 @@ def test_bench_outside_of_a_checkout(
     assert bench.checkout() == ROOT
 
 
+@pytest.mark.slow
 def test_each_implementation_is_an_entry_of_pytest_benchmark(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "results.json"
     options = [f"--benchmark-json={out}", "--benchmark-only", "--benchmark-max-time=0.02"]

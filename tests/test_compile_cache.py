@@ -90,6 +90,7 @@ def outcomes(root: pathlib.Path, cache: pathlib.Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.build
 def test_another_version_compiles_anew(tmp_path: pathlib.Path) -> None:
     """And the same version does not, in whatever thread."""
     other, cache = tmp_path / "other", tmp_path / "cache"

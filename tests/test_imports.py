@@ -13,7 +13,7 @@ import importlib.abc, sys
 
 class Missing(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"timm", "cv2", "torchvision", "PIL", "yaml", "tqdm", "safetensors", "tensorboard"}:
+        if name.partition(".")[0] in {"timm", "cv2", "torchvision", "PIL", "yaml", "tqdm", "safetensors"}:
             raise ModuleNotFoundError(name)
 
 sys.meta_path.insert(0, Missing())

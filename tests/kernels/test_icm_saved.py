@@ -12,6 +12,8 @@ from frd_kernels.backend import PROVIDERS
 from . import backends
 from .cluster_cases import VARIANTS, Case, clear_case, laid_out
 
+pytestmark = pytest.mark.slow
+
 NAMES = [name for name in backends.running("icm") if name != "reference"]
 PAIRS = [(forward, backward) for forward in NAMES for backward in NAMES if forward != backward]
 CASE = Case((20, 17), [(4, 5), (2, 2), (2, 1)], 16, "mixed")

@@ -19,6 +19,8 @@ from torch import nn
 import frd_kernels as fk
 from frd_model import create_model
 
+pytestmark = pytest.mark.slow
+
 GRIDS = ((3, 3), (2, 2), (2, 1))
 CLUSTER = {"heads": 2, "head_dim": 3}
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -234,6 +234,7 @@ def test_the_small_net_learns_to_see_noise() -> None:
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.build
 @pytest.mark.timeout(1200)  # g++ compiles for two minutes, on a machine that is busy for five
 def test_compiles_whole() -> None:
     model, images = small_model("lite"), photo(64, 64)[:1]

@@ -278,6 +278,7 @@ def test_path_flags(tmp_path: Path) -> None:
         check_output_file("--csv", tmp_path, overwrite=True)
 
 
+@pytest.mark.slow
 def test_large_photo_in_bounded_memory(tmp_path: Path) -> None:
     """From file to files at most 9 bytes a pixel beyond the decoded image: 1 GB for 12000 x 9000."""
     canvas = Image.fromarray(photo(600, 400)).resize((6000, 4000), Image.Resampling.NEAREST)

@@ -307,6 +307,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_sharded_nets_save_and_load(tmp_path: Path) -> None:
     net = create_model("frdnet_mit_b0", "lite", stages=(1,), blocks=1)
     save_model(net, tmp_path / "source.safetensors")
