@@ -93,21 +93,22 @@ def predict(  # type: ignore[misc]  # the options are spelled out here alone
 ) -> Prediction | list[Prediction]:
     """Find the edited pixels of a photo, or of each in a list or tuple (then a list comes back).
 
-    image: a file; a PIL image of any mode, converted as a file is, EXIF rotation included; a NumPy array [H, W]
-        (grey), [H, W, 1], [H, W, 2] (grey and alpha), RGB [H, W, 3] or RGBA [H, W, 4]; or a torch tensor
-        [H, W] or [C, H, W] with the same channels. Arrays and tensors are uint8, uint16 (0 to 65535) or float
-        in [0, 1], not normalised; all become 8 bit, and alpha is composited over white.
-    model: logits [B, 1, H, W] from normalised images [B, 3, H, W] of any size. It computes in eval mode and gets
-        its input in its parameters' dtype; its own mode, device and attributes stay as they are (`eval_view`), so
-        that several threads may share it.
-    size: "auto" (whole photo up to one megapixel, tiles above), "whole", "tiles", or "resize": the photo is
-        scaled to 512 x 512 by area averaging and the map scaled back to the photo's size. Evaluation protocols
-        that resize, the paper's among them, use other filters and score at the small size: figures differ.
-    tile, overlap: side of a tile and the width over which neighbours are blended, in pixels.
-    device: where to run; None takes the model's. On another device a copy of the model runs, made at each call:
-        move the model first where there are many photos.
-    batch_size: tiles that go through the network at once.
-    progress: show a bar of the tiles of a large photo on stderr.
+    Args:
+        image: a file; a PIL image of any mode, converted as a file is, EXIF rotation included; a NumPy array [H, W]
+            (grey), [H, W, 1], [H, W, 2] (grey and alpha), RGB [H, W, 3] or RGBA [H, W, 4]; or a torch tensor
+            [H, W] or [C, H, W] with the same channels. Arrays and tensors are uint8, uint16 (0 to 65535) or float
+            in [0, 1], not normalised; all become 8 bit, and alpha is composited over white.
+        model: logits [B, 1, H, W] from normalised images [B, 3, H, W] of any size. It computes in eval mode and gets
+            its input in its parameters' dtype; its own mode, device and attributes stay as they are (`eval_view`), so
+            that several threads may share it.
+        size: "auto" (whole photo up to one megapixel, tiles above), "whole", "tiles", or "resize": the photo is
+            scaled to 512 x 512 by area averaging and the map scaled back to the photo's size. Evaluation protocols
+            that resize, the paper's among them, use other filters and score at the small size: figures differ.
+        tile, overlap: side of a tile and the width over which neighbours are blended, in pixels.
+        device: where to run; None takes the model's. On another device a copy of the model runs, made at each call:
+            move the model first where there are many photos.
+        batch_size: tiles that go through the network at once.
+        progress: show a bar of the tiles of a large photo on stderr.
 
     Raises ImageError for a file that cannot be read as an image, ValueError and TypeError for bad arguments,
     PredictionError where the network gives NaN, infinity or another shape.

@@ -46,21 +46,23 @@ class AugmentSection:
 class DataSection:
     """Where images come from. Relative paths start at the working directory, ~ is the home directory.
 
-    source: of the training images: "sample" (forgeries of the photos that ship with scikit-image and scikit-learn,
-        by split), "folder" (train_images, train_masks) or "json" (train_json).
-    val_images and val_masks, or val_json: the validation set. Without it "sample" validates on forgeries of other
-        sample photos, "folder" and "json" hold out the share `val_share` of the training set, at least one photo
-        and forged and untouched ones apart, drawn by `val_seed`.
-    recursive: folders are searched with their sub-folders. invert_masks: masks are black where edited.
-    crop: side of the square training images in pixels. It is cut at random out of the photo at the photo's own
-        scale: nothing is squashed or resized. A smaller photo is continued by reflection, its mask alike.
-    augment: what else is done to a crop ("folder" and "json").
-    max_bad: share of the photos of a set that may turn out unusable, one at least unless it is 0. They are named
-        and another photo takes their place; beyond it the run stops.
-    samples, val_samples: images of one epoch and of the fixed validation set ("sample").
-    authentic: share of untouched images among the generated ones.
-    zoom, colour: range of the random resize of a view, and share of views with changed colours ("sample").
-    forge: fields of `ForgeOptions` to change.
+    Attributes:
+        source: of the training images: "sample" (forgeries of the photos that ship with scikit-image and scikit-learn,
+            by split), "folder" (train_images, train_masks) or "json" (train_json).
+        val_images and val_masks, or val_json: the validation set. Without it "sample" validates on forgeries of other
+            sample photos, "folder" and "json" hold out the share `val_share` of the training set, at least one photo
+            and forged and untouched ones apart, drawn by `val_seed`.
+        recursive: folders are searched with their sub-folders.
+        invert_masks: masks are black where edited.
+        crop: side of the square training images in pixels. It is cut at random out of the photo at the photo's own
+            scale: nothing is squashed or resized. A smaller photo is continued by reflection, its mask alike.
+        augment: what else is done to a crop ("folder" and "json").
+        max_bad: share of the photos of a set that may turn out unusable, one at least unless it is 0. They are named
+            and another photo takes their place; beyond it the run stops.
+        samples, val_samples: images of one epoch and of the fixed validation set ("sample").
+        authentic: share of untouched images among the generated ones.
+        zoom, colour: range of the random resize of a view, and share of views with changed colours ("sample").
+        forge: fields of `ForgeOptions` to change.
     """
 
     source: str = "sample"
