@@ -274,7 +274,7 @@ def _is_done(job: Job, args: argparse.Namespace) -> bool:
                 f"cannot resume: {name} was {record.get(name)!r} in {str(file)!r}, now {wanted.get(name)!r}; "
                 "give --overwrite, another --out, or what it was"
             )
-    return True
+    return all(output.is_file() for output in _outputs(job, args.out))
 
 
 def _folded(name: str) -> str:

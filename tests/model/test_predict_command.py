@@ -142,6 +142,11 @@ def test_a_second_run_needs_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (out / "a.json").stat().st_mtime_ns == old
     assert read_image(out / "b_mask.png").shape == (40, 60, 3)
 
+    (out / "b_overlay.png").unlink()
+    assert run(folder, "--out", out, "--resume") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 done, 0 failed, 1 done before"
+    assert (out / "b_overlay.png").is_file()
+
     assert run(folder, "--out", out, "--resume", "--threshold", 0.4) == 1
     assert "threshold was 0.5 in" in capsys.readouterr().err
     assert run(folder, "--out", out, "--resume", "--preset", "lite") == 1

@@ -552,6 +552,7 @@ def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--json", "x", "--images", "y"], "exclude"),
         (["--set", "data.train_json=x"], "data.source must be json where data.train_json is given"),
         (["--set", "data=3"], "data must be a section"),
+        (["--set", "model.options={1: 2}"], "model.options must have names as keys, got {1: 2}"),
     ],
 )
 def test_wrong_settings_are_one_line(
