@@ -346,6 +346,6 @@ def convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be a number, got {value!r}") from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{name} must be {kind.__name__}, got {value!r}")
-    if kind is dict and not all(isinstance(key, str) for key in value):
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
         raise ConfigError(f"{name} must have names as keys, got {value!r}")
     return value
