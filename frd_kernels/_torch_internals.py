@@ -13,11 +13,12 @@ _Result = TypeVar("_Result")
 
 
 def is_transforming() -> bool:
-    """Whether torch is doing what only plain PyTorch goes through: one of the three below. Asked at every call."""
+    """Whether torch is doing what only plain PyTorch goes through: one of the four below. Asked at every call."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or (torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export())
     )
 
 

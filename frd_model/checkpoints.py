@@ -34,6 +34,11 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
         help="weights: a safetensors file or last.pt of `frd train`, or any .pth or .safetensors of the net; "
         "`demo` (default) is the small one in the package",
     )
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model and --preset, for files that hold no configuration."""
     parser.add_argument(
         "--model",
         metavar="NAME",

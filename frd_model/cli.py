@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("frd_model.predict_command", "find the edited pixels of photos"),
     "train": ("frd_model.train_command", "train a network from a configuration file"),
     "evaluate": ("frd_model.evaluate", "score a checkpoint on images with known masks"),
+    "export": ("frd_model.export_command", "write a checkpoint as ONNX, run it and compare"),
     "forge": ("frd_model.data.forge_cli", "make forged images with masks from authentic photos"),
     "data": ("frd_model.data.check_cli", "check a data set before a training run"),
 }

@@ -114,11 +114,28 @@ def _check_images(images: Tensor) -> None:
 
 
 def _pad(images: Tensor, multiple: int, least: int) -> Tensor:
-    largest: Any = torch.maximum if torch.jit.is_tracing() else max
-    below, right = (largest(-side % multiple, least - side) for side in images.shape[-2:])
-    if not torch.jit.is_tracing() and not below and not right:
+    below, right = (_missing(side, multiple, least) for side in images.shape[-2:])
+    is_recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if not is_recorded and not below and not right:
         return images
     return F.pad(images, (0, right, 0, below), mode="replicate")
+
+
+def _missing(side: Any, multiple: int, least: int) -> Any:
+    """Pixels up to the next multiple that is at least `least`."""
+    if torch.jit.is_tracing():  # sizes are tensors
+        return torch.maximum(-side % multiple, least - side)
+    if not (torch.compiler.is_exporting() and isinstance(side, torch.SymInt)):
+        return max(-side % multiple, least - side)
+    # As a size of its own, of which nothing but this is known: of an expression of the side, an export would settle
+    # many a question by the example that it traces, and the program would refuse other sides.
+    smallest = -(-least // multiple)
+    units = torch.scalar_tensor(
+        torch.sym_max((side + multiple - 1) // multiple, smallest), dtype=torch.int64
+    ).item()
+    torch._check(units >= smallest)
+    torch._check(units * multiple >= side)
+    return units * multiple - side
 
 
 def _fit(logits: Tensor, padded: Tensor, images: Tensor) -> Tensor:

@@ -33,7 +33,15 @@ def strided_tokens(like: Tensor, shape: Sequence[int], channels_first: bool) -> 
 def like_tokens(x: Tensor) -> Tensor:
     """Uninitialised, in the layout of x: a permuted image stays one."""
     tokens = x.shape[1]
-    return strided_tokens(x, x.shape, tokens > 1 and x.stride(1) == 1 and x.stride(2) >= tokens)
+    several = tokens > 1 if isinstance(tokens, int) else _may_be_several(tokens)
+    return strided_tokens(x, x.shape, several and x.stride(1) == 1 and x.stride(2) >= tokens)
+
+
+def _may_be_several(tokens: torch.SymInt) -> bool:
+    """Whether a symbolic count is above 1; true where that is not known: the stride of one token is without effect."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # takes half a second
+
+    return guard_or_true(tokens > 1)
 
 
 def _fake_cluster(

@@ -62,12 +62,35 @@ def pool(
 
     mask [B, H*W]: of the tokens where it is true; the others are zeros already. A bin without any gives 0.
     """
-    image = torch.unflatten(tokens.transpose(1, 2), 2, tuple(hw))
-    means = F.adaptive_avg_pool2d(image, (grid[0], grid[1])).flatten(2).transpose(1, 2)
+    if torch.compiler.is_exporting():
+        image = torch.unflatten(tokens, 1, tuple(hw))
+        means = _bin_means(_bin_means(image, 1, grid[0]), 2, grid[1]).flatten(1, 2)
+    else:
+        image = torch.unflatten(tokens.transpose(1, 2), 2, tuple(hw))
+        means = F.adaptive_avg_pool2d(image, (grid[0], grid[1])).flatten(2).transpose(1, 2)
     if mask is None:
         return means
     part = pool(mask.unsqueeze(2).to(tokens.dtype), hw, grid)
     return means / torch.where(part > 0, part, 1)
+
+
+def _bin_means(image: torch.Tensor, dim: int, bins: int) -> torch.Tensor:
+    """Means over adaptive_avg_pool2d's bins along one dimension, by indices that are computed from its size.
+
+    For exported graphs: decomposed, adaptive_avg_pool2d keeps the bins of the size that was traced.
+    """
+    size = image.size(dim)
+    edges = torch.arange(bins + 1, device=image.device) * size
+    starts, ends = edges[:-1] // bins, (edges[1:] + (bins - 1)) // bins
+    longest = size // bins + 2
+    index = starts.unsqueeze(1) + torch.arange(longest, device=image.device)
+    inside = index < ends.unsqueeze(1)
+    pixels = image.index_select(dim, index.clamp_max(size - 1).flatten())
+    behind = (1,) * (image.dim() - dim - 1)
+    pixels = torch.where(
+        inside.view(bins, longest, *behind), torch.unflatten(pixels, dim, (bins, longest)), 0
+    )
+    return pixels.sum(dim + 1) / (ends - starts).view(bins, *behind)
 
 
 def select(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

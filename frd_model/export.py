@@ -1,0 +1,185 @@
+"""ONNX: one call from a net to a file that was run and compared."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from frd_kernels.convert import fold
+
+from .data.images import write_bytes
+from .frdnet import FRDNet
+
+#: The largest deviation from PyTorch that `export_onnx` accepts, relative to the largest logit (at least 1).
+BOUND = 1e-3
+# An arg-max whose two best cosines differ by less than rounding may fall either way, which can move logits by more
+# than the bound (most of all where a map has fewer rows or columns than a grid, so that bins repeat). That depends
+# on the input; a graph that is wrong is so for all of them.
+_TRIES = 3
+_EXAMPLE = (2, 3, 96, 160)  # traced for a dynamic file: batch and sides differ and none is 1
+_INSTALL = "pip install frd-kernels[export]"
+
+
+class Exported(NamedTuple):
+    """What `export_onnx` wrote. checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty where
+    onnxruntime is missing."""
+
+    path: Path
+    checks: dict[tuple[int, ...], float]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dynamic: bool = True,
+    size: int | tuple[int, int] = 512,
+    opset: int | None = None,
+) -> Exported:
+    """Write a net as ONNX: images [B, 3, H, W], ImageNet-normalised float32 -> logits [B, 1, H, W].
+
+    The file holds plain convolutions (`frd_kernels.convert.fold`) and clustering in index arithmetic: standard
+    operators alone. onnxruntime, where it is installed, runs it at two batches and sizes before it is
+    written, and the logits must be those of PyTorch.
+
+    Args:
+        model: an FRDNet or a wrapper around one, or another net of these shapes. Not changed: a copy in eval
+            mode, in float32 and on the CPU is exported.
+        path: the file, replaced if it exists; folders are made.
+        dynamic: any batch and any sides. Else batch 1 and `size` alone.
+        size: (H, W), or both in one number: the size of a fixed file, the larger one of the check of a dynamic.
+        opset: version of ONNX's operators, None for torch's choice.
+
+    Raises:
+        ModuleNotFoundError: onnx or onnxscript is missing.
+        TypeError, ValueError: bad arguments.
+        OSError: the file cannot be written.
+        RuntimeError: torch cannot export the net, or the file computes something else.
+    """
+    height, width = _check_arguments(model, size, opset)
+    check_packages("onnx", "onnxscript")
+    path = Path(path).expanduser()
+    check_writable(path)
+    plain = fold(copy.deepcopy(_net(model)).cpu().float()).requires_grad_(False)
+    data = _convert(plain, (height, width), dynamic, opset)
+    fixed = (1, 3, height, width)
+    other = (3, 3, height // 2 + 1, width // 2 + 33)
+    checks = {}
+    if importlib.util.find_spec("onnxruntime") is None:
+        warnings.warn(f"{path} was not checked, onnxruntime is missing: {_INSTALL}", stacklevel=2)
+    else:
+        checks = _check(data, plain, [fixed, other] if dynamic else [fixed])
+    return Exported(write_bytes(path, data), checks)
+
+
+def check_packages(*names: str) -> None:
+    """Raises ModuleNotFoundError, which says what to install, where one is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"ONNX export needs {' and '.join(missing)}: {_INSTALL}")
+
+
+def check_writable(path: Path) -> None:
+    """Before the work: makes the folder and raises OSError where the file could not be written."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a directory; the name of a file is needed")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def _check_arguments(model: Any, size: Any, opset: Any) -> tuple[int, int]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: an nn.Module is needed, got {type(model).__name__}")
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(_is_count(s) for s in sides):
+        raise ValueError(f"size: must be a positive integer or (H, W), got {size!r}")
+    if opset is not None and not _is_count(opset):
+        raise ValueError(f"opset: must be a positive integer or None, got {opset!r}")
+    return sides[0], sides[1]
+
+
+def _net(model: nn.Module) -> nn.Module:
+    """The FRDNet inside DDP, torch.compile and the like."""
+    nets = [module for module in model.modules() if isinstance(module, FRDNet)]
+    return nets[0] if len(nets) == 1 else model
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _convert(plain: nn.Module, size: tuple[int, int], dynamic: bool, opset: int | None) -> bytes:
+    """The ONNX model, serialised."""
+    example = torch.zeros(_EXAMPLE if dynamic else (1, 3, *size))
+    auto = torch.export.Dim.AUTO
+    try:
+        program = torch.onnx.export(
+            plain,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=[{0: auto, 2: auto, 3: auto}] if dynamic else None,
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=opset,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise RuntimeError(f"{type(plain).__name__}: torch cannot export it to ONNX: {cause}") from error
+    assert program is not None
+    proto = program.model_proto
+    written = {entry.domain: entry.version for entry in proto.opset_import}[""]
+    if opset is not None and written != opset:
+        raise ValueError(f"opset: the operators of this net are not in {opset}, torch needs {written}")
+    if dynamic:
+        for value in (proto.graph.input[0], proto.graph.output[0]):
+            for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
+                value.type.tensor_type.shape.dim[axis].dim_param = name
+    return bytes(proto.SerializeToString())
+
+
+def _check(data: bytes, plain: nn.Module, shapes: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+    """Shape -> deviation of onnxruntime from PyTorch; raises RuntimeError above `BOUND`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what it would log is in the exception
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for shape in shapes:
+        for _ in range(_TRIES):
+            found[shape] = _deviation(session, plain, torch.randn(shape, generator=generator))
+            if found[shape] <= BOUND:
+                break
+        else:
+            raise RuntimeError(
+                f"the ONNX file must give PyTorch's logits up to {BOUND:g} of the largest, got a difference "
+                f"of {found[shape]:.2g} at {list(shape)}; nothing was written"
+            )
+    return found
+
+
+def _deviation(session: Any, plain: nn.Module, images: Tensor) -> float:
+    with torch.inference_mode():
+        wanted = plain(images)
+    try:
+        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    except Exception as error:  # its exceptions have no common class
+        raise RuntimeError(f"the ONNX file fails at {list(images.shape)}: {error}") from error
+    if logits.shape != wanted.shape:
+        raise RuntimeError(
+            f"the ONNX file must give logits {list(wanted.shape)}, got {list(logits.shape)}; nothing was written"
+        )
+    difference = (logits - wanted).abs().max() / wanted.abs().max().clamp_min(1)
+    return float(difference.nan_to_num(nan=torch.inf))
