@@ -24,6 +24,7 @@ BOUND = 1e-3
 # on the input; a graph that is wrong is so for all of them.
 _TRIES = 3
 _EXAMPLE = (2, 3, 96, 160)  # traced for a dynamic file: batch and sides differ and none is 1
+_OLDEST_OPSET = 18  # that torch writes
 _INSTALL = "pip install frd-kernels[export]"
 
 
@@ -63,8 +64,9 @@ def export_onnx(
         OSError: the file cannot be written.
         RuntimeError: torch cannot export the net, or the file computes something else.
     """
-    height, width = _check_arguments(model, size, opset)
+    height, width = _check_arguments(model, size)
     check_packages("onnx", "onnxscript")
+    _check_opset(opset)
     path = Path(path).expanduser()
     check_writable(path)
     plain = fold(copy.deepcopy(_net(model)).cpu().float()).requires_grad_(False)
@@ -95,15 +97,21 @@ def check_writable(path: Path) -> None:
         pass
 
 
-def _check_arguments(model: Any, size: Any, opset: Any) -> tuple[int, int]:
+def _check_arguments(model: Any, size: Any) -> tuple[int, int]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: an nn.Module is needed, got {type(model).__name__}")
     sides = (size, size) if isinstance(size, int) else size
     if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(_is_count(s) for s in sides):
         raise ValueError(f"size: must be a positive integer or (H, W), got {size!r}")
-    if opset is not None and not _is_count(opset):
-        raise ValueError(f"opset: must be a positive integer or None, got {opset!r}")
     return sides[0], sides[1]
+
+
+def _check_opset(opset: Any) -> None:
+    import onnx
+
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not (_is_count(opset) and _OLDEST_OPSET <= opset <= newest):
+        raise ValueError(f"opset: must lie between {_OLDEST_OPSET} and {newest} or be None, got {opset!r}")
 
 
 def _net(model: nn.Module) -> nn.Module:
@@ -140,7 +148,7 @@ def _convert(plain: nn.Module, size: tuple[int, int], dynamic: bool, opset: int 
     proto = program.model_proto
     written = {entry.domain: entry.version for entry in proto.opset_import}[""]
     if opset is not None and written != opset:
-        raise ValueError(f"opset: the operators of this net are not in {opset}, torch needs {written}")
+        raise ValueError(f"opset: torch cannot bring this net from {written} to {opset}; leave it out")
     if dynamic:
         for value in (proto.graph.input[0], proto.graph.output[0]):
             for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
@@ -154,7 +162,12 @@ def _check(data: bytes, plain: nn.Module, shapes: list[tuple[int, ...]]) -> dict
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what it would log is in the exception
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common class
+        raise RuntimeError(
+            f"onnxruntime {onnxruntime.__version__} does not load the ONNX file: {error}"
+        ) from error
     generator = torch.Generator().manual_seed(0)
     found = {}
     for shape in shapes:
@@ -175,7 +188,7 @@ def _deviation(session: Any, plain: nn.Module, images: Tensor) -> float:
         wanted = plain(images)
     try:
         logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    except Exception as error:  # its exceptions have no common class
+    except Exception as error:
         raise RuntimeError(f"the ONNX file fails at {list(images.shape)}: {error}") from error
     if logits.shape != wanted.shape:
         raise RuntimeError(

@@ -6,6 +6,7 @@ Everything is dense and written for reading. Computes in float32 for 16-bit inpu
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -13,7 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from .._autocast import has_autocast
+from .._torch_internals import is_tracing
 
+_FROZEN = (
+    "clustering: torch.onnx.export(dynamo=False) fixes the batch and the sides that it traces, whatever dynamic_axes "
+    "says; dynamo=True with dynamic_shapes keeps them dynamic"
+)
 EPS = 1e-12  # a norm below it counts as zero
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
@@ -66,6 +72,8 @@ def pool(
         image = torch.unflatten(tokens, 1, tuple(hw))
         means = _bin_means(_bin_means(image, 1, grid[0]), 2, grid[1]).flatten(1, 2)
     else:
+        if is_tracing() and torch.onnx.is_in_onnx_export():
+            warnings.warn(_FROZEN, stacklevel=2)
         image = torch.unflatten(tokens.transpose(1, 2), 2, tuple(hw))
         means = F.adaptive_avg_pool2d(image, (grid[0], grid[1])).flatten(2).transpose(1, 2)
     if mask is None:

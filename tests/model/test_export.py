@@ -140,7 +140,9 @@ def test_what_a_wrong_graph_does(tmp_path: Path) -> None:
         ({"size": 0}, ValueError, "size"),
         ({"size": (64,)}, ValueError, "size"),
         ({"size": True}, ValueError, "size"),
-        ({"opset": 1.5}, ValueError, "opset"),
+        ({"opset": 19.0}, ValueError, "opset"),
+        ({"opset": 5}, ValueError, "opset"),
+        ({"opset": 999}, ValueError, "opset"),
         ({"model": "net"}, TypeError, "model"),
         ({"path": "."}, IsADirectoryError, "directory"),
     ],
@@ -188,6 +190,13 @@ def test_a_layer_by_torch_onnx_export(name: str, tmp_path: Path) -> None:
     opened = session(path)
     for shape in ((1, 8, 16, 24), (3, 8, 12, 20), (2, 8, 22, 18)):
         assert_same(opened, layer, *shape)
+
+
+def test_the_older_exporter_says_that_it_fixes_the_clustering(tmp_path: Path) -> None:
+    layer, x = LAYERS["icm paper"]().eval(), torch.randn(2, 8, 16, 24)
+    with pytest.warns(UserWarning, match="dynamo=True"):
+        torch.onnx.export(layer, (x,), tmp_path / "layer.onnx", dynamo=False)
+    assert_same(session(tmp_path / "layer.onnx"), layer.requires_grad_(False), *x.shape)
 
 
 @pytest.mark.parametrize("preset", NETS)
