@@ -18,7 +18,7 @@ _SEEN: dict[Any, Any] = {}
 def key(name: str, *values: Any) -> tuple[Any, ...] | None:
     """What checks can see of the arguments of a call of `name`; None where they have to be made: while tracing, and
     for mixed dtypes, which autocast allows and nothing else does."""
-    if torch.compiler.is_compiling() or is_tracing():
+    if torch.compiler.is_compiling():
         return None
     parts: list[Any] = [name]
     dtype = None
@@ -45,7 +45,7 @@ def get(key: tuple[Any, ...] | None) -> Any:
 
 
 def put(key: tuple[Any, ...] | None, value: Any) -> None:
-    if key is None:
+    if key is None or is_tracing():  # the sizes in it are tensors
         return
     if len(_SEEN) >= _MOST:
         _SEEN.clear()

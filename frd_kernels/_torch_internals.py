@@ -10,21 +10,23 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 _Result = TypeVar("_Result")
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 
 
 def is_transforming() -> bool:
     """Whether torch is doing what only plain PyTorch goes through: one of the four below. Asked at every call."""
     return (
-        torch._C._are_functorch_transforms_active()
+        _functorch_is_active()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _tracing_state() is not None
         or (torch.compiler._is_exporting_flag and torch.onnx.is_in_onnx_export())
     )
 
 
 def is_transformed() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) is running."""
-    return torch._C._are_functorch_transforms_active()
+    return _functorch_is_active()
 
 
 def has_dual_level() -> bool:
@@ -34,13 +36,13 @@ def has_dual_level() -> bool:
 
 def is_tracing() -> bool:
     """Whether torch.jit.trace records: sizes are then tensors. As torch.jit.is_tracing, in half the time."""
-    return torch._C._get_tracing_state() is not None
+    return _tracing_state() is not None
 
 
 def untraced(function: Callable[..., _Result], *args: Any) -> _Result:
     """function(*args), unseen by torch.jit.trace: sizes, those among the arguments too, are plain ints, and what is
     asked of them is no part of the trace."""
-    state = torch._C._get_tracing_state()
+    state = _tracing_state()
     if state is None:
         return function(*args)
     tracer: Any = torch._C

@@ -69,8 +69,7 @@ def cluster(
     if isinstance(k, Proxy):
         named: dict[str, Any] = {"aggregate": aggregate, "alpha": alpha, "beta": beta, "mask": mask}
         return handle_torch_function(cluster, (k,), k, v, grid, hw, **named)
-    untraced(_check_tokens, k, "k")
-    untraced(_check_tokens, v, "v")
+    untraced(_check_keys_and_values, k, v)
     k, v = _autocast(k, k), _autocast(v, k)
     untraced(_check_cluster, k, v, grid, hw, aggregate, alpha, beta, mask)
     native = backend.select("cluster", k)
@@ -79,6 +78,11 @@ def cluster(
     index = AGGREGATES.index(aggregate)
     centres, labels, similarity, counts = ops.cluster(native, k, v, mask, grid, hw, index, alpha, beta)
     return ClusterResult(centres, labels.long(), similarity, counts)
+
+
+def _check_keys_and_values(k: torch.Tensor, v: torch.Tensor) -> None:
+    _check_tokens(k, "k")
+    _check_tokens(v, "v")
 
 
 def _check_cluster(

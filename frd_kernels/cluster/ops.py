@@ -194,8 +194,8 @@ class _Rules:
 def _refuse(op: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *_grads: Any) -> Any:
         raise NotImplementedError(
-            f"frd_kernels.{op}: double backward is not supported; "
-            "frd_kernels.use_backend('reference') differentiates to any order"
+            f"frd_kernels.{op}: double backward is not supported; torch.func and "
+            "frd_kernels.use_backend('reference') differentiate to any order"
         )
 
     return refuse
