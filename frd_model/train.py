@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import random
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ from frd_model.frdnet import create_model
 from frd_model.losses import FRDLoss
 from frd_model.metrics import aggregate, image_metrics
 from frd_model.predict import PredictionError, predict
-from frd_model.train_config import TrainConfig, flatten, from_dict
+from frd_model.train_config import TrainConfig, from_dict
 from frd_model.train_data import (
     Failure,
     collate,
@@ -45,49 +44,19 @@ from frd_model.train_data import (
     pairs_of,
     start_worker,
 )
+from frd_model.train_state import (
+    Ema,
+    TrainingError,
+    check_same_data,
+    check_same_run,
+    get_rng,
+    seed_everything,
+    set_rng,
+)
 from frd_model.weights import save_model
 
-# What may differ in a resumed run: where it runs, what it shows, how long it goes on; nothing that its steps depend on.
-FREE = ("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad")
 WEIGHTS = ("last.pt", "last.safetensors", "best.safetensors")
 PANEL = 384
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: a non-finite loss, too many bad files, a state or an output of another run."""
-
-
-class Ema:
-    """Exponential moving average of a model's parameters and buffers.
-
-    The decay starts low and rises to its full value, so that the random start is soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self.values = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move every average towards the model's current value."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.values[name].lerp_(value, 1.0 - decay)
-            else:
-                self.values[name].copy_(value)
-
-    @contextlib.contextmanager
-    def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model holds the averages; afterwards its own values again."""
-        own = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        model.load_state_dict(self.values)
-        try:
-            yield
-        finally:
-            model.load_state_dict(own)
 
 
 class Trainer:
@@ -101,7 +70,7 @@ class Trainer:
         self.config = config
         self.output = Path(config.output)
         self.device = parse_device(config.device)
-        _seed_everything(config.seed)
+        seed_everything(config.seed)
         section = config.model
         self.model = create_model(
             section.name, preset=section.preset, pretrained=section.pretrained, **section.options
@@ -204,7 +173,8 @@ class Trainer:
     def resume(self) -> None:
         """Take up the state in last.pt.
 
-        Raises TrainingError when it belongs to another configuration or other files; only FREE settings may differ.
+        Raises TrainingError when it belongs to another configuration or other files; what may differ stands in
+        `train_state.FREE`.
         """
         path = self.output / "last.pt"
         if not path.exists():
@@ -217,8 +187,8 @@ class Trainer:
         if not isinstance(state, dict) or any(key not in state for key in keys):
             raise TrainingError(f"{path} cannot be read as a training state: it must hold {', '.join(keys)}")
         saved = from_dict(state["config"])
-        _check_same_run(saved, self.config)
-        _check_same_data(state.get("data", {}), self._digests())
+        check_same_run(saved, self.config)
+        check_same_data(state.get("data", {}), self._digests())
         if state["epoch"] > self.config.epochs:
             raise TrainingError(
                 f"cannot resume: epochs must be at least the {state['epoch']} that are done, "
@@ -235,7 +205,7 @@ class Trainer:
             self.ema.values = {k: v.to(self.device) for k, v in state["ema"]["values"].items()}
             self.ema.updates = state["ema"]["updates"]
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-        _set_rng(state["rng"])
+        set_rng(state["rng"])
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a half cosine from lr to min_lr over the rest of the run."""
@@ -431,7 +401,7 @@ class Trainer:
             "best": self.best,
             "history": self.history,
             "data": self._digests(),
-            "rng": _get_rng(),
+            "rng": get_rng(),
         }
         temporary = self.output / "last.pt.tmp"
         torch.save(state, temporary)
@@ -444,53 +414,6 @@ def _summary_writer() -> Any:
     except ImportError:
         raise ModuleNotFoundError("training needs tensorboard: pip install 'frd-kernels[train]'") from None
     return SummaryWriter
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _get_rng() -> dict[str, Any]:
-    """RNG states as tensors and plain values, which torch.load reads with weights_only=True."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    version, internal, gauss_next = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
-        "python": (version, list(internal), gauss_next),
-    }
-
-
-def _set_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
-
-
-def _check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
-    theirs, ours = flatten(saved.to_dict()), flatten(wanted.to_dict())
-    changed = [
-        f"{key} was {theirs.get(key)!r} in the saved run, now {ours.get(key)!r}"
-        for key in theirs | ours
-        if key not in FREE and theirs.get(key) != ours.get(key)
-    ]
-    if changed:
-        raise TrainingError(f"cannot resume: {'; '.join(changed)}")
-
-
-def _check_same_data(saved: dict[str, str], found: dict[str, str]) -> None:
-    for part, files in found.items():
-        if saved.get(part, files) != files:
-            raise TrainingError(
-                f"cannot resume: the {part} set must hold the files of the saved run, {saved[part]}, got {files}"
-            )
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,0 +1,105 @@
+"""What a training run keeps beside the model: averaged weights, random states, and what a resumed run must share."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from frd_model.train_config import TrainConfig, flatten
+
+# What may differ in a resumed run: where it runs, what it shows, how long it goes on; nothing that its steps depend on.
+FREE = ("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a non-finite loss, too many bad files, a state or an output of another run."""
+
+
+class Ema:
+    """Exponential moving average of a model's parameters and buffers.
+
+    The decay starts low and rises to its full value, so that the random start is soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.values = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move every average towards the model's current value."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.values[name].lerp_(value, 1.0 - decay)
+            else:
+                self.values[name].copy_(value)
+
+    @contextlib.contextmanager
+    def swapped_in(self, model: nn.Module) -> Iterator[None]:
+        """Within the block the model holds the averages; afterwards its own values again."""
+        own = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(self.values)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; seed in [0, 2**32)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def get_rng() -> dict[str, Any]:
+    """RNG states as tensors and plain values, which torch.load reads with weights_only=True."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, internal, gauss_next = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+        "python": (version, list(internal), gauss_next),
+    }
+
+
+def set_rng(state: dict[str, Any]) -> None:
+    """Restore what `get_rng` returned."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
+    """TrainingError that names the settings in which two runs differ, but for FREE."""
+    theirs, ours = flatten(saved.to_dict()), flatten(wanted.to_dict())
+    changed = [
+        f"{key} was {theirs.get(key)!r} in the saved run, now {ours.get(key)!r}"
+        for key in theirs | ours
+        if key not in FREE and theirs.get(key) != ours.get(key)
+    ]
+    if changed:
+        raise TrainingError(f"cannot resume: {'; '.join(changed)}")
+
+
+def check_same_data(saved: dict[str, str], found: dict[str, str]) -> None:
+    """TrainingError where a set does not hold the files of the saved run."""
+    for part, files in found.items():
+        if saved.get(part, files) != files:
+            raise TrainingError(
+                f"cannot resume: the {part} set must hold the files of the saved run, {saved[part]}, got {files}"
+            )
