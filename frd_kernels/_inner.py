@@ -12,10 +12,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
+from torch.nn.modules.conv import Conv2d
+from torch.nn.modules.linear import Linear
 from torch.utils.module_tracker import ModuleTracker
 
 # What a weight is, also while torch.export traces. Other subclasses (quantized, sharded) have operators of their own.
 _TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+_FORWARDS = Linear.forward, Conv2d.forward  # some tools put their own there, to change every layer at once
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -30,8 +33,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks are registered for the calls of all modules, besides those that only note names for a FLOP
+    """Whether something is attached to the calls of all modules, besides hooks that only note names for a FLOP
     counter, which is to see the fused operators."""
+    if Linear.forward is not _FORWARDS[0] or Conv2d.forward is not _FORWARDS[1]:
+        return True
     if not (
         _module._global_forward_hooks
         or _module._global_forward_pre_hooks

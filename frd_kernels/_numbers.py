@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -30,6 +31,11 @@ def is_number(value: object) -> TypeGuard[float]:
 def as_int(value: Any) -> int:
     """An integer as Python's int; a size that is being traced stays what it is."""
     return cast(int, value) if isinstance(value, (int, torch.SymInt, torch.Tensor)) else int(value)
+
+
+def as_ints(values: Iterable[Any]) -> list[int]:
+    """Integers as Python's, whose products do not overflow."""
+    return [value if type(value) is int else as_int(value) for value in values]
 
 
 def parse_count(value: Any, name: str) -> int:

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function
 
 from .. import backend
 from .._autocast import autocast_dtype
-from .._numbers import is_integer, is_number
+from .._numbers import as_int, is_integer, is_number
 from .._torch_internals import untraced
 from . import ops, reference
 from .reference import ClusterResult, Projection, Scalar
@@ -292,7 +292,7 @@ def check_grid(grid: Sequence[int], name: str) -> None:
 
 def _check_image(hw: Sequence[int], tokens: torch.Tensor) -> None:
     positive = len(hw) == 2 and all(is_integer(side) and side >= 1 for side in hw)
-    if not positive or hw[0] * hw[1] != tokens.size(1):
+    if not positive or as_int(hw[0]) * as_int(hw[1]) != tokens.size(1):
         raise ValueError(f"hw must be (H, W) with H * W = {tokens.size(1)} tokens, got {tuple(hw)}")
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.fx
 from torch import nn
+from torch.nn.modules.linear import Linear  # `nn.Linear` may be another: some tools replace it
 
 from .._inner import has_global_hooks, is_plain
 from .._numbers import parse_count
@@ -36,7 +37,7 @@ class _Projections(nn.Module):
     def tensors(self) -> Projection | None:
         """The parameters, where a call of the module would use them and nothing else; None elsewhere."""
         key, value = self.key, self.value
-        if not (is_plain(self, _Projections) and is_plain(key, nn.Linear) and is_plain(value, nn.Linear)):
+        if not (is_plain(self, _Projections) and is_plain(key, Linear) and is_plain(value, Linear)):
             return None
         return key.weight, key.bias, value.weight, value.bias
 

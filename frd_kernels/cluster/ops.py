@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import _autograd, _flops, _triton
+from .._numbers import as_ints
 from .._torch_internals import is_batched_grad, over_batched_grad
 from .reference import compute_dtype
 
@@ -318,7 +319,7 @@ def cluster(
     """centres, labels (int32), similarity, counts."""
     gates = _gate(alpha, k, 1), _gate(beta, k, 1)
     out: tuple[Tensor, ...] = _autograd.call(
-        ops.cluster.default, k, v, mask, *gates, list(grid), list(hw), aggregate
+        ops.cluster.default, k, v, mask, *gates, as_ints(grid), as_ints(hw), aggregate
     )
     return out[:4]
 
@@ -348,7 +349,7 @@ def icm(
         else:
             flat += [x.new_zeros(x.size(2)) if part is None else part for part in projection]
     size = 1 if variant == 0 else len(grids)
-    sides = [side for grid in grids for side in grid]
+    sides = [side for grid in grids for side in as_ints(grid)]
     gates = _gate(alpha, x, size), _gate(beta, x, size)
-    out: tuple[Tensor, ...] = _autograd.call(ops.icm.default, x, flat, *gates, sides, list(hw), variant)
+    out: tuple[Tensor, ...] = _autograd.call(ops.icm.default, x, flat, *gates, sides, as_ints(hw), variant)
     return out[0]

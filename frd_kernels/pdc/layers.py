@@ -112,11 +112,12 @@ class PDC2d(nn.Conv2d):
     def freeze(self) -> PDC2d:
         """Keeps the plain kernel of a dense layer for inference, in eval mode, until `unfreeze()` or `train()`.
 
-        The kernel is made at the next call that asks for no gradient of the weight, and made anew whenever
-        PyTorch counts a change of the weight: an optimizer's step, `load_state_dict`, `to`, an operation in
-        place. A write that it does not count goes unseen: `weight.data.copy_`, a NumPy array that shares the
-        memory, another process; call `freeze()` again behind it. Copies and pickles are frozen, and make a
-        kernel of their own. A depthwise layer has no plain kernel, and runs as before.
+        The kernel is made at the next call that asks for no gradient of the weight, and made anew behind a call
+        that asks for one, and whenever PyTorch counts a change of the weight: an optimizer's step,
+        `load_state_dict`, `to`, an operation in place. A write that it does not count goes unseen:
+        `weight.data.copy_`, a step of an optimizer with `fused=True` behind a call without gradients, a NumPy
+        array that shares the memory, another process; call `freeze()` again behind it. Copies and pickles are
+        frozen, and make a kernel of their own. A depthwise layer has no plain kernel, and runs as before.
 
         To deploy a net, `frd_kernels.convert.fold` is the way: it needs no care, and folds batch norms too.
 
@@ -139,11 +140,12 @@ class PDC2d(nn.Conv2d):
         if type(weight) not in (torch.Tensor, nn.Parameter) or weight.is_inference():
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
+            self._plain = None  # a step of a fused optimizer may follow, which PyTorch does not count
             return None
         native = backend.select("pdc2d", weight)
         if native is None or api.is_depthwise(weight, geometry.groups):
             return None
-        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        source = (weight.data_ptr(), weight.stride(), weight._version, weight.dtype, weight.device)
         key = (*source, autocast_dtype(weight.device.type), geometry.kind, geometry.theta, native.name)
         plain = self._plain
         if plain is None or plain.key != key:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.conv import Conv2d  # `nn.Conv2d` may be another: some tools replace it
 
 from .._inner import has_global_hooks, is_plain
 from .._numbers import parse_count
@@ -109,7 +110,7 @@ def _is_fused(pdc: PDC2d, point: nn.Conv2d) -> bool:
     return (
         not has_global_hooks()
         and is_plain(pdc, PDC2d)
-        and is_plain(point, nn.Conv2d)
+        and is_plain(point, Conv2d)
         and pdc.padding == pdc.dilation
         and pdc.padding_mode == "zeros"
         and point.kernel_size == (1, 1)

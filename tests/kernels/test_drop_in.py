@@ -307,6 +307,34 @@ def test_hooks_of_all_modules_count(name: str, cls: type[nn.Module]) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("how", ["forward of the class", "class of that name"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_changed_classes_count(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some tools add adapters or quantization to all layers of a class: by its forward, or by a class in its place
+    from which nets are built."""
+    twin = make(name)
+    for cls in (nn.Linear, nn.Conv2d):
+        forward = cls.forward
+
+        def doubled(self: nn.Module, x: torch.Tensor, forward: Any = forward) -> torch.Tensor:
+            return 2 * forward(self, x)
+
+        if how == "forward of the class":
+            monkeypatch.setattr(cls, "forward", doubled)
+        else:
+            monkeypatch.setattr(
+                nn, cls.__name__, type(f"Doubled{cls.__name__}", (cls,), {"forward": doubled})
+            )
+    layer, x = make(name), image(twin)
+    layer.load_state_dict(twin.state_dict())
+    found = layer(x)
+    monkeypatch.undo()
+    for inner in inner_names(twin):
+        if not isinstance(twin.get_submodule(inner), fk.PDC2d):  # its forward is its own
+            with_merged(twin, inner, 2 * twin.get_submodule(inner).weight, 2.0)
+    torch.testing.assert_close(found, twin(x), **CLOSE)
+
+
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_hook_on_a_round_counts(variant: str) -> None:
     layer = make(f"ICM {variant}")

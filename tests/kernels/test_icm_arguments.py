@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import frd_kernels as fk
 
@@ -216,6 +217,23 @@ def test_numbers_of_numpy(backend: str, integer: Any, number: Any) -> None:
         found = fk.icm(x, None, alpha=number(0.5), beta=number(0.25), **options)
         options |= {"grids": [(2, 2), (2, 1)], "hw": (3, 4)}
         assert torch.equal(found, fk.icm(x, None, alpha=0.5, beta=0.25, **options))
+
+
+@pytest.mark.parametrize("integer", [np.int8, np.uint8])
+def test_small_integers_of_numpy_do_not_overflow(backend: str, integer: Any) -> None:
+    """Sides of 16 and 12 fit into 8 bits, their products do not."""
+    x = torch.randn(1, 256, 4)
+    grid, hw = np.array([16, 12], dtype=integer), np.array([16, 16], dtype=integer)
+    counts = []
+    for sides, size in ((grid, hw), ((16, 12), (16, 16))):
+        with FlopCounterMode(display=False) as counter:
+            found = fk.cluster(x, x, sides, size)
+            paper = fk.icm(x, None, alpha=0.1, beta=0.0, grids=[sides, (2, 1)], hw=size)
+            released = fk.icm(
+                x, None, variant="released", alpha=1.0, beta=0.0, grids=[sides, (2, 1)], hw=size
+            )
+        counts.append((counter.get_total_flops(), *found, paper, released))
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*counts, strict=True))
 
 
 @pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8], ids=lambda t: t.__name__)

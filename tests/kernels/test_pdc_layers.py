@@ -193,11 +193,11 @@ def test_state_dict_through_a_safe_file() -> None:
     assert torch.equal(layer(x), other(x))
 
 
-def optimizer_step(layer: fk.PDC2d) -> None:
+def optimizer_step(layer: fk.PDC2d, fused: bool = False) -> None:
     layer.requires_grad_(True)
     with torch.enable_grad():
         layer(torch.ones(1, 4, 6, 6)).sum().backward()
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    torch.optim.SGD(layer.parameters(), lr=0.1, fused=fused).step()
 
 
 def assign(layer: fk.PDC2d) -> None:
@@ -207,6 +207,13 @@ def assign(layer: fk.PDC2d) -> None:
         layer.load_state_dict(state, assign=True)
 
 
+def another_view(layer: fk.PDC2d) -> None:
+    """A weight of the same address and version."""
+    layer.weight = nn.Parameter(layer.weight.data)
+    layer(torch.ones(1, 4, 6, 6))
+    layer.weight = nn.Parameter(layer.weight.data.mT)
+
+
 def in_inference_mode(layer: fk.PDC2d) -> None:
     with torch.inference_mode():
         layer.weight.mul_(2)
@@ -214,12 +221,14 @@ def in_inference_mode(layer: fk.PDC2d) -> None:
 
 CHANGES: dict[str, Callable[[fk.PDC2d], Any]] = {
     "optimizer step": optimizer_step,
+    "step of a fused optimizer": lambda layer: optimizer_step(layer, fused=True),
     "load_state_dict": lambda layer: layer.load_state_dict(fk.PDC2d(4, 6, padding=1).state_dict()),
     "load_state_dict assigns": assign,
     "in place": lambda layer: layer.weight.mul_(2),
     "in place in inference mode": in_inference_mode,
     "in place through a view": lambda layer: layer.weight[0, 0].zero_(),
     "new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn(6, 4, 3, 3))),
+    "another view of the memory": another_view,
     "dtype there and back": lambda layer: layer.bfloat16().float(),
     "dtype": lambda layer: layer.double(),
     "kind": lambda layer: setattr(layer, "kind", "central"),
