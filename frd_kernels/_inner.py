@@ -7,6 +7,8 @@ sharding. Where `is_plain` finds anything of the kind, the layer runs its compos
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +17,8 @@ from torch.nn.modules import module as _module
 from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.linear import Linear
 from torch.utils.module_tracker import ModuleTracker
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # What a weight is, also while torch.export traces. Other subclasses (quantized, sharded) have operators of their own.
 _TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
@@ -53,7 +57,7 @@ def has_global_hooks() -> bool:
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
-def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, cls: type[_Module]) -> TypeGuard[_Module]:
     """Whether calling the module computes what `cls` does with its parameters, and nothing else.
 
     A parametrized or sharded module has a class of its own. Takes less than a microsecond.

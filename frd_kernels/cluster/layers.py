@@ -36,7 +36,8 @@ class _Projections(nn.Module):
 
     def tensors(self) -> Projection | None:
         """The parameters, where a call of the module would use them and nothing else; None elsewhere."""
-        key, value = self.key, self.value
+        modules = self._modules  # `nn.Module.__getattr__` takes ten times as long
+        key, value = modules.get("key"), modules.get("value")
         if not (is_plain(self, _Projections) and is_plain(key, Linear) and is_plain(value, Linear)):
             return None
         return key.weight, key.bias, value.weight, value.bias
