@@ -115,10 +115,14 @@ def _check_images(images: Tensor) -> None:
 
 def _pad(images: Tensor, multiple: int, least: int) -> Tensor:
     below, right = (_missing(side, multiple, least) for side in images.shape[-2:])
-    is_recorded = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    if not is_recorded and not below and not right:
+    if not torch.jit.is_tracing() and not _is_symbolic(images) and not below and not right:
         return images
     return F.pad(images, (0, right, 0, below), mode="replicate")
+
+
+def _is_symbolic(images: Tensor) -> bool:
+    """Whether an export records sides of the images as symbols."""
+    return torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in images.shape[-2:])
 
 
 def _missing(side: Any, multiple: int, least: int) -> Any:
@@ -127,14 +131,18 @@ def _missing(side: Any, multiple: int, least: int) -> Any:
         return torch.maximum(-side % multiple, least - side)
     if not (torch.compiler.is_exporting() and isinstance(side, torch.SymInt)):
         return max(-side % multiple, least - side)
-    # As a size of its own, of which nothing but this is known: of an expression of the side, an export would settle
-    # many a question by the example that it traces, and the program would refuse other sides.
     smallest = -(-least // multiple)
-    units = torch.scalar_tensor(
-        torch.sym_max((side + multiple - 1) // multiple, smallest), dtype=torch.int64
-    ).item()
-    torch._check(units >= smallest)
-    torch._check(units * multiple >= side)
+    # In units, so that divisions by the encoder's strides come out even.
+    units: Any = (side + multiple - 1) // multiple
+    if smallest > 1:
+        units = torch.sym_max(units, smallest)
+    if torch.onnx.is_in_onnx_export():
+        # As a size of its own: of an expression of the side, torch settles many a question by the example it traces,
+        # which makes guards of torch.export and nothing at all in ONNX. Not in torch.export: Inductor mistakes the
+        # layout of convolutions of such sizes on a CPU, without a word (torch 2.14).
+        units = torch.scalar_tensor(units, dtype=torch.int64).item()
+        torch._check(units >= smallest)
+        torch._check(units * multiple >= side)
     return units * multiple - side
 
 
@@ -143,6 +151,10 @@ def _fit(logits: Tensor, padded: Tensor, images: Tensor) -> Tensor:
     size = padded.shape[-2:]
     if torch.jit.is_tracing() or logits.shape[-2:] != size:
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    if _is_symbolic(images):  # a slice would settle by the example that is traced whether it takes all
+        for axis in (-2, -1):
+            logits = logits.index_select(axis, torch.arange(images.shape[axis], device=images.device))
+        return logits
     return logits[..., : images.shape[-2], : images.shape[-1]]
 
 

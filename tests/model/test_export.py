@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,37 +200,69 @@ def test_the_older_exporter_says_that_it_fixes_the_clustering(tmp_path: Path) ->
     assert_same(session(tmp_path / "layer.onnx"), layer.requires_grad_(False), *x.shape)
 
 
-@pytest.mark.parametrize("preset", NETS)
-def test_torch_export_at_every_batch_and_size(preset: str, tmp_path: Path) -> None:
+def exported(model: nn.Module, least: int) -> torch.export.ExportedProgram:
+    """For every batch, and all sides from `least` on."""
+    sides = {
+        axis: torch.export.Dim(name, min=least, max=2048) for axis, name in ((2, "height"), (3, "width"))
+    }
+    return torch.export.export(
+        model,
+        (torch.randn(2, 3, 160, 200),),
+        dynamic_shapes=[{0: torch.export.Dim("batch", min=1, max=64), **sides}],
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+@pytest.mark.parametrize(("preset", "least"), [("paper", 33), ("released", 33), ("lite", 97)])
+def test_torch_export_at_every_batch_and_size(preset: str, least: int, tmp_path: Path) -> None:
+    """With sides that the strides divide and that they do not; loaded from a file; refused below what was asked."""
     model = small_net(preset)
-    program = torch.export.export(model, (torch.randn(2, 3, 96, 160),), dynamic_shapes=ANY_SIZE)
+    program = exported(model, least)
     assert "frd.icm.default" in {str(node.target) for node in program.graph.nodes}
     torch.export.save(program, tmp_path / "net.pt2")
     loaded = torch.export.load(tmp_path / "net.pt2").module()
-    for batch, height, width in SIZES:
+    automatic = torch.export.export(model, (torch.randn(2, 3, 160, 200),), dynamic_shapes=ANY_SIZE).module()
+    for batch, height, width in (
+        (2, 160, 200),
+        (1, 128, 192),
+        (3, 97, 130),
+        (1, least, 320),
+        (2, 257, least),
+    ):
         x = torch.randn(batch, 3, height, width)
         torch.testing.assert_close(loaded(x), model(x))
+        torch.testing.assert_close(automatic(x), model(x))
+    with pytest.raises(AssertionError, match=str(least)):
+        loaded(torch.randn(1, 3, least - 1, 160))
 
 
 @BUILD
-def test_torch_export_of_the_coarsest_map_and_of_the_plain_form() -> None:
-    """Where a small image has one pixel left, of named sizes down to 1; folded, and decomposed, as well."""
+def test_torch_export_of_the_plain_form_and_of_a_timm_backbone() -> None:
+    """Folded, in plain PyTorch and decomposed, the pooling still follows the size."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {"stages": (5,), "blocks": 1, "decoder_widths": (8,), "layer_scale": 1.0}
-    model = create_model("frdnet_resnet10t", "released", grids=((1, 1), (1, 1), (1, 1)), **options).eval()
-    model.requires_grad_(False)
-    sides = {
-        axis: torch.export.Dim(name, min=1, max=2048) for axis, name in ((0, "batch"), (2, "h"), (3, "w"))
-    }
-    programs = [torch.export.export(model, (torch.randn(2, 3, 96, 160),), dynamic_shapes=[sides])]
+    options: dict[str, Any] = {"stages": (4,), "blocks": 1, "decoder_widths": (8,), "layer_scale": 1.0}
+    model = create_model("frdnet_resnet10t", "released", grids=((4, 3), (2, 2), (2, 1)), **options)
+    model = model.eval().requires_grad_(False)
     with fk.use_backend("reference"):
-        plain = torch.export.export(fold(model), (torch.randn(2, 3, 96, 160),), dynamic_shapes=[sides])
-        programs.append(plain.run_decompositions())
-    assert not any("frd" in str(node.target) for node in programs[1].graph.nodes)
-    for batch, height, width in SIZES:
+        program = exported(fold(model), 64).run_decompositions()
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not any("frd" in name or "adaptive" in name for name in targets)
+    for batch, height, width in ((1, 64, 64), (2, 97, 130), (3, 224, 96)):
         x = torch.randn(batch, 3, height, width)
-        for program in programs:
-            torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@BUILD
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++")
+def test_aot_inductor_at_other_sizes(tmp_path: Path) -> None:
+    model = small_net("paper")
+    path = torch._inductor.aoti_compile_and_package(
+        exported(model, 33), package_path=str(tmp_path / "net.pt2")
+    )
+    compiled = torch._inductor.aoti_load_package(path)
+    for batch, height, width in ((2, 160, 200), (1, 128, 192), (3, 97, 130), (1, 33, 320)):
+        x = torch.randn(batch, 3, height, width)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
