@@ -1,7 +1,7 @@
 # make demo: set up, forge and localize the sample photos, a short kernel benchmark
 # make test: the same set-up, then the quick tests against the installed package, in a process for each core;
 #            options of pytest go into PYTEST_ARGS, -n 0 for one process
-# make test-all: also the tiers `slow` and `build`: everything that runs without a GPU
+# make test-all: also the tiers `slow` and `build` (make slow) and the documents: everything that runs without a GPU
 # make docs: the guides and the API reference as HTML; a warning is an error
 # make lint: ruff, mypy, clang-format, the pre-commit configuration
 PYTHON ?= python3
@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc frd_kernels frd_model build_backend -type f ! -name
            CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cc')
 
-.PHONY: demo test test-all docs lint setup clean
+.PHONY: demo test test-all slow docs lint setup clean
 
 demo: setup
 	@$(STEP) "demo" $(BIN)/python examples/demo.py --out demo_out
@@ -24,7 +24,9 @@ PYTEST = env FRD_TEST_INSTALLED=1 $(BIN)/pytest -q -n $(CORES) --dist worksteal 
 test: setup
 	@$(STEP) "tests" $(PYTEST) $(PYTEST_ARGS)
 
-test-all: test docs
+test-all: test slow docs
+
+slow: setup
 	@$(STEP) "tests of the tiers slow and build" $(PYTEST) -m "(slow or build) and not (exhaustive or gpu or sanitize)" $(PYTEST_ARGS)
 
 docs: setup $(VENV)/docs.stamp
