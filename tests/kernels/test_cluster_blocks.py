@@ -271,6 +271,7 @@ def test_autocast(backend: str, name: str) -> None:
     )
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(("name", "masked"), [("coc", True), ("fec", False), ("pool", True)])
 def test_compile(name: str, masked: bool) -> None:
     """Two sizes in one graph, forward and backward."""

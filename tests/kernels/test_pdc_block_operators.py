@@ -62,6 +62,7 @@ def test_compiled_block(layout: str) -> None:
     compiled_agrees(block, sizes, list(block.parameters()), backend="aot_eager")
 
 
+@pytest.mark.build
 def test_compiled_to_code() -> None:
     """Inductor: the operators keep their strides through it, one build for both sizes."""
     dpm = fk.DPM(4)
