@@ -19,8 +19,8 @@ Array = npt.NDArray[Any]
 
 # Pixels that are looked at together where whole-image temporaries would cost too much.
 BAND = 1 << 22
-# The native AUC sorts 16 bytes a pixel; above, the slower form that sorts only the rarer class takes over.
-NATIVE_AUC_LIMIT = 1 << 24
+# The native AUC holds 4 bytes a pixel; above, the slower form that sorts only the rarer class takes over.
+NATIVE_AUC_LIMIT = 1 << 22
 
 
 def _load_native() -> Any:
