@@ -195,7 +195,7 @@ def sanitize(run: Run, limit: float) -> str:
     if program is None:
         return "left out: compute-sanitizer is not installed"
     problems, end = [], time.monotonic() + limit
-    selected = python("-m", "pytest", "tests/kernels", "-m", "sanitize", "-v", "-p", "no:cacheprovider")
+    selected = python("-m", "pytest", "tests/test_gpu.py", "-m", "sanitize", "-v", "-p", "no:cacheprovider")
     for index, tool in enumerate(TOOLS):
         part = max(1.0, (end - time.monotonic()) / (len(TOOLS) - index))
         command = [program, "--tool", tool, "--error-exitcode", "9", *selected]

@@ -1,0 +1,331 @@
+"""Comparing result files and revisions, and the regression gate. Counts decide here, no times."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import frd_kernels
+from benchmarks import __main__ as command
+from benchmarks import compare, machine, regression
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENVIRONMENT = {"isa": "avx2", "compiler": "12.2.0", "torch": "2.11.0", "python": "3.11.7"}
+COUNTS = {"instructions": 1000, "entries": 20, "python_calls": 40}
+KEY = ("cpu", "cpu", "wall", "x")
+
+
+def record(
+    name: str, ours: float, baseline: float, spread: float = 0.01, width: float = 0.0, **more: Any
+) -> Any:
+    """Times in milliseconds; p10 and p90 lie `width` of the median away from it."""
+    times = {"median": ours, "p10": ours * (1 - width), "p90": ours * (1 + width)}
+    other = {"baseline_ms": {"median": baseline}, "baseline": "eager", "aa_spread": spread}
+    return {"name": name, "ours_ms": times, **other, **more}
+
+
+def report(*records: Any, cpu: str = "A", **more: Any) -> Any:
+    machine = {"machine": {"cpu": cpu}, "build": "unknown (ImportError)", "versions": {"torch": "2.11"}}
+    return {"when": "2026-01-02", "quiet": True, "machine": machine, "cases": list(records), **more}
+
+
+@pytest.fixture
+def compared(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `compare` on two reports; gives the exit status and what was printed."""
+
+    def run(a: Any, b: Any, *options: str) -> tuple[int, str]:
+        for name, value in (("a", a), ("b", b)):
+            (tmp_path / name).write_text(json.dumps(value))
+        status = command.main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), *options])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "plain", "normalised", "verdict"),
+    [
+        pytest.param(record("x", 1, 4), record("x", 2, 4), 0.5, 0.5, "slower", id="slower"),
+        pytest.param(record("x", 2, 4), record("x", 1, 4), 2.0, 2.0, "faster", id="faster"),
+        pytest.param(record("x", 1, 4), record("x", 2, 8), 0.5, 1.0, "within noise", id="slower-machine"),
+        pytest.param(record("x", 1, 4, 0.2), record("x", 1.15, 4), 0.87, 0.87, "within noise", id="noise-a"),
+        pytest.param(record("x", 1, 4), record("x", 1.15, 4, 0.2), 0.87, 0.87, "within noise", id="noise-b"),
+        pytest.param(
+            *(record("x", ms, 4, width=0.2) for ms in (1, 1.1)), 0.909, 0.909, "within noise", id="inside"
+        ),
+        pytest.param(
+            record("x", 1, 4, width=0.2), record("x", 1.1, 4), 0.909, 0.909, "slower", id="one-inside"
+        ),
+        pytest.param(record("x", 1, 4), record("x", 1.03, 4), 0.971, 0.971, "below 5%", id="small"),
+        pytest.param(
+            record("x", 1, 4),
+            record("x", 2, 4, quiet=False),
+            0.5,
+            0.5,
+            "unsure on a busy machine, else slower",
+            id="busy",
+        ),
+        pytest.param(
+            record("x", 1, 4),
+            record("x", 1, 4) | {"baseline": "folded"},
+            1.0,
+            1.0,
+            "within noise (another baseline: eager / folded)",
+            id="other",
+        ),
+    ],
+)
+def test_change_of_a_case(a: Any, b: Any, plain: float, normalised: float, verdict: str) -> None:
+    change = compare.change(KEY, a, b, threshold=0.05)
+    assert (change.plain, change.normalised) == pytest.approx((plain, normalised), abs=1e-3)
+    assert change.verdict == verdict
+
+
+def test_compare_prints_the_worst_first_and_names_what_is_missing(compared: Any) -> None:
+    a = report(record("pdc", 1, 2), record("icm", 1, 2), record("gone", 1, 2), threads=2)
+    b = report(record("pdc", 1, 2), record("icm", 2, 2), record("new", 1, 2), threads=1, cpu="B", quiet=False)
+    status, text = compared(a, b)
+    assert status == 0
+    for expected in ("CPU: A / B", "threads: 2 / 1", "B was measured on a busy machine"):
+        assert f"WARNING: {expected}" in text
+    cases = [line.split()[0] for line in text.splitlines() if line.startswith(("pdc", "icm"))]
+    assert cases == ["icm", "pdc"]
+    assert "only in A: cpu, cpu, wall, gone" in text and "only in B: cpu, cpu, wall, new" in text
+    assert "2 cases: geomean 0.707x, normalised 0.707x; worst 0.500x (icm)" in text
+
+
+def test_timings_and_backends_of_a_gpu_are_cases_of_their_own(compared: Any) -> None:
+    def both(cuda: float, triton: float, timing: str) -> Any:
+        backends = {
+            name: {"ours_ms": dict.fromkeys(("median", "p10", "p90"), ms)}
+            for name, ms in (("cuda", cuda), ("triton", triton))
+        }
+        return record("dpm", cuda, 4, device="cuda", timing=timing, backend="cuda", backends=backends)
+
+    a, b = (
+        report(*(both(*times, timing) for times, timing in pairs))
+        for pairs in (
+            (((1, 2), "wall"), ((1, 2), "graph")),
+            (((2, 2), "graph"), ((1, 1), "wall")),
+        )
+    )
+    status, text = compared(a, b)
+    changes = [line.split("  ")[0] for line in text.splitlines() if line.startswith("dpm")]
+    assert changes == ["dpm, cuda, graph", "dpm, cuda, wall", "dpm, triton, graph", "dpm, triton, wall"]
+    assert "normalised 1.000x; worst 0.500x (dpm, cuda, graph)" in text
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "more", "options", "status"),
+    [
+        (1.25, {}, ["--fail-below", "0.9"], 1),
+        (1.25, {}, ["--fail-below", "0.7"], 0),
+        (1.25, {"spread": 0.30}, ["--fail-below", "0.9"], 0),
+        (1.25, {"quiet": False}, ["--fail-below", "0.9"], 0),
+        (1.25, {}, ["--fail-below", "0.9", "--only", "icm"], 0),
+        (1.25, {}, [], 0),
+    ],
+)
+def test_fail_below(compared: Any, ours: float, more: Any, options: list[str], status: int) -> None:
+    a = report(record("pdc", 1, 2), record("icm", 1, 2))
+    b = report(record("pdc", ours, 2, **more), record("icm", 1, 2))
+    assert compared(a, b, *options)[0] == status
+
+
+@pytest.mark.parametrize(
+    ("b", "options", "words"),
+    [
+        (report(record("y", 1, 2)), [], "no case in common"),
+        (report(record("x", 1, 2)), ["--only", "y"], "no case in common that contains 'y'"),
+        ({"records": []}, [], "contains a list `cases`"),
+        (report(record("x", 1, 2)), ["--base", "HEAD"], "give two result files, or --base REV"),
+    ],
+)
+def test_what_cannot_be_compared(compared: Any, b: Any, options: list[str], words: str) -> None:
+    status, text = compared(report(record("x", 1, 2)), b, *options)
+    assert status == 2 and words in text and text.count("\n") == 1
+
+
+def test_an_unknown_revision_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["compare", "--base", "no-such-revision"]) == 2
+    assert capsys.readouterr().err.startswith("compare: git rev-parse: ")
+
+
+@pytest.mark.parametrize("machine", ["cpu", "nvidia-h100-80gb-hbm3"])
+def test_the_committed_result_files_equal_themselves(
+    machine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ROOT / "benchmarks" / "results" / machine / "kernels.json")
+    assert command.main(["compare", path, path, "--fail-below", "1"]) == 0
+    assert "geomean 1.000x, normalised 1.000x; worst 1.000x" in capsys.readouterr().out
+
+
+class Scripted:
+    """A tree whose answers are given: of "build", then of each "time"."""
+
+    def __init__(self, build: Any, *times: Any) -> None:
+        self.build, self.times = build, list(times)
+        self.asked: list[str] = []
+
+    def ask(self, do: str, **request: Any) -> Any:
+        self.asked.append(do)
+        return self.build if do == "build" else self.times.pop(0)
+
+
+def test_turns_and_result_of_two_trees() -> None:
+    ours: Any = Scripted({"seconds": 0.01}, *[{"seconds": [0.010, 0.011]}] * 4)
+    base: Any = Scripted({"seconds": 0.02}, *[{"seconds": [0.020, 0.022]}] * 4)
+    found: Any = compare.compare_case(ours, base, "x", turns=4)
+    assert (found.ratio, found.ours, found.base) == pytest.approx((2.0, 10.5, 21))
+    assert (found.spread, found.verdict) == (0, "faster")
+    assert ours.asked == base.asked == ["build"] + 4 * ["time"]
+    found = compare.result([[1.0], [1.2], [1.0], [1.2]], [[1.1], [1.1], [1.1], [1.1]])
+    assert (found.spread, found.verdict) == (pytest.approx(1 - 1 / 1.2), "within noise")
+
+
+def test_a_case_that_a_tree_cannot_run_is_named() -> None:
+    fine: Any = Scripted({"seconds": 1.0}, {"seconds": [1.0]})
+    unable: Any = Scripted({"error": "AttributeError: no pdc_block"})
+    crashing: Any = Scripted({"seconds": 1.0}, {"error": "the process ended with status -11"})
+    assert compare.compare_case(fine, unable, "x") == "the base cannot run it: AttributeError: no pdc_block"
+    assert str(compare.compare_case(unable, fine, "x")).startswith("this tree cannot run it")
+    assert compare.compare_case(fine, crashing, "x") == "the base failed: the process ended with status -11"
+
+
+@pytest.mark.slow
+def test_two_processes_of_this_tree(tmp_path: pathlib.Path) -> None:
+    package, name = pathlib.Path(frd_kernels.__file__).parent, "pdc_weight central"
+    with (
+        compare.Tree(package, tmp_path / "ours", 1) as ours,
+        compare.Tree(package, tmp_path / "base", 1) as base,
+    ):
+        (forward, _both) = ours.ask("list", only=name, quick=False)["cases"]
+        found: Any = compare.compare_case(ours, base, forward, turns=2)
+        assert found.ours > 0 and found.base > 0
+        assert "ValueError" in ours.ask("build", name="no such case")["error"]
+        assert ours.process is not None
+        ours.process.kill()
+        assert "ended with status -9" in ours.ask("list", only=name, quick=False)["error"]
+        assert len(ours.ask("list", only=name, quick=False)["cases"]) == 2
+
+
+@pytest.mark.parametrize("builds", [True, False])
+def test_the_worktree_of_a_revision_is_removed(tmp_path: pathlib.Path, builds: bool) -> None:
+    """On a small repository with a setup.py of its own, which sees what it is to build."""
+    root = tmp_path / "root"
+    (root / "frd_kernels").mkdir(parents=True)
+    script = "import os, sys\nopen('frd_kernels/built', 'w').write(os.environ['FRD_CUDA'])\n"
+    (root / "setup.py").write_text(script if builds else script + "sys.exit('no compiler here')\n")
+    (root / "frd_kernels" / "__init__.py").write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for git in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-C", str(root), *git], check=True)
+    try:
+        with compare.built(root, "HEAD", tmp_path) as package:
+            assert (package / "built").read_text() == "OFF"
+            assert package != root / "frd_kernels"
+    except compare.CompareError as error:
+        assert not builds and "the revision does not build:\nno compiler here" in str(error)
+    else:
+        assert builds
+    assert not (tmp_path / "tree").exists()
+    assert len(compare.git(root, "worktree", "list").splitlines()) == 1
+
+
+def test_margins_follow_what_is_comparable() -> None:
+    everything = {"instructions": 0.05, "entries": 0.05, "python_calls": 0.15}
+    assert regression.margins(ENVIRONMENT, ENVIRONMENT) == everything
+    assert regression.margins(ENVIRONMENT | {"python": "3.11.9"}, ENVIRONMENT) == everything
+    other_python = regression.margins(ENVIRONMENT | {"python": "3.12.1"}, ENVIRONMENT)
+    assert other_python == {"instructions": 0.05, "entries": 0.05}
+    assert regression.margins(ENVIRONMENT | {"torch": "2.14.1"}, ENVIRONMENT) == {"instructions": 0.10}
+    keys = {regression.key(ENVIRONMENT | change) for change in ({}, {"isa": "scalar"}, {"compiler": "14"})}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "status"),
+    [
+        ("instructions", 1050, 0),
+        ("instructions", 1051, 1),
+        ("entries", 22, 1),
+        ("python_calls", 46, 0),
+        ("python_calls", 47, 1),
+        ("instructions", 500, 0),
+    ],
+)
+def test_gate_on_recorded_counts(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    figure: str,
+    value: int,
+    status: int,
+) -> None:
+    counted = {"environment": ENVIRONMENT, "cases": {"x": dict(COUNTS), "y": dict(COUNTS)}}
+    monkeypatch.setattr(regression, "problem", lambda: "")
+    monkeypatch.setattr(regression, "count_all", lambda only, isa: counted)
+    recorded = ["--recorded", str(tmp_path / "counts.json")]
+    assert command.main(["gate", "--update", *recorded]) == 0
+    counted["cases"]["x"][figure] = value
+    assert command.main(["gate", *recorded]) == status
+    out = capsys.readouterr().out
+    assert (f"GROWN {figure} " in out) == bool(status)
+    assert out.splitlines()[-1].endswith(f", {status} grown")
+    counted["environment"] = ENVIRONMENT | {"compiler": "14.1.0"}
+    assert command.main(["gate", *recorded]) == regression.NOT_COMPARABLE
+    assert "no counts for 'avx2, compiler 14.1.0'" in capsys.readouterr().out
+
+
+def test_update_keeps_what_was_not_counted(tmp_path: pathlib.Path) -> None:
+    path, second = tmp_path / "counts.json", COUNTS | {"entries": 7}
+    name = regression.key(ENVIRONMENT)
+    regression.update(path, {"environment": ENVIRONMENT, "cases": {"x": COUNTS, "y": COUNTS}}, whole=True)
+    regression.update(path, {"environment": ENVIRONMENT, "cases": {"y": second}}, whole=False)
+    assert machine.read_json(path)[name]["cases"] == {"x": COUNTS, "y": second}
+    regression.update(path, {"environment": ENVIRONMENT, "cases": {"y": COUNTS}}, whole=True)
+    assert machine.read_json(path)[name]["cases"] == {"y": COUNTS}
+
+
+def test_counts_repeat_and_a_slower_call_fails_the_gate() -> None:
+    script = """
+import dataclasses, json, torch
+from benchmarks import regression, registry
+torch.set_num_threads(1)
+if reason := regression.problem():
+    raise SystemExit(f"SKIP {reason}")
+case = dataclasses.replace(registry.cases("cpu", "pdc_weight central")[0], shape=(8, 8, 3, 3), compiled=())
+call = case.build(case).ours["cpu"]
+counts = [regression.count(c) for c in (call, call, lambda: (call(), call()))]
+print(json.dumps([dataclasses.asdict(c) for c in counts]))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    if result.stderr.startswith("SKIP"):
+        pytest.skip(result.stderr)
+    assert result.returncode == 0, result.stderr
+    once, again, twice = json.loads(result.stdout)
+    assert once == again
+    assert twice["instructions"] == 2 * once["instructions"]
+    allowed = regression.margins(ENVIRONMENT, ENVIRONMENT)
+    assert regression.grown(again, once, allowed) == []
+    grown = [text.split(",")[0] for text in regression.grown(twice, once, allowed)]
+    assert grown[:2] == ["instructions +100.0%", "entries +100.0%"]
+
+
+@pytest.mark.slow
+def test_no_kernel_needs_more_instructions_than_recorded() -> None:
+    names = ["pdc_weight angular", "pdc vanilla depthwise", "cluster"]
+    only = [option for name in names for option in ("--only", name)]
+    gate = [sys.executable, "-m", "benchmarks", "gate", *only]
+    result = subprocess.run(gate, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode == regression.NOT_COMPARABLE:
+        pytest.skip(result.stdout.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(": ok") >= len(names)
