@@ -17,8 +17,8 @@ import torch
 from . import _library
 
 NAMESPACE = "frd_triton"
-# Triton itself reads the variable when a kernel is defined. Its interpreter computes on the CPU.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# As Triton reads the variable when a kernel is defined. Its interpreter computes on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 _MODULES = {

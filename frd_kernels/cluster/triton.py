@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 import triton
 
+from .._triton_ops import INTERPRETED, block_of, on_device
 from . import ops
 from .reference import compute_dtype
 from .triton_dense import chain_dispatch, dense_dispatch, queries
 from .triton_round import MOST_REGISTERS, Round, ticket_count
-from .triton_tiles import INTERPRETED, RoundLayout, block_of, on_device, precision, round_layouts
+from .triton_tiles import RoundLayout, precision, round_layouts
 
 Tensor = torch.Tensor
 PAPER = 0

@@ -11,19 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import (
-    compute_type,
-    load_rows,
-    load_tokens,
-    load_turned,
-    matmul_add,
-    narrow,
-    next_part,
-    pieces,
-    store_rows,
-    token_weight,
-    widen,
-)
+from .._triton_ops import compute_type, matmul_add, narrow, widen
+from .triton_tiles import load_rows, load_tokens, load_turned, next_part, pieces, store_rows, token_weight
 
 
 @triton.jit

@@ -7,19 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton_ops import compute_type, matmul_add, widen
 from .triton_aggregate import chunk_sums, finish_rows
-from .triton_tiles import (
-    compute_type,
-    inverse_norm,
-    is_last,
-    is_live,
-    load_tokens,
-    load_turned,
-    matmul_add,
-    pieces,
-    token_weight,
-    widen,
-)
+from .triton_tiles import inverse_norm, is_last, is_live, load_tokens, load_turned, pieces, token_weight
 
 NO_INDEX = tl.constexpr(2147483647)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .._triton_ops import on_device
 from .ops import like_tokens
 from .triton_backward_icm import IcmBackward
 from .triton_backward_launch import (
@@ -24,7 +25,7 @@ from .triton_backward_launch import (
     vector_of,
     view_of,
 )
-from .triton_tiles import on_device, round_layouts
+from .triton_tiles import round_layouts
 
 
 def cluster_backward(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..pdc.triton_stencil import widen
+from .._triton_ops import widen
 from .triton_backward_tiles import (
     add_product,
     load_rows,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 
+from .._triton_ops import on_device
 from .ops import like_tokens
 from .triton_backward_dense import chain_gradients, dense_sums, query_gradients
 from .triton_backward_launch import (
@@ -28,7 +29,7 @@ from .triton_backward_launch import (
 )
 from .triton_backward_own import chain_scalars, chains
 from .triton_backward_round import dense_centres, key_gradients, means
-from .triton_tiles import on_device, round_layouts
+from .triton_tiles import round_layouts
 
 
 class IcmBackward:

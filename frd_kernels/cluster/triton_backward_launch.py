@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from .._triton_ops import INTERPRETED, block_of
 from .triton_backward_own import label_sums, own_pulls
 from .triton_backward_round import token_gradients
-from .triton_tiles import INTERPRETED, RoundLayout, block_of
+from .triton_tiles import RoundLayout
 
 Tensor = torch.Tensor
 View = tuple[Tensor, int, int, int]  # (first element, strides of an item, of a row, of a channel)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..pdc.triton_stencil import narrow, widen
+from .._triton_ops import narrow, widen
 from .triton_backward_dense import dense_gradient, product_gradient
 from .triton_backward_tiles import (
     add_bins,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..pdc.triton_stencil import INTERPRETED, widen
+from .._triton_ops import INTERPRETED, widen
 from .triton_tiles import is_live, token_weight
 
 

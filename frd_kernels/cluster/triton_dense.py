@@ -11,19 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton_ops import compute_type, matmul_add, widen
 from .triton_pool import project_rows
 from .triton_tiles import (
-    compute_type,
     load_rows,
     load_tokens,
     load_turned,
-    matmul_add,
     pieces,
     sigmoid,
     store_rows,
     store_tokens,
     token_weight,
-    widen,
 )
 
 

@@ -8,11 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdc.triton_stencil import narrow, widen
+from .._triton_ops import narrow, on_device, widen
 from .ops import strided_tokens
 from .triton_backward_launch import rows_of, sum_by_label, tiles, vector_of, view_of
 from .triton_backward_tiles import load_labels, load_rows, load_vector, store_rows, store_vector
-from .triton_tiles import on_device
 
 
 @triton.jit

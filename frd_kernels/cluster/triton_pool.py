@@ -11,19 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton_ops import compute_type, matmul_add, widen
 from .triton_tiles import (
     bin_bounds,
-    compute_type,
     inverse_norm,
     is_last,
     load_rows,
     load_tokens,
     load_turned,
-    matmul_add,
     next_part,
     pieces,
     store_rows,
-    widen,
 )
 
 

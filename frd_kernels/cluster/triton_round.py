@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .._triton_ops import INTERPRETED, block_of
 from .triton_aggregate import aggregate, finish
 from .triton_assign import assign
 from .triton_pool import pool
-from .triton_tiles import INTERPRETED, block_of, part_count, precision
+from .triton_tiles import part_count, precision
 
 Tensor = torch.Tensor
 

@@ -14,20 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..pdc.triton_stencil import INTERPRETED, narrow, widen
-from ..pdc_block.triton_hidden import matmul_add, on_device
+from .._triton_ops import narrow, widen
 from .ops import saved_size
-
-__all__ = ["INTERPRETED", "matmul_add", "narrow", "on_device", "widen"]
 
 NORM_FLOOR = tl.constexpr(1e-12)  # a norm up to this counts as zero
 LIVE_BELOW = tl.constexpr(1e12)
-
-
-@triton.constexpr_function
-def compute_type(dtype):
-    """float64 for float64, else float32."""
-    return tl.float64 if dtype == tl.float64 else tl.float32
 
 
 @triton.jit
@@ -189,16 +180,6 @@ def round_layouts(
             saved = product + (tokens * columns if t > 0 else 0)
         image = grid
     return rounds, labels, saved
-
-
-def block_of(size: int, most: int, least: int = 16) -> int:
-    """The power of two from `least` to `most` that covers `size` with the fewest elements; the largest of those."""
-    block = best = least
-    while block <= most:
-        if -(-size // block) * block <= -(-size // best) * best:
-            best = block
-        block *= 2
-    return best
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .._triton_ops import INTERPRETED
 from ..kinds import Kind
 from .triton_kernels import SUMS, gather_backward, gather_forward, reduce_sums
 from .triton_rows import rows_backward, rows_forward
-from .triton_stencil import INTERPRETED
 from .triton_weight import pdc_weight, pdc_weight_backward
 
 __all__ = ["pdc2d_depthwise", "pdc2d_depthwise_backward", "pdc_weight", "pdc_weight_backward"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton_ops import narrow, widen, widen_all
 from .triton_stencil import (
     WEIGHTS,
     combine,
@@ -19,10 +20,7 @@ from .triton_stencil import (
     load_spread_window,
     load_weights,
     load_window,
-    narrow,
     plain_weights,
-    widen,
-    widen_all,
 )
 
 SUMS = tl.constexpr(10)  # of a channel: the 9 of dw, then db

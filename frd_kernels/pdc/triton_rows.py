@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .._triton_ops import narrow, widen_all
 from .triton_kernels import (
     channel_starts,
     log2,
@@ -24,7 +25,7 @@ from .triton_kernels import (
     tile_bias,
     tile_weights,
 )
-from .triton_stencil import combine, combine_transposed, correlate, narrow, plain_weights, widen_all
+from .triton_stencil import combine, combine_transposed, correlate, plain_weights
 
 
 @triton.jit

@@ -22,11 +22,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .._triton_ops import widen_all
 from ..kinds import Kind
 from .taps import Offset, pairs
 
 WEIGHTS = tl.constexpr(9)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def _slots(kind: Kind) -> list[Offset]:
@@ -95,39 +95,6 @@ def is_zero_term(kind: int, theta: float, k: int) -> bool:
     """Weight k multiplies x - x, which counts as 0 whatever x."""
     table = _TABLES[kind]
     return theta == 1.0 and table["plus"][k] == table["minus"][k]
-
-
-@triton.jit
-def widen_all(values, COUNT: tl.constexpr):
-    """A tuple of COUNT tiles of one dtype, in the compute type."""
-    wide = ()
-    for i in tl.static_range(COUNT):
-        if INTERPRETED and values[0].dtype == tl.bfloat16:  # the interpreter has no bfloat16 arithmetic
-            bits = values[i].to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-            wide += (bits.to(tl.float32, bitcast=True),)
-        elif values[0].dtype == tl.float64:
-            wide += (values[i],)
-        else:
-            wide += (values[i].to(tl.float32),)
-    return wide
-
-
-@triton.jit
-def widen(value):
-    """To the compute type."""
-    return widen_all((value,), 1)[0]
-
-
-@triton.jit
-def narrow(value, dtype: tl.constexpr):
-    """From the compute type to the storage type, round to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
-        bits = value.to(tl.uint32, bitcast=True)
-        bits = (bits + (0x7FFF + ((bits >> 16) & 1)).to(tl.uint32)) >> 16
-        result = tl.where(value == value, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        result = value.to(dtype)
-    return result
 
 
 @triton.jit

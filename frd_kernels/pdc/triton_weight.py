@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton_ops import INTERPRETED, compute_type, narrow, widen
 from ..kinds import Kind
 from .taps import Offset, pairs
-from .triton_stencil import INTERPRETED, WEIGHTS, load_weights, narrow, widen
+from .triton_stencil import WEIGHTS, load_weights
 
 _MOST_MOVES = tl.constexpr(9)
 _TILE = 2**18 if INTERPRETED.value else 512  # taps of a program; the interpreter pays for programs
@@ -106,7 +107,7 @@ def transform(
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]
     tap = tl.arange(0, TAPS)[None, :]
     dtype: tl.constexpr = plain.dtype.element_ty
-    compute: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    compute: tl.constexpr = compute_type(weight.dtype.element_ty)
     real = (pair < count) & (tap < SIDE * SIDE)
     weights = load_weights(weight + pair.to(tl.int64) * WEIGHTS, 1, pair < count)
     total = tl.zeros((PAIRS, TAPS), compute)
@@ -142,7 +143,7 @@ def transform_transposed(
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]
     index = tl.arange(0, TAPS)[None, :]
     dtype: tl.constexpr = dweight.dtype.element_ty
-    compute: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
+    compute: tl.constexpr = compute_type(dtype)
     plus = index * 0
     minus = index * 0 - 1
     for k in tl.static_range(WEIGHTS):

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton_ops import INTERPRETED, compute_type, matmul_add, narrow, on_device, widen
 from ..pdc.triton import Launch
 from ..pdc.triton_kernels import channel_starts, over_channels, over_positions
-from ..pdc.triton_stencil import INTERPRETED, narrow, widen
 from .triton_backward import pdc_block_backward
 from .triton_hidden import (
     ENOUGH_PROGRAMS,
@@ -23,8 +23,6 @@ from .triton_hidden import (
     has_wgmma,
     hidden_tile,
     hidden_window,
-    matmul_add,
-    on_device,
     relu,
     shapes,
     stencil_weight,
@@ -101,7 +99,7 @@ def _forward(
     position = tile % tiles * POSITIONS + tl.arange(0, POSITIONS)
     index = tl.program_id(0) % blocks * FILTERS + tl.arange(0, FILTERS)
     filter = over_channels(index, CHANNELS_FIRST)
-    accumulator: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    accumulator: tl.constexpr = compute_type(x.dtype.element_ty)
     shape: tl.constexpr = (FILTERS, POSITIONS) if CHANNELS_FIRST else (POSITIONS, FILTERS)
     tile_shape: tl.constexpr = (CHANNELS, POSITIONS) if CHANNELS_FIRST else (POSITIONS, CHANNELS)
     total = tl.zeros(shape, accumulator)

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton_ops import INTERPRETED, compute_type, matmul_add, narrow, on_device, widen
 from ..pdc.triton import Launch, pdc2d_depthwise_backward
 from ..pdc.triton_kernels import channel_starts, over_channels, over_positions
-from ..pdc.triton_stencil import INTERPRETED, narrow, widen
 from .triton_hidden import (
     ENOUGH_PROGRAMS,
     SMALL_IMAGE,
@@ -21,8 +21,6 @@ from .triton_hidden import (
     fixed,
     hidden_tile,
     hidden_window,
-    matmul_add,
-    on_device,
     relu,
     shapes,
     stencil_weight,
@@ -112,7 +110,7 @@ def _hidden_gradient(
     spot = over_positions(position, CHANNELS_FIRST)
     index = tl.arange(0, FILTERS)
     pixels = rows * columns
-    compute: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    compute: tl.constexpr = compute_type(x.dtype.element_ty)
     shape: tl.constexpr = (CHANNELS, POSITIONS) if CHANNELS_FIRST else (POSITIONS, CHANNELS)
     if WHOLE:
         gradient = load_gradient(grad, image, position, index, filters, pixels, CHANNELS_FIRST)
@@ -182,7 +180,7 @@ def _point_gradient(
     filter = tl.program_id(1) * FILTERS + tl.arange(0, FILTERS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     geometry = (step_y, step_x, lead_y, lead_x, dilation_y, dilation_x)
-    compute: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    compute: tl.constexpr = compute_type(x.dtype.element_ty)
     total = tl.zeros((FILTERS, CHANNELS), compute)
     sums = tl.zeros((FILTERS,), compute)
     share = tl.cdiv(work, tl.num_programs(0))

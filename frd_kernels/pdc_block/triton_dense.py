@@ -7,11 +7,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton_ops import INTERPRETED, matmul_add, narrow, on_device, widen
 from ..kinds import Kind
 from ..pdc.taps import Offset, pairs
 from ..pdc.triton import Launch
-from ..pdc.triton_stencil import INTERPRETED, narrow, widen
-from .triton_hidden import SMALL_IMAGE, dot_precision, matmul_add, on_device, relu, shared_memory
+from .triton_hidden import SMALL_IMAGE, dot_precision, relu, shared_memory
 
 OptionalTensor = torch.Tensor | None
 

@@ -5,28 +5,19 @@ Tiles are [positions, channels], or the other way round where CHANNELS_FIRST, an
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .._triton_ops import INTERPRETED, widen
 from ..pdc.triton import Launch
 from ..pdc.triton_kernels import channel_starts, over_channels, over_positions
-from ..pdc.triton_stencil import INTERPRETED, WEIGHTS, combine, load_weights, load_window, widen
+from ..pdc.triton_stencil import WEIGHTS, combine, load_weights, load_window
 
 SMALL_IMAGE = 1024  # output pixels
 ENOUGH_PROGRAMS = 128
-
-
-@triton.jit
-def matmul_add(a, b, acc, PRECISION: tl.constexpr):
-    """acc [M, N] + a [M, K] b [K, N] in the dtype of acc."""
-    if INTERPRETED:  # numpy has no bfloat16
-        a = widen(a)
-        b = widen(b)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -168,11 +159,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return "ieee"
-
-
-def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; this makes it that of x."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def shared_memory(x: torch.Tensor) -> int:
