@@ -14,13 +14,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from frd_model import bench
-from frd_model.checkpoints import Checkpoint, open_checkpoint
+from frd_model.cli import bench
+from frd_model.cli.arguments import Checkpoint, open_checkpoint
+from frd_model.cli.predict import Job, save_prediction
 from frd_model.data import overlay, write_jpeg, write_png
-from frd_model.evaluate_data import Labelled, forged_samples
+from frd_model.evaluate import Labelled, forged_samples
 from frd_model.metrics import image_metrics
 from frd_model.predict import predict
-from frd_model.predict_command import Job, save_prediction
 
 PANEL_WIDTH = 320
 

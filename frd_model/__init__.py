@@ -13,7 +13,7 @@ _HOME = {
     "PRESETS": ".config",
     "FRDNet": ".frdnet",
     "FRDNetConfig": ".config",
-    "create_model": ".frdnet",
+    "create_model": ".factory",
     "load_model": ".weights",
     "predict": ".predict",
     "save_model": ".weights",

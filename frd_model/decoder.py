@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import FRDNetConfig
+from .stem import ConvNorm
 
 
 class DeconvDecoder(nn.Module):
@@ -32,42 +33,6 @@ class DeconvDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
-
-
-class ConvNorm(nn.Sequential):
-    """3x3 convolution, every channel normalised over its own image, GELU.
-
-    Without mean and scale of the whole image, what is left of a channel is how a place differs from the rest of
-    its photo: the inconsistency that an edit leaves, whatever camera and compression the photo went through.
-    """
-
-    def __init__(self, source: int, target: int, stride: int = 1) -> None:
-        super().__init__(
-            nn.Conv2d(source, target, 3, stride, 1, bias=False), nn.GroupNorm(target, target), nn.GELU()
-        )
-
-
-class TraceBranch(nn.Module):
-    """A shallow convolutional pyramid on the stem's planes. [B, P, H, W] -> [B, widths[i], H / 2^(i+1), W / 2^(i+1)].
-
-    It exists because noise and resampling traces live in the highest frequencies, which the encoder's first
-    stride of 4 folds away.
-    """
-
-    def __init__(self, planes: int, widths: Sequence[int]) -> None:
-        super().__init__()
-        sources = [planes, *widths[:-1]]
-        self.levels = nn.ModuleList(
-            nn.Sequential(ConvNorm(source, width, 2), ConvNorm(width, width))
-            for source, width in zip(sources, widths, strict=True)
-        )
-
-    def forward(self, planes: Tensor) -> list[Tensor]:
-        maps = []
-        for level in self.levels:
-            planes = level(planes)
-            maps.append(planes)
-        return maps
 
 
 class PyramidDecoder(nn.Module):

@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
 import re
-import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
-from frd_model.arguments import check_output_file, fraction, one_line, path, say
-from frd_model.checkpoints import add_checkpoint_argument
-from frd_model.evaluate_data import Labelled, Unusable, add_source_arguments, open_source
-from frd_model.tiling import OVERLAP, POLICIES, TILE
-
-if TYPE_CHECKING:
-    from torch import nn
+from frd_model.data.dataset import PairDataset
+from frd_model.data.files import describe_skipped
+from frd_model.data.forge import Forger
+from frd_model.data.forge_options import KINDS
+from frd_model.data.images import write_bytes
+from frd_model.data.photos import sample_photos
+from frd_model.metrics import Confusion, aggregate, auc, image_metrics
+from frd_model.output import one_line
+from frd_model.predict import check_options, predict
+from frd_model.tiling import OVERLAP, TILE
 
 COLUMNS = ("f1", "permute_f1", "auc", "iou")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """image uint8 RGB [H, W, 3], mask bool [H, W] (all False: untouched); kind of forgery, or "" if not known."""
+
+    name: str
+    kind: str
+    image: npt.NDArray[np.uint8]
+    mask: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A pair that cannot be scored, and the one line that says why."""
+
+    name: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples made or read one at a time, how many there are, and a line that says what they are.
+
+    skipped: one line on what the folders hold beside images, inverted: one on masks that look inverted; "" for nothing.
+    """
+
+    samples: Iterator[Labelled | Unusable]
+    length: int
+    label: str
+    skipped: str = ""
+    inverted: str = ""
 
 
 @dataclass
@@ -47,8 +80,6 @@ class Report:
 
         An untouched photo counts as a false alarm where its score is above the report's threshold.
         """
-        from frd_model.metrics import auc
-
         forged = [r for r in self.rows if r["edited"] > 0]
         clean = [r for r in self.rows if r["edited"] == 0]
         kinds = sorted({r["kind"] for r in forged if r["kind"]})
@@ -91,8 +122,6 @@ def evaluate(
     sample that cannot be read or scored (NaN from the network, too large for the memory) goes to `failed` and
     the others are scored. Raises ValueError for bad arguments.
     """
-    from frd_model.predict import check_options
-
     check_options(size, TILE, OVERLAP, threshold, 1)
     report = Report(threshold)
     for sample in samples:
@@ -109,9 +138,6 @@ def evaluate(
 def _score(
     sample: Labelled, model: nn.Module, size: str, threshold: float, device: str | None
 ) -> dict[str, Any]:
-    from frd_model.metrics import image_metrics
-    from frd_model.predict import predict
-
     result = predict(sample.image, model, size=size, threshold=threshold, device=device, progress=True)
     row: dict[str, Any] = {
         "name": sample.name,
@@ -132,8 +158,6 @@ def _score(
 
 def _white_figures(mask: npt.NDArray[np.bool_]) -> dict[str, float]:
     """The figures of a prediction that marks every pixel."""
-    from frd_model.metrics import Confusion
-
     edited = int(np.count_nonzero(mask))
     counts = Confusion(edited, mask.size - edited, 0, 0)
     return {
@@ -146,8 +170,6 @@ def _white_figures(mask: npt.NDArray[np.bool_]) -> dict[str, float]:
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """One line per image; columns that do not apply to an image stay empty."""
-    from frd_model.data.images import write_bytes
-
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
@@ -155,89 +177,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     # File names may hold bytes that are no text, which come out as they went in, and lists what no name can hold.
     legible = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text.getvalue())
     write_bytes(path, legible.encode(errors="surrogateescape"))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_source_arguments(parser)
-    add_checkpoint_argument(parser)
-    parser.add_argument(
-        "--threshold",
-        type=fraction,
-        default=0.5,
-        help="a pixel above it counts as edited, an untouched photo with a score above it as a false alarm "
-        "(default 0.5)",
-    )
-    parser.add_argument("--size", choices=POLICIES, default="auto", help="see `frd predict`; default auto")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--csv", type=path, metavar="FILE", help="write the figures of every image")
-    parser.add_argument(
-        "--json-out", type=path, metavar="FILE", help="write the means, how they were made, and what failed"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE of --csv and --json-out")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Evaluate, print the means, write the files asked for. Status 1 if an image could not be scored."""
-    from tqdm import tqdm
-
-    from frd_model.checkpoints import open_checkpoint
-
-    _check_outputs(args)
-    source = open_source(args)
-    if source.skipped:
-        say(f"frd evaluate: skipped {source.skipped}", sys.stderr)
-    if source.inverted:
-        say(f"frd evaluate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
-    checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
-    start = time.perf_counter()
-    bar = tqdm(source.samples, total=source.length, desc="evaluate", disable=None)
-    report = evaluate(bar, checkpoint.model, size=args.size, threshold=args.threshold, device=args.device)
-    if not report.rows and not report.failed:
-        say(f"frd evaluate: no images in {source.label}", sys.stderr)
-        return 1
-    for failed in report.failed:
-        name, error = failed["name"], failed["error"]
-        say(f"frd evaluate: {error if name in error else f'{name}: {error}'}", sys.stderr)
-    summary = {
-        "checkpoint": checkpoint.label,
-        "data": source.label,
-        "size_policy": args.size,
-        **report.summary(),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
-    print(format_summary(summary))
-    if report.failed:
-        total = len(report.rows) + len(report.failed)
-        say(f"frd evaluate: {len(report.failed)} of {total} images could not be scored", sys.stderr)
-    written = _write_outputs(args, report, summary)
-    return 0 if written and not report.failed else 1
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """What would fail, or destroy something, after hours of work."""
-    if args.csv and args.json_out and args.csv.resolve() == args.json_out.resolve():
-        raise ValueError(f"--csv and --json-out must be two files, got {str(args.csv)!r} twice")
-    for flag, file in (("--csv", args.csv), ("--json-out", args.json_out)):
-        if file is not None:
-            check_output_file(flag, file, overwrite=args.overwrite)
-
-
-def _write_outputs(args: argparse.Namespace, report: Report, summary: dict[str, Any]) -> bool:
-    """Each file is written even where the other cannot be."""
-    from frd_model.data.images import write_json
-
-    written = True
-    for file, write in (
-        (args.csv, lambda file: write_csv(file, [*report.rows, *report.failed])),
-        (args.json_out, lambda file: write_json(file, _nan_as_none(summary))),
-    ):
-        try:
-            if file is not None:
-                write(file)
-        except OSError as error:
-            say(f"frd evaluate: {str(file)!r} cannot be written: {one_line(error)}", sys.stderr)
-            written = False
-    return written
 
 
 def format_summary(summary: dict[str, Any]) -> str:
@@ -257,19 +196,47 @@ def format_summary(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _nan_as_none(value: Any) -> Any:
-    """JSON has no NaN: a figure that is not defined on these images becomes null."""
-    if isinstance(value, dict):
-        return {k: _nan_as_none(v) for k, v in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    from frd_model.metrics import aggregate
-
     means = aggregate([{c: r[prefix + c] for c in COLUMNS} for r in rows])
     return {c: float(means.get(c, math.nan)) for c in COLUMNS}
 
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
+
+
+def forged_samples(split: str, repeats: int, seed: int) -> Source:
+    """`repeats` forgeries of each kind and as many untouched versions of every photo of a split, at full size."""
+    photos = sample_photos(split)
+    length = len(photos) * repeats * (len(KINDS) + 1)
+    label = f"sample photos {split} ({', '.join(photos)}), {repeats} forgeries of each kind per photo, seed {seed}"
+    return Source(_forge(photos, repeats, seed), length, label)
+
+
+def _forge(photos: dict[str, npt.NDArray[np.uint8]], repeats: int, seed: int) -> Iterator[Labelled]:
+    names = sorted(photos)
+    for number, name in enumerate(names):
+        for repeat in range(repeats):
+            for which, kind in enumerate((*KINDS, "authentic")):
+                rng = np.random.default_rng([seed, number, repeat, which])
+                forger = Forger(rng)
+                if kind == "authentic":
+                    made = forger.authentic(photos[name])
+                else:
+                    others = [n for n in names if n != name] or names
+                    made = forger.forge(photos[name], photos[others[int(rng.integers(len(others)))]], kind)
+                yield Labelled(f"{name}-{kind}-{repeat}", kind, made.image, made.mask)
+
+
+def labelled_pairs(data: PairDataset, label: str) -> Source:
+    return Source(_read(data), len(data), str(label), describe_skipped(data.skipped), data.inverted_masks())
+
+
+def _read(data: PairDataset) -> Iterator[Labelled | Unusable]:
+    for index, name in enumerate(data.names):
+        try:
+            image, mask = data.load(index)
+        except Exception as error:  # a damaged or vanished file, or one too large for the memory
+            yield Unusable(name, one_line(error))
+            continue
+        yield Labelled(name, "", image, mask)

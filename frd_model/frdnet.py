@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,37 +9,11 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import frd_kernels as fk
-
 from .blocks import FRDBlock
-from .config import FRDNetConfig, model_config
-from .decoder import DeconvDecoder, PyramidDecoder, TraceBranch
+from .config import FRDNetConfig
+from .decoder import DeconvDecoder, PyramidDecoder
 from .encoder import create_encoder
-
-
-class PDCStem(nn.Module):
-    """The image beside its pixel differences. [B, 3, H, W] -> [B, 3 + central + angular, H, W].
-
-    Differences are free of the local mean, so camera noise, resampling and compression show from the first
-    layer on; a plain convolution would first have to learn to subtract the image content. With `gain`, differences
-    are bounded as the truncated residuals of steganalysis are (Fridrich and Kodovsky, 2012), smoothly.
-    """
-
-    def __init__(self, central: int, angular: int, gain: float | None = None) -> None:
-        super().__init__()
-        kinds = [(kind, n) for kind, n in (("central", central), ("angular", angular)) if n > 0]
-        # replicate: with zeros outside, every border pixel would show a false difference
-        self.layers = nn.ModuleList(
-            fk.PDC2d(3, n, padding=1, bias=False, padding_mode="replicate", kind=kind) for kind, n in kinds
-        )
-        self.channels = 3 + central + angular
-        self.gain = None if gain is None else nn.Parameter(torch.full((central + angular,), float(gain)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        differences = torch.cat([layer(x) for layer in self.layers], dim=1)
-        if self.gain is not None:
-            differences = torch.tanh(differences * self.gain.view(-1, 1, 1))
-        return torch.cat((x, differences), dim=1)
+from .stem import PDCStem, TraceBranch
 
 
 class FRDNet(nn.Module):
@@ -161,36 +134,3 @@ def _fit(logits: Tensor, padded: Tensor, images: Tensor) -> Tensor:
 # What depends on sizes is one node in a graph of torch.fx, which knows none.
 for _name in ("_check_images", "_pad", "_fit"):
     torch.fx.wrap(_name)
-
-
-def create_model(
-    name: str = "frdnet_mit_b2",
-    preset: str = "paper",
-    pretrained: str | Path | None = None,
-    encoder_weights: str | Path | None = None,
-    **overrides: Any,
-) -> FRDNet:
-    """An FRD-Net by name.
-
-    Args:
-        name: ``frdnet_`` and the encoder: ``mit_b0`` ... ``mit_b5`` or a timm backbone.
-        preset: ``paper``, ``released`` or ``lite`` (made for ``frdnet_mit_b0``).
-        pretrained: None (random weights), a file for :func:`frd_model.weights.load_weights`, or ``"demo"``,
-            the weights inside the package.
-        encoder_weights: a file with MiT weights, in Hugging Face's or the original naming.
-        overrides: fields of :class:`FRDNetConfig` to change.
-
-    Raises:
-        ValueError: unknown name, preset or field, a value out of its range, a file that does not fit.
-    """
-    config = model_config(name, preset, **overrides)
-    model = FRDNet(config)
-    if encoder_weights is not None:
-        from .weights import load_encoder_weights
-
-        load_encoder_weights(model.encoder, encoder_weights)
-    if pretrained is not None:
-        from .weights import load_weights
-
-        load_weights(model, pretrained)
-    return model

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from frd_model.checkpoints import parse_device
 from frd_model.data.transforms import to_tensor
 from frd_model.eval_view import device_of, dtype_of, eval_view
 from frd_model.metrics import image_score
@@ -260,3 +259,19 @@ def _forward(
         )
     probability: FloatMap = logits.float().sigmoid()[:, 0, :height, :width].cpu().numpy()
     return np.ascontiguousarray(probability)
+
+
+def parse_device(name: str | torch.device) -> torch.device:
+    """Raises ValueError for a name torch does not know, or a device that is not there or holds no data."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name} was asked for, but torch finds no usable GPU")
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that torch can use here, got {name!r}: {reason}") from None
+    return device

@@ -11,8 +11,7 @@ import json
 import os
 import re
 import zipfile
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import FRDNetConfig, model_config
+from .state_dicts import State
 
-State = dict[str, Tensor]
 FORMAT = "frd_model"
-# Names that torch's wrappers put between the names of a module and those of its children.
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_AVERAGED = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|shadow)(?:_|$)")
-_CONTAINERS = WRAPPERS | {"model", "net", "network", "state_dict", "model_state_dict", "params", "weights"}
 _SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.")
 # Functions and lower-case classes that only build values; any other function in a pickle is refused.
 _VALUES = {
@@ -48,14 +43,6 @@ class Stored(NamedTuple):
 
     state: State
     config: FRDNetConfig | None
-
-
-class Fit(NamedTuple):
-    """The tensors under one prefix of a file; `matched` of them have names that are looked for."""
-
-    prefix: str
-    state: State
-    matched: int
 
 
 def read(file: Path) -> Stored:
@@ -88,55 +75,6 @@ def _gather(file: Path, state: State) -> State:
     if not torch.distributed.is_initialized():
         raise ValueError(f"{file}: {_SHARDED}")
     return {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}
-
-
-def fit(file: Path, state: Mapping[str, Tensor], names: Collection[str]) -> Fit:
-    """The part of `state` whose names, behind a common prefix and without the names of wrappers, are `names`.
-
-    Of several complete ones, averaged weights (``ema``, ``swa``, ...) win, then those under usual names (``model``,
-    ``state_dict``, ...). Where none is complete, the one with the most names.
-
-    Raises:
-        ValueError: two different nets, of which neither is preferred.
-    """
-    fits = list(_fits(state, set(names)))
-    complete = [f for f in fits if f.matched == len(names)]
-    if not complete:
-        return max(fits, key=lambda f: (f.matched, -_rank(f.prefix)), default=Fit("", dict(state), 0))
-    rank = min(_rank(f.prefix) for f in complete)
-    first, *others = [f for f in complete if _rank(f.prefix) == rank]
-    for other in others:
-        if any(not torch.equal(first.state[name], other.state[name]) for name in names):
-            raise ValueError(
-                f"{file}: holds several nets, {first.prefix!r} and {other.prefix!r}: save the state dict of one"
-            )
-    return first
-
-
-def _fits(state: Mapping[str, Tensor], names: set[str]) -> Iterator[Fit]:
-    wrappers = WRAPPERS - {part for name in names for part in name.split(".")}
-    counts: Counter[str] = Counter()
-    for key in state:
-        parts = key.split(".")
-        for i in range(len(parts)):
-            if ".".join(p for p in parts[i:] if p not in wrappers) in names:
-                counts[".".join([*parts[:i], ""])] += 1
-    # "model." and "model.module." may be the same net: the longer prefix leaves fewer strangers beside it.
-    seen: list[tuple[str, int]] = []
-    for prefix, count in sorted(counts.items(), key=lambda item: -len(item[0])):
-        if any(longer.startswith(prefix) and count == other for longer, other in seen):
-            continue
-        seen.append((prefix, count))
-        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        own = {".".join(p for p in k.split(".") if p not in wrappers): v for k, v in inside.items()}
-        yield Fit(prefix, own, sum(name in own for name in names))
-
-
-def _rank(prefix: str) -> int:
-    parts = [part for part in prefix.split(".") if part]
-    if any(_AVERAGED.search(part.lower()) for part in parts):
-        return 0
-    return 1 if all(part in _CONTAINERS for part in parts) else 2
 
 
 def _tensors(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:

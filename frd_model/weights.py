@@ -18,27 +18,21 @@ from torch import Tensor, nn
 from .config import NAME_PREFIX, PRESETS, FRDNetConfig, model_config
 from .encoder import MixTransformer
 from .frdnet import FRDNet
-from .naming import (
+from .state_dicts import (
+    WRAPPERS,
+    Fit,
     Foreign,
     Naming,
+    State,
     check_names,
     export_state,
+    fit,
     huggingface_encoder,
     import_state,
     original_encoder,
     released_model,
 )
-from .state_files import (
-    FORMAT,
-    WRAPPERS,
-    Fit,
-    State,
-    config_in_header,
-    fit,
-    is_safetensors,
-    read,
-    read_safetensors,
-)
+from .state_files import FORMAT, config_in_header, is_safetensors, read, read_safetensors
 
 VERSION = 1
 ASSUMED = "released"

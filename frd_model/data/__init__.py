@@ -42,13 +42,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "KINDS": ".forge",
+    "KINDS": ".forge_options",
     "MEAN": ".transforms",
     "SPLITS": ".photos",
     "STD": ".transforms",
     "DatasetError": ".dataset",
     "FolderDataset": ".dataset",
-    "ForgeOptions": ".forge",
+    "ForgeOptions": ".forge_options",
     "Forger": ".forge",
     "Forgery": ".forge",
     "ForgeryDataset": ".dataset",
@@ -61,7 +61,7 @@ _HOME = {
     "Skipped": ".files",
     "describe_skipped": ".files",
     "find_images": ".files",
-    "forge_folder": ".forge_cli",
+    "forge_folder": ".forged_folder",
     "image_extensions": ".files",
     "mask_to_tensor": ".transforms",
     "overlay": ".images",

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .files import PathLike, Skipped, describe_skipped, expand_user
-from .forge import ForgeOptions, Forger, Forgery
+from .forge import Forger, Forgery
+from .forge_options import ForgeOptions
 from .images import ImageError, read_image, read_mask
 from .pairing import DatasetError, Pair, pair_by_name, read_list
 from .transforms import is_coloured, mask_to_tensor, random_look, random_view, resize, to_tensor

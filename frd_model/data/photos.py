@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .images import read_image
-
 # Fixed, by photo: no scene stands in two splits (the two motorcycle views are one scene). Held-out and
 # validation are colour photographs of other subjects than training's; grey textures and micrographs help as
 # training material only. Left out, because they are drawings or hold no photographic noise: chessboard,
@@ -49,6 +47,9 @@ def sample_photos(split: str = "all") -> dict[str, npt.NDArray[np.uint8]]:
         raise ValueError(f"split must be one of train, val, heldout, all, got {split!r}")
     files = sorted(name for key, names in SPLITS.items() if split in ("all", key) for name in names)
     folders = _folders()
+    # Not at the top: the help of the commands needs SPLITS, but no OpenCV.
+    from .images import read_image
+
     return {Path(name).stem: read_image(_locate(name, folders)) for name in files}
 
 

@@ -6,11 +6,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from .forge_options import SHAPES
+
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Rng = np.random.Generator
-
-SHAPES = ("polygon", "ellipse", "rectangle", "blob")
 
 
 def random_shape(

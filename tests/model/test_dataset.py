@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from frd_model.data import check_cli, photos
+from frd_model.cli import data as check_command
+from frd_model.data import photos
 from frd_model.data.dataset import DatasetError, FolderDataset, ForgeryDataset, JsonDataset, ManiDataset
 from frd_model.data.images import ImageError, write_jpeg, write_png
 from frd_model.data.transforms import MEAN, STD, random_look, random_view, resize, to_image, to_tensor
@@ -160,8 +161,8 @@ def test_inverted_masks(folders):
 
 def check(*flags):
     parser = argparse.ArgumentParser()
-    check_cli.add_arguments(parser)
-    return check_cli.run(parser.parse_args(["check", *map(str, flags)]))
+    check_command.add_arguments(parser)
+    return check_command.run(parser.parse_args(["check", *map(str, flags)]))
 
 
 def test_check_command(folders, capsys):

@@ -8,8 +8,7 @@ import numpy as np
 
 from frd_model import create_model, load_model
 from frd_model.config import PRESETS
-from frd_model.evaluate import evaluate
-from frd_model.evaluate_data import forged_samples
+from frd_model.evaluate import evaluate, forged_samples
 from frd_model.weights import demo_path, read_metadata
 
 

@@ -15,8 +15,7 @@ from torch import nn
 from frd_model import create_model, save_model
 from frd_model.cli import main
 from frd_model.data.images import write_png
-from frd_model.evaluate import evaluate, format_summary
-from frd_model.evaluate_data import Labelled, forged_samples
+from frd_model.evaluate import Labelled, evaluate, forged_samples, format_summary
 from frd_model.metrics import image_metrics
 
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from frd_model import checkpoints
 from frd_model.cli import main
+from frd_model.cli.arguments import Checkpoint
 from frd_model.data.images import write_json, write_png
-from frd_model.evaluate import Report, evaluate, format_summary
-from frd_model.evaluate_data import Labelled
+from frd_model.evaluate import Labelled, Report, evaluate, format_summary
 from frd_model.metrics import image_metrics
 
 WIDTH_OF_NAN = 77
@@ -33,7 +32,7 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def net(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        checkpoints, "open_checkpoint", lambda name, *_, **__: checkpoints.Checkpoint(Net().eval(), str(name))
+        "frd_model.cli.evaluate.open_checkpoint", lambda name, *_, **__: Checkpoint(Net().eval(), str(name))
     )
 
 
@@ -154,7 +153,9 @@ def test_outputs_are_checked_before_the_work(
 ) -> None:
     pair(tmp_path, "a.png")
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "open_checkpoint", lambda *_, **__: pytest.fail("work was begun"))
+        patch.setattr(
+            "frd_model.cli.evaluate.open_checkpoint", lambda *_, **__: pytest.fail("work was begun")
+        )
         (tmp_path / "there").write_text("kept")
         for file in (tmp_path, tmp_path / "there" / "x", "/proc/x", tmp_path / "there", "/dev/null"):
             assert run(*folders(tmp_path), flag, file) == 1

@@ -4,11 +4,14 @@ import json
 import numpy as np
 import pytest
 
-from frd_model.data import check_cli, forge_cli
+from frd_model.cli import data as check_command
+from frd_model.cli import forge as forge_command
 from frd_model.data.dataset import FolderDataset
-from frd_model.data.forge import KINDS, ForgeOptions, Forger
+from frd_model.data.forge import Forger
+from frd_model.data.forge_options import KINDS, SHAPES, ForgeOptions
+from frd_model.data.forged_folder import forge_folder
 from frd_model.data.images import read_image, read_mask, write_png
-from frd_model.data.shapes import SHAPES, random_shape
+from frd_model.data.shapes import random_shape
 from frd_model.data.traces import add_noise, jpeg, random_history, resample
 
 PLAIN = {"filter_history": 0.0, "jpeg_history": 0.0, "final_filter": 0.0, "final_jpeg": 0.0}
@@ -139,8 +142,8 @@ def content(root):
 def test_folder(tmp_path, extension):
     photos = {"a b": photo(1), "c": photo(2), "d": photo(3)}
     options = {"seed": 4, "size": 64, "authentic": 0.3, "extension": extension}
-    items = forge_cli.forge_folder(photos, tmp_path / "one", 8, **options)
-    forge_cli.forge_folder(photos, tmp_path / "two", 8, **options)
+    items = forge_folder(photos, tmp_path / "one", 8, **options)
+    forge_folder(photos, tmp_path / "two", 8, **options)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert json.loads((tmp_path / "one" / "manifest.json").read_text())["items"] == items
     assert {item["host"] for item in items} == set(photos)
@@ -153,8 +156,8 @@ def test_folder(tmp_path, extension):
 
 def command(*flags):
     parser = argparse.ArgumentParser()
-    forge_cli.add_arguments(parser)
-    return forge_cli.run(parser.parse_args(flags))
+    forge_command.add_arguments(parser)
+    return forge_command.run(parser.parse_args(flags))
 
 
 def test_command(tmp_path, capsys):
@@ -184,7 +187,7 @@ def test_a_second_run_is_refused_or_replaces_the_first(tmp_path, capsys):
     assert command(*flags, "--count", "2", "--seed", "1") == 1
     assert "must hold no forgeries yet, got 9 files of an earlier run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="must hold no forgeries yet"):
-        forge_cli.forge_folder({"a": photo(1)}, out, 1)
+        forge_folder({"a": photo(1)}, out, 1)
     (out / "manifest.json").unlink()  # as after an interrupted run
     assert command(*flags, "--count", "2") == 1
     assert content(out).keys() == first.keys() - {(out / "manifest.json").relative_to(out)}
@@ -238,7 +241,7 @@ def test_bad_flags(tmp_path, capsys, flags, words):
 
 def test_negative_seed_is_named(tmp_path):
     with pytest.raises(ValueError, match="seed must be at least 0, got -3"):
-        forge_cli.forge_folder({"a": photo(1)}, tmp_path, 1, seed=-3)
+        forge_folder({"a": photo(1)}, tmp_path, 1, seed=-3)
 
 
 def test_photos_in_folders_and_under_the_home_directory(tmp_path, monkeypatch, capsys):
@@ -260,12 +263,12 @@ def test_photos_in_folders_and_under_the_home_directory(tmp_path, monkeypatch, c
 def test_data_check_finds_no_fault(tmp_path, capsys, extension, size, authentic):
     photos = {"a": photo(1), "b": photo(2)}
     options = {"size": size, "authentic": authentic, "extension": extension}
-    forge_cli.forge_folder(photos, tmp_path / "out", 30, **options)
+    forge_folder(photos, tmp_path / "out", 30, **options)
     parser = argparse.ArgumentParser()
-    check_cli.add_arguments(parser)
+    check_command.add_arguments(parser)
     folders = [str(tmp_path / "out" / name) for name in ("images", "masks")]
     flags = ["check", "--images", folders[0], "--masks", folders[1]]
-    assert check_cli.run(parser.parse_args(flags)) == 0
+    assert check_command.run(parser.parse_args(flags)) == 0
     out = capsys.readouterr().out
     black = sum(not mask.any() for _, mask in map(FolderDataset(*folders).load, range(30)))
     assert f"30 photos, {black} of them untouched, 0 findings" in out

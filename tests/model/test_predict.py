@@ -14,9 +14,9 @@ from torch import nn
 
 from frd_model import create_model, predict, save_model
 from frd_model.cli import main
+from frd_model.cli.predict import name_jobs
 from frd_model.data.images import ImageError, read_image, write_png
 from frd_model.predict import PredictionError, blend_windows, probability_map, tile_starts
-from frd_model.predict_command import name_jobs
 
 TINY = {"stages": (1, 2), "blocks": 1, "pyramid_width": 8, "trace_widths": (8, 8)}
 

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from frd_model import checkpoints
 from frd_model import predict as predict_function
-from frd_model.arguments import check_output_file, path, say
 from frd_model.cli import main
+from frd_model.cli.arguments import Checkpoint, path
+from frd_model.cli.predict import name_jobs
 from frd_model.data.images import read_image, write_png
-from frd_model.predict_command import name_jobs
+from frd_model.output import check_output_file, say
 
 WIDTH_OF_NAN, WIDTH_OF_MEMORY = 77, 78
 
@@ -39,10 +39,10 @@ class Net(nn.Module):
 
 @pytest.fixture(autouse=True)
 def net(monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_checkpoint(name: str | None, device: str, **_: object) -> checkpoints.Checkpoint:
-        return checkpoints.Checkpoint(Net().eval(), str(name or "demo"))
+    def open_checkpoint(name: str | None, device: str, **_: object) -> Checkpoint:
+        return Checkpoint(Net().eval(), str(name or "demo"))
 
-    monkeypatch.setattr(checkpoints, "open_checkpoint", open_checkpoint)
+    monkeypatch.setattr("frd_model.cli.predict.open_checkpoint", open_checkpoint)
 
 
 def photo(width: int = 50, height: int = 40, seed: int = 0) -> np.ndarray:
@@ -185,7 +185,9 @@ def test_a_result_never_replaces_a_photo(tmp_path: Path, capsys: pytest.CaptureF
 def test_an_output_that_cannot_be_written_is_found_first(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checkpoints, "open_checkpoint", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "frd_model.cli.predict.open_checkpoint", lambda *_, **__: pytest.fail("work was begun")
+    )
     write_png(tmp_path / "a.png", photo())
     out = {
         "file": tmp_path / "a.png",
@@ -294,7 +296,7 @@ def test_large_photo_in_bounded_memory(tmp_path: Path) -> None:
 import argparse, re, sys
 from pathlib import Path
 from torch import nn
-from frd_model.predict_command import Job, _do
+from frd_model.cli.predict import Job, _do
 
 class Net(nn.Module):
     def forward(self, x):

@@ -16,8 +16,8 @@ from torch import nn
 from frd_model import load_model
 from frd_model.cli import main
 from frd_model.train import Ema, Trainer, TrainingError
-from frd_model.train_config import ConfigError, TrainConfig, from_dict, load_config, parse_override
-from frd_model.train_data import open_validation_data
+from frd_model.train.config import ConfigError, TrainConfig, from_dict, load_config, parse_override
+from frd_model.train.data import open_validation_data
 
 
 def config(output: Path, **changes: Any) -> TrainConfig:

@@ -23,8 +23,8 @@ from frd_model.data.augment import Augmentation
 from frd_model.data.dataset import FolderDataset
 from frd_model.losses import FORMS, FRDLoss
 from frd_model.train import Trainer, TrainingError
-from frd_model.train_config import from_dict
-from frd_model.train_data import TrainingPairs, collate, split
+from frd_model.train.config import from_dict
+from frd_model.train.data import TrainingPairs, collate, split
 
 README = Path(__file__).parents[2] / "README.md"
 TINY = {"stages": [1, 2], "blocks": 1, "pyramid_width": 8, "trace_widths": [8, 8]}

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from frd_model import FRDNet, create_model, load_model, save_model
 from frd_model.config import PRESETS
-from frd_model.train_config import ModelSection, TrainConfig
+from frd_model.train.config import ModelSection, TrainConfig
 from frd_model.weights import export_released, load_weights, read_metadata
 
 TINY = {"stages": (1, 2), "blocks": 1, "pyramid_width": 8, "trace_widths": (8, 8)}

@@ -17,7 +17,8 @@ import torch
 import frd_kernels as fk
 from benchmarks import __main__ as command
 from benchmarks import cluster, gate, machine, registry, timing
-from frd_model import bench, cli
+from frd_model import cli
+from frd_model.cli import bench
 
 ROOT = pathlib.Path(__file__).parents[2]
 CASES = registry.cases()
@@ -362,7 +363,7 @@ def test_bench_outside_of_a_checkout(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "frd_model" / "bench.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "frd_model" / "cli" / "bench.py"))
     assert cli.main(["bench", "--quick"]) == 2
     assert capsys.readouterr().err == (
         "frd bench: works in a source checkout of frd_kernels: cd there, or run `python -m benchmarks`\n"

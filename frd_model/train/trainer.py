@@ -27,14 +27,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import frd_kernels as fk
-from frd_model.checkpoints import parse_device
 from frd_model.data.transforms import resize
-from frd_model.frdnet import create_model
+from frd_model.factory import create_model
 from frd_model.losses import FRDLoss
 from frd_model.metrics import aggregate, image_metrics
-from frd_model.predict import PredictionError, predict
-from frd_model.train_config import TrainConfig, from_dict
-from frd_model.train_data import (
+from frd_model.predict import PredictionError, parse_device, predict
+from frd_model.weights import save_model
+
+from .config import TrainConfig, from_dict
+from .data import (
     Failure,
     collate,
     describe,
@@ -44,7 +45,7 @@ from frd_model.train_data import (
     pairs_of,
     start_worker,
 )
-from frd_model.train_state import (
+from .state import (
     Ema,
     TrainingError,
     check_same_data,
@@ -53,7 +54,6 @@ from frd_model.train_state import (
     seed_everything,
     set_rng,
 )
-from frd_model.weights import save_model
 
 WEIGHTS = ("last.pt", "last.safetensors", "best.safetensors")
 PANEL = 384
@@ -174,7 +174,7 @@ class Trainer:
         """Take up the state in last.pt.
 
         Raises TrainingError when it belongs to another configuration or other files; what may differ stands in
-        `train_state.FREE`.
+        `frd_model.train.state.FREE`.
         """
         path = self.output / "last.pt"
         if not path.exists():

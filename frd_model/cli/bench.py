@@ -13,7 +13,7 @@ NAME = "benchmarks"
 def checkout() -> Path | None:
     """The source checkout that the current folder, or else this package, lies in."""
     here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         if (folder / NAME / "__main__.py").is_file() and (folder / "csrc" / "register.cpp").is_file():
             return folder
     return None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from frd_model.train_config import TrainConfig, flatten
+from .config import TrainConfig, flatten
 
 # What may differ in a resumed run: where it runs, what it shows, how long it goes on; nothing that its steps depend on.
 FREE = ("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad")

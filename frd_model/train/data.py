@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from frd_model.arguments import one_line, say
 from frd_model.data.augment import Augmentation
 from frd_model.data.dataset import FolderDataset, ForgeryDataset, JsonDataset, PairDataset
 from frd_model.data.files import describe_skipped
-from frd_model.data.forge import ForgeOptions
+from frd_model.data.forge_options import ForgeOptions
 from frd_model.data.photos import sample_photos
 from frd_model.data.transforms import mask_to_tensor, to_tensor
-from frd_model.train_config import ConfigError, DataSection, TrainConfig, convert
+from frd_model.output import one_line, say
+
+from .config import ConfigError, DataSection, TrainConfig, convert
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]

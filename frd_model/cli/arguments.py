@@ -1,20 +1,66 @@
-"""Which checkpoint a command uses: a file, or the demonstration one that ships with the package.
+"""Arguments that several commands share: paths, numbers, and the checkpoint to use.
 
-Without torch until one is opened, so that help and usage errors of the commands need no seconds.
+Imports neither torch nor OpenCV, so that `frd COMMAND --help` and usage errors come at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frd_model.config import NAME_PREFIX, PRESETS
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+
+
+def path(text: str) -> Path:
+    """A flag's path, with ~ and ~user expanded however the flag is written (the shell leaves --out=~/x alone)."""
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or directory, got an empty text")
+    return Path(os.path.expanduser(text))
+
+
+def fraction(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 1], got {text!r}")
+    return value
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of a whole number with a lower bound."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {minimum}, got {text!r}")
+        return value
+
+    return whole_number
+
+
+def tile_side(text: str) -> int:
+    """The side of a tile in pixels."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 64:
+        raise argparse.ArgumentTypeError(f"must be at least 64 pixels, in whole numbers, got {text!r}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -59,6 +105,7 @@ def open_checkpoint(
     Args:
         model, preset: see :func:`frd_model.load_model`.
     """
+    from frd_model.predict import parse_device
     from frd_model.weights import load_model
 
     target = parse_device(device)
@@ -69,21 +116,3 @@ def open_checkpoint(
         )
     label = "demo" if name is None else name
     return Checkpoint(load_model(label, target, model=model, preset=preset), label)
-
-
-def parse_device(name: str | torch.device) -> torch.device:
-    """Raises ValueError for a name torch does not know, or a device that is not there or holds no data."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} was asked for, but torch finds no usable GPU")
-    try:
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device must be one that torch can use here, got {name!r}: {reason}") from None
-    return device

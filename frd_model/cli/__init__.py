@@ -13,22 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from frd_model.arguments import one_line, path, say
+from frd_model.output import one_line, say
+
+from .arguments import path
 
 # Each module offers add_arguments(parser) and run(args) -> exit status. It is imported only when its command is
 # the one asked for, so that `frd --help` needs neither torch nor OpenCV.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "predict": ("frd_model.predict_command", "find the edited pixels of photos"),
-    "train": ("frd_model.train_command", "train a network from a configuration file"),
-    "evaluate": ("frd_model.evaluate", "score a checkpoint on images with known masks"),
-    "export": ("frd_model.export_command", "write a checkpoint as ONNX, run it and compare"),
-    "forge": ("frd_model.data.forge_cli", "make forged images with masks from authentic photos"),
-    "data": ("frd_model.data.check_cli", "check a data set before a training run"),
+    "predict": ("frd_model.cli.predict", "find the edited pixels of photos"),
+    "train": ("frd_model.cli.train", "train a network from a configuration file"),
+    "evaluate": ("frd_model.cli.evaluate", "score a checkpoint on images with known masks"),
+    "export": ("frd_model.cli.export", "write a checkpoint as ONNX, run it and compare"),
+    "forge": ("frd_model.cli.forge", "make forged images with masks from authentic photos"),
+    "data": ("frd_model.cli.data", "check a data set before a training run"),
 }
 
 # Commands of frd_kernels that parse their own arguments: main(argv) -> exit status.
 PASSED_ON: dict[str, tuple[str, str]] = {
-    "bench": ("frd_model.bench", "measure the kernels against plain PyTorch, in a source checkout"),
+    "bench": ("frd_model.cli.bench", "measure the kernels against plain PyTorch, in a source checkout"),
     "info": ("frd_kernels.info", "print versions, backends and build facts"),
 }
 
@@ -101,7 +103,3 @@ def _run(module: Any, args: argparse.Namespace) -> int:
         say(f"frd {args.command}: {one_line(error)}", sys.stderr)
         return 1
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,42 +1,12 @@
-"""What the commands share: values of flags, outputs that are checked before the work, lines that always print."""
+"""Outputs that are checked before the work, and messages of one line that print on any terminal."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import TextIO
-
-
-def path(text: str) -> Path:
-    """A flag's path, with ~ and ~user expanded however the flag is written (the shell leaves --out=~/x alone)."""
-    if not text:
-        raise argparse.ArgumentTypeError("must name a file or directory, got an empty text")
-    return Path(os.path.expanduser(text))
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1]."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"must be a number in [0, 1], got {text!r}")
-    return value
-
-
-def tile_side(text: str) -> int:
-    """The side of a tile in pixels."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 64:
-        raise argparse.ArgumentTypeError(f"must be at least 64 pixels, in whole numbers, got {text!r}")
-    return value
 
 
 def check_output_folder(flag: str, folder: Path) -> None:

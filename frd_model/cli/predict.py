@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frd_model.arguments import check_output_folder, fraction, one_line, path, say, tile_side
-from frd_model.checkpoints import add_checkpoint_argument
+from frd_model.output import check_output_folder, one_line, say
 from frd_model.tiling import OVERLAP, POLICIES, TILE
+
+from .arguments import Checkpoint, add_checkpoint_argument, fraction, open_checkpoint, path, tile_side
 
 if TYPE_CHECKING:
     from frd_model.data.files import Skipped
@@ -79,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Localize every photo; a bad one is reported and the others are still done. Status 1 if any failed."""
-    from frd_model.checkpoints import open_checkpoint
     from frd_model.data.files import describe_skipped
 
     check_output_folder("--out", args.out)
@@ -189,7 +189,7 @@ def save_prediction(
     return record
 
 
-def _do(job: Job, checkpoint: Any, args: argparse.Namespace) -> bool:
+def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
     """Predict, write and report one photo; whatever goes wrong is reported as this photo's and nothing stays."""
     from frd_model.data.images import read_image
     from frd_model.predict import predict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from frd_model.checkpoints import add_model_arguments, open_checkpoint
+from .arguments import add_model_arguments, at_least, open_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "--size",
-        type=_count,
+        type=at_least(1),
         default=512,
         metavar="N",
         help="side of the image that is checked (default 512)",
@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fixed", action="store_true", help="batch 1 and N x N only, instead of any batch and sides"
     )
-    parser.add_argument("--opset", type=_count, metavar="N", help="ONNX operator version (default: torch's)")
+    parser.add_argument(
+        "--opset", type=at_least(1), metavar="N", help="ONNX operator version (default: torch's)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
@@ -45,10 +47,3 @@ def run(args: argparse.Namespace) -> int:
             f"onnxruntime at {'x'.join(map(str, shape))}: PyTorch's logits up to {deviation:.1e} of the largest"
         )
     return 0
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value

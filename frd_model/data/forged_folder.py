@@ -1,11 +1,9 @@
-"""A folder of forgeries with masks and a manifest, and the `frd forge` command that writes one."""
+"""A folder of forgeries with their masks and a manifest."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from frd_model.arguments import check_output_folder, fraction, one_line, path, say
+from frd_model.output import check_output_folder
 
-from .files import ImageError, PathLike, describe_skipped, expand_user, scan_images
-from .forge import KINDS, MIN_SIDE, ForgeOptions, Forger, Forgery
-from .images import read_image, write_jpeg, write_json, write_png
-from .photos import SPLITS, sample_photos
+from .files import PathLike, expand_user
+from .forge import Forger, Forgery
+from .forge_options import KINDS, ForgeOptions
+from .images import write_jpeg, write_json, write_png
 from .transforms import random_view
 
 UInt8 = npt.NDArray[np.uint8]
@@ -148,109 +146,3 @@ def _forge_one(
         donor = names[(index + 1 + int(rng.integers(len(names) - 1))) % len(names)]
     forgery = forger.forge(photo, None if donor is None else photos[donor])
     return forgery, host, donor if forgery.kind == "splicing" else None
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `frd forge`."""
-    parser.add_argument("photos", nargs="*", help="authentic photos: files, directories, patterns")
-    parser.add_argument(
-        "--recursive", action="store_true", help="read the directories inside directories as well"
-    )
-    parser.add_argument(
-        "--sample", choices=[*sorted(SPLITS), "all"], help="use the sample photos of a split instead"
-    )
-    parser.add_argument(
-        "--out", type=path, required=True, help="folder for images/, masks/ and manifest.json"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the forgeries of an earlier run in --out"
-    )
-    parser.add_argument(
-        "--count", type=_at_least(1), default=100, help="number of images (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=_at_least(0),
-        default=0,
-        help="same seed, same bytes, whatever the count (default: %(default)s)",
-    )
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of forgery (default: all)")
-    parser.add_argument(
-        "--size", type=_at_least(MIN_SIDE), help="side of square views; default: whole photos"
-    )
-    parser.add_argument("--authentic", type=fraction, default=0.0, help="share of untouched photos")
-    parser.add_argument("--format", choices=("png", "jpg"), default="png", help="of the images")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def whole_number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
-        return value
-
-    return whole_number
-
-
-def run(args: argparse.Namespace) -> int:
-    """`frd forge`: status 0, 1 when a photo could not be used or nothing was made, 2 for bad usage."""
-    if bool(args.photos) == bool(args.sample):
-        say("frd forge: give either photos or --sample", sys.stderr)
-        return 2
-    try:
-        files = [] if args.sample else _find_photos(args.photos, args.recursive, args.out)
-        check_output(args.out, args.overwrite)
-        photos, failed = (sample_photos(args.sample), 0) if args.sample else _read_photos(files)
-        items = forge_folder(
-            photos,
-            args.out,
-            args.count,
-            args.seed,
-            args.kinds,
-            args.size,
-            args.authentic,
-            args.format,
-            overwrite=args.overwrite,
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        say(f"frd forge: {one_line(error)}", sys.stderr)
-        return 1
-    say(f"{len(items)} images from {len(photos)} photos in {args.out}")
-    return 1 if failed else 0
-
-
-def _find_photos(paths: Sequence[str], recursive: bool, out: Path) -> list[Path]:
-    """The photos' files; what their folders hold beside is reported. They may not lie where the output goes."""
-    found = scan_images(paths, recursive)
-    if found.skipped:
-        say(f"frd forge: passed over {describe_skipped(found.skipped)}", sys.stderr)
-    written = {(out / name).resolve() for name in ("images", "masks")}
-    for file in found.images:
-        if file.resolve().parent in written:
-            raise ImageError(f"photo {str(file)!r} must lie outside the output {str(out)!r}, got one inside")
-    return found.images
-
-
-def _read_photos(files: Sequence[Path]) -> tuple[dict[str, UInt8], int]:
-    """Readable photos by name and the number of those that were not, each of which is reported."""
-    photos: dict[str, UInt8] = {}
-    failed = 0
-    for file in files:
-        try:
-            photo = read_image(file)
-            if min(photo.shape[:2]) < MIN_SIDE:
-                height, width = photo.shape[:2]
-                raise ImageError(
-                    f"photo {str(file)!r} must have sides of at least {MIN_SIDE}, got {width} x {height}"
-                )
-        except ImageError as error:
-            say(f"frd forge: {error}", sys.stderr)
-            failed += 1
-            continue
-        photos[file.stem if file.stem not in photos else str(file)] = photo
-    if not photos:
-        raise ImageError(f"photos must hold at least one usable image, got {failed} unusable")
-    return photos, failed

@@ -6,10 +6,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from frd_model.arguments import say
+from frd_model import data
+from frd_model.output import say
 
 if TYPE_CHECKING:
-    from .dataset import PairDataset
+    from frd_model.data import PairDataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +48,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> PairDataset:
-    from .dataset import FolderDataset, JsonDataset, ManiDataset
-
     invert, recursive = args.invert_masks, args.recursive
     if args.json is not None:
-        return JsonDataset(args.json, invert_masks=invert)
+        return data.JsonDataset(args.json, invert_masks=invert)
     if args.mani is not None:
-        return ManiDataset(args.mani, invert_masks=invert, recursive=recursive)
-    return FolderDataset(
+        return data.ManiDataset(args.mani, invert_masks=invert, recursive=recursive)
+    return data.FolderDataset(
         args.images,
         args.masks,
         allow_authentic=args.allow_authentic,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from frd_model.arguments import say
+from frd_model.output import say
 
 # The configuration's keys that have a flag of their own; --set reaches all others.
 FLAGS: dict[str, tuple[str, type, str]] = {
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from frd_model.train_config import load_config
+    from frd_model.train.config import load_config
 
     _check_limits(args)
     changes = overrides(args)
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """What the flags change, by dotted key; --set comes last."""
-    from frd_model.train_config import ConfigError, parse_override
+    from frd_model.train.config import ConfigError, parse_override
 
     found = {key: getattr(args, key) for key, _, _ in FLAGS.values() if getattr(args, key) is not None}
     if args.channels_last is not None:
@@ -132,14 +132,14 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 def _saved_config(resume: bool, changes: dict[str, Any]) -> Path | None:
     """Without --config a run is resumed with the configuration that it stored, so that flags need no repeating."""
-    from frd_model.train_config import TrainConfig
+    from frd_model.train.config import TrainConfig
 
     path = Path(str(changes.get("output", TrainConfig.output))).expanduser() / "config.yaml"
     return path if resume and path.is_file() else None
 
 
 def _check_limits(args: argparse.Namespace) -> None:
-    from frd_model.train_config import ConfigError
+    from frd_model.train.config import ConfigError
 
     if args.stop_after is not None and args.stop_after < 1:
         raise ConfigError(f"--stop-after must be at least 1, got {args.stop_after}")

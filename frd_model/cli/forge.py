@@ -1,0 +1,117 @@
+"""`frd forge`: make forged images with masks from authentic photos."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from frd_model import data
+from frd_model.data.forge_options import KINDS, MIN_SIDE
+from frd_model.data.photos import SPLITS
+from frd_model.output import one_line, say
+
+from .arguments import at_least, fraction, path
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    UInt8 = npt.NDArray[np.uint8]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `frd forge`."""
+    parser.add_argument("photos", nargs="*", help="authentic photos: files, directories, patterns")
+    parser.add_argument(
+        "--recursive", action="store_true", help="read the directories inside directories as well"
+    )
+    parser.add_argument(
+        "--sample", choices=[*sorted(SPLITS), "all"], help="use the sample photos of a split instead"
+    )
+    parser.add_argument(
+        "--out", type=path, required=True, help="folder for images/, masks/ and manifest.json"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the forgeries of an earlier run in --out"
+    )
+    parser.add_argument(
+        "--count", type=at_least(1), default=100, help="number of images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="same seed, same bytes, whatever the count (default: %(default)s)",
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of forgery (default: all)")
+    parser.add_argument("--size", type=at_least(MIN_SIDE), help="side of square views; default: whole photos")
+    parser.add_argument("--authentic", type=fraction, default=0.0, help="share of untouched photos")
+    parser.add_argument("--format", choices=("png", "jpg"), default="png", help="of the images")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`frd forge`: status 0, 1 when a photo could not be used or nothing was made, 2 for bad usage."""
+    if bool(args.photos) == bool(args.sample):
+        say("frd forge: give either photos or --sample", sys.stderr)
+        return 2
+    from frd_model.data.forged_folder import check_output
+
+    try:
+        files = [] if args.sample else _find_photos(args.photos, args.recursive, args.out)
+        check_output(args.out, args.overwrite)
+        photos, failed = (data.sample_photos(args.sample), 0) if args.sample else _read_photos(files)
+        items = data.forge_folder(
+            photos,
+            args.out,
+            args.count,
+            args.seed,
+            args.kinds,
+            args.size,
+            args.authentic,
+            args.format,
+            overwrite=args.overwrite,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        say(f"frd forge: {one_line(error)}", sys.stderr)
+        return 1
+    say(f"{len(items)} images from {len(photos)} photos in {args.out}")
+    return 1 if failed else 0
+
+
+def _find_photos(paths: Sequence[str], recursive: bool, out: Path) -> list[Path]:
+    """The photos' files; what their folders hold beside is reported. They may not lie where the output goes."""
+    found = data.scan_images(paths, recursive)
+    if found.skipped:
+        say(f"frd forge: passed over {data.describe_skipped(found.skipped)}", sys.stderr)
+    written = {(out / name).resolve() for name in ("images", "masks")}
+    for file in found.images:
+        if file.resolve().parent in written:
+            raise data.ImageError(
+                f"photo {str(file)!r} must lie outside the output {str(out)!r}, got one inside"
+            )
+    return found.images
+
+
+def _read_photos(files: Sequence[Path]) -> tuple[dict[str, UInt8], int]:
+    """Readable photos by name and the number of those that were not, each of which is reported."""
+    photos: dict[str, UInt8] = {}
+    failed = 0
+    for file in files:
+        try:
+            photo = data.read_image(file)
+            if min(photo.shape[:2]) < MIN_SIDE:
+                height, width = photo.shape[:2]
+                raise data.ImageError(
+                    f"photo {str(file)!r} must have sides of at least {MIN_SIDE}, got {width} x {height}"
+                )
+        except data.ImageError as error:
+            say(f"frd forge: {error}", sys.stderr)
+            failed += 1
+            continue
+        photos[file.stem if file.stem not in photos else str(file)] = photo
+    if not photos:
+        raise data.ImageError(f"photos must hold at least one usable image, got {failed} unusable")
+    return photos, failed

@@ -1,0 +1,56 @@
+"""What a forger draws from. Without OpenCV, which the help of the commands does not need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+KINDS = ("splicing", "copy_move", "removal")
+MIN_SIDE = 32
+SHAPES = ("polygon", "ellipse", "rectangle", "blob")
+
+
+@dataclass(frozen=True)
+class ForgeOptions:
+    """What a `Forger` draws from. Shares are probabilities; ranges are (low, high)."""
+
+    kinds: Mapping[str, float] = field(
+        default_factory=lambda: {"splicing": 0.5, "copy_move": 0.25, "removal": 0.25}
+    )
+    shapes: tuple[str, ...] = SHAPES
+    area: tuple[float, float] = (0.02, 0.30)
+    removal_area: tuple[float, float] = (0.02, 0.12)
+    follow_content: float = 0.4  # splicing and copy-move: cut along the content's own borders
+    feather: tuple[float, float] = (0.4, 2.5)  # standard deviation of the soft border, in pixels
+    hard_border: float = 0.25
+    transform: float = 0.6  # splicing and copy-move: resize, rotate or mirror the pasted part
+    scale: tuple[float, float] = (0.6, 1.7)
+    rotation: float = 40.0  # degrees either way
+    colour: float = 0.5  # colour jitter of the pasted part
+    match_colour: float = 0.4  # splicing: move the part's mean towards its new surroundings
+    filter_history: float = 0.5  # a filter in a photo's history, drawn for host and donor apart
+    jpeg_history: float = 0.5  # a compression in a photo's history
+    local_trace: float = 0.6  # a filter on the edited region alone
+    history_quality: tuple[int, int] = (60, 98)
+    final_filter: float = 0.1  # a filter over the finished image
+    final_jpeg: float = 0.5
+    final_quality: tuple[int, int] = (70, 98)
+
+    def __post_init__(self) -> None:
+        if (
+            not self.kinds
+            or set(self.kinds) - set(KINDS)
+            or min(self.kinds.values()) < 0
+            or not sum(self.kinds.values())
+        ):
+            raise ValueError(f"kinds must give weights to some of {', '.join(KINDS)}, got {dict(self.kinds)}")
+        if not self.shapes or set(self.shapes) - set(SHAPES):
+            raise ValueError(f"shapes must be some of {', '.join(SHAPES)}, got {self.shapes}")
+        for name in ("area", "removal_area"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 0.9:
+                raise ValueError(f"{name} must be (low, high) within (0, 0.9], got {(low, high)}")
+        for name in ("history_quality", "final_quality"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high <= 100:
+                raise ValueError(f"{name} must be (low, high) within 1 to 100, got {(low, high)}")

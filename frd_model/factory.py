@@ -1,0 +1,39 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .config import model_config
+from .frdnet import FRDNet
+from .weights import load_encoder_weights, load_weights
+
+
+def create_model(
+    name: str = "frdnet_mit_b2",
+    preset: str = "paper",
+    pretrained: str | Path | None = None,
+    encoder_weights: str | Path | None = None,
+    **overrides: Any,
+) -> FRDNet:
+    """An FRD-Net by name.
+
+    Args:
+        name: ``frdnet_`` and the encoder: ``mit_b0`` ... ``mit_b5`` or a timm backbone.
+        preset: ``paper``, ``released`` or ``lite`` (made for ``frdnet_mit_b0``).
+        pretrained: None (random weights), a file for :func:`frd_model.weights.load_weights`, or ``"demo"``,
+            the weights inside the package.
+        encoder_weights: a file with MiT weights, in Hugging Face's or the original naming.
+        overrides: fields of :class:`FRDNetConfig` to change.
+
+    Raises:
+        ValueError: unknown name, preset or field, a value out of its range, a file that does not fit.
+    """
+    config = model_config(name, preset, **overrides)
+    model = FRDNet(config)
+    if encoder_weights is not None:
+        load_encoder_weights(model.encoder, encoder_weights)
+    if pretrained is not None:
+        load_weights(model, pretrained)
+    return model
