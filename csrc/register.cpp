@@ -1,5 +1,5 @@
 // Every operator of the namespace, in one place: the table of contents of the native code.
-// kind: 0 vanilla, 1 central, 2 angular, 3 radial (frd_kernels/kinds.py). Strings never cross the boundary:
+// kind: 0 vanilla, 1 central, 2 angular, 3 radial (frd_kernels/pdc/kinds.py). Strings never cross the boundary:
 // the stable ABI of torch 2.11 and 2.13 leaks each `str` argument.
 #include "core/stable.h"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 # Asked once: torch 2.11's compiler cannot trace the question.
@@ -20,3 +22,14 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     if device not in _DEVICES or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def cast_operands(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The tensors in the dtype of the enclosing autocast region; float64 stays, as for `F.conv2d`."""
+
+    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+    return tuple(cast(tensor) for tensor in tensors)

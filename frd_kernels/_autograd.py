@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils import _pytree
 
-from ._torch_internals import has_dual_level, is_transformed
+from ._torch_internals import (
+    below_autograd,
+    dispatch_mode_count,
+    has_dual_level,
+    is_transformed,
+    schema_of,
+    tree_map,
+)
 
 _FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
 
@@ -22,7 +28,7 @@ def register(name: str, backward: Callable[..., Any], setup: Callable[..., None]
     """The derivative of the operator "namespace::op"; its arguments are as for torch.library.register_autograd."""
     torch.library.register_autograd(name, backward, setup_context=setup)
     overload = register_vmap(name)
-    if "Tensor[]" not in str(overload._schema):  # an autograd.Function does not look into lists
+    if "Tensor[]" not in schema_of(overload):  # an autograd.Function does not look into lists
         _FUNCTIONS[overload] = _function(overload, backward, setup)
 
 
@@ -34,8 +40,8 @@ def register_vmap(name: str) -> Any:
 
     def loop(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
         samples = [overload(*_sample(inputs, in_dims, i)) for i in range(info.batch_size)]
-        out = _pytree.tree_map(lambda *tensors: torch.stack(tensors), *samples)
-        return out, _pytree.tree_map(lambda _: 0, out)
+        out = tree_map(lambda *tensors: torch.stack(tensors), *samples)
+        return out, tree_map(lambda _: 0, out)
 
     torch.library.register_vmap(name, loop)
     return overload
@@ -57,20 +63,20 @@ def call(op: Any, *inputs: Any) -> Any:
     autograd sees."""
     if has_dual_level() and any(map(_has_tangent, inputs)):  # torch.library would drop it in silence
         raise NotImplementedError(
-            f"{op._schema.name}: forward-mode differentiation does not go through the kernels; leave use_backend "
+            f"{op.name()}: forward-mode differentiation does not go through the kernels; leave use_backend "
             "out, or ask for frd_kernels.use_backend('reference')"
         )
-    if _has_observers():
+    if has_observers():
         return op(*inputs)
     if torch.is_grad_enabled() and _any_requires_grad(inputs):
         return _FUNCTIONS[op].apply(*inputs) if op in _FUNCTIONS else op(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return op(*inputs)
 
 
-def _has_observers() -> bool:
+def has_observers() -> bool:
     """Whether something has to see the operator itself: a compiler, a dispatch mode, functorch."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or is_transformed()
+    return torch.compiler.is_compiling() or dispatch_mode_count() > 0 or is_transformed()
 
 
 def _has_tangent(value: Any) -> bool:
@@ -93,10 +99,10 @@ def _function(
     op: Any, backward: Callable[..., Any], setup: Callable[..., None]
 ) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *inputs: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = op(*inputs)
         setup(ctx, inputs, output)
         return output
 
     rules = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(op._schema.name.partition("::")[2], (torch.autograd.Function,), rules)
+    return type(op.name().partition("::")[2], (torch.autograd.Function,), rules)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from typing import Any
 
 from torch.compiler import config
+
+from ._torch_internals import config_entry
 
 
 def fingerprint(package: pathlib.Path) -> str:
@@ -24,7 +25,7 @@ def fingerprint(package: pathlib.Path) -> str:
 def add_to_keys(tag: str) -> None:
     """Appends to `torch.compiler.config.cache_key_tag`, for every thread."""
     # In torch 2.14, unlike 2.11, an assignment holds for one thread; that of all others stands in the entry alone.
-    entry: Any = getattr(config, "_config", {}).get("cache_key_tag")
+    entry = config_entry(config, "cache_key_tag")
     if hasattr(entry, "env_value_default"):
         known = entry.env_value_default if isinstance(entry.env_value_default, str) else entry.default
         entry.env_value_default = _joined(known, tag)

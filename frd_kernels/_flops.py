@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .kinds import Kind
+from .pdc.kinds import plain_side
 
 Shape = Sequence[int]
 
@@ -34,7 +34,7 @@ def nothing(*_args: Any, **_kwargs: Any) -> int:
 
 def convolution(out: Shape, weight: Shape, kind: int | None = None) -> int:
     """Of weight [O, I, h, w], or the plain kernel for a 3x3 of this kind, at every position of out [B, O, H, W]."""
-    taps = math.prod(weight[2:]) if kind is None else 25 if kind == Kind.RADIAL else 9
+    taps = math.prod(weight[2:]) if kind is None else plain_side(kind) ** 2
     return 2 * math.prod(out) * weight[1] * taps
 
 

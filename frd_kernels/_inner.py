@@ -9,27 +9,23 @@ from __future__ import annotations
 
 from typing import TypeGuard, TypeVar
 
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn.modules import module as _module
 from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.linear import Linear
 from torch.utils.module_tracker import ModuleTracker
 
+from ._torch_internals import GLOBAL_HOOKS, HOOK_ATTRIBUTES, PLAIN_TENSORS
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# What a weight is, also while torch.export traces. Other subclasses (quantized, sharded) have operators of their own.
-_TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
-_FORWARDS = Linear.forward, Conv2d.forward  # some tools put their own there, to change every layer at once
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Some tools replace these, to change every layer at once.
+_FORWARDS = Linear.forward, Conv2d.forward
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs, or its backward will run, anything besides its class's `forward`."""
     own = module.__dict__
-    for name in _HOOKS:
+    for name in HOOK_ATTRIBUTES:
         if own.get(name):
             return True
     # Seamless tiling replaces `_conv_forward` on the object; `module.compile()` sets the last one.
@@ -41,19 +37,9 @@ def has_global_hooks() -> bool:
     counter, which is to see the fused operators."""
     if Linear.forward is not _FORWARDS[0] or Conv2d.forward is not _FORWARDS[1]:
         return True
-    if not (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    ):
+    if not any(GLOBAL_HOOKS):
         return False
-    hooks = [
-        *_module._global_forward_hooks.values(),
-        *_module._global_forward_pre_hooks.values(),
-        *_module._global_backward_hooks.values(),
-        *_module._global_backward_pre_hooks.values(),
-    ]
+    hooks = [hook for table in GLOBAL_HOOKS for hook in table.values()]
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
@@ -66,9 +52,9 @@ def is_plain(module: nn.Module | None, cls: type[_Module]) -> TypeGuard[_Module]
 
 
 def _has_plain_weight(module: nn.Module) -> bool:
-    """Whether `weight`, if there is one, is a tensor like any other."""
+    """Whether `weight`, if there is one, is an ordinary tensor: a quantized or sharded one has operators of its own."""
     own = module.__dict__
     weight = own["_parameters"].get("weight")
     if weight is None:  # replicas of nn.DataParallel and flattened parameters are plain attributes
         weight = own.get("weight")
-    return weight is None or type(weight) in _TENSORS
+    return weight is None or type(weight) in PLAIN_TENSORS

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
+from ._torch_internals import schema_of
+
 _HERE = pathlib.Path(__file__).parent
 
 
@@ -44,7 +46,7 @@ def declare(namespace: str, ops: Iterable[str]) -> torch.library.Library:
     """Operators in another namespace, with the schemas that csrc/register.cpp gives those of `frd`."""
     library = torch.library.Library(namespace, "DEF")
     for op in ops:
-        schema = str(getattr(torch.ops.frd, op).default._schema)
+        schema = schema_of(getattr(torch.ops.frd, op).default)
         library.define(schema.removeprefix("frd::"))
     return library
 

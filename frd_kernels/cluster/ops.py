@@ -12,7 +12,7 @@ import torch
 
 from .. import _autograd, _flops, _triton
 from .._numbers import as_ints
-from .._torch_internals import is_batched_grad, over_batched_grad
+from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_key
 from .reference import compute_dtype
 
 Tensor = torch.Tensor
@@ -204,7 +204,7 @@ def _refuse(op: str) -> Callable[..., Any]:
 
 def _autocast_rule(op: Any, floats: int, device: str) -> Callable[..., Any]:
     """Casts the first `floats` arguments; alpha and beta behind them stay in the dtype of the sums."""
-    key = getattr(torch._C.DispatchKey, f"Autocast{torch._C._dispatch_key_for_device(device)}")
+    outside_autocast = without_key(autocast_key(device))
 
     def cast(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -212,7 +212,7 @@ def _autocast_rule(op: Any, floats: int, device: str) -> Callable[..., Any]:
         return value if value.dtype == torch.float64 else value.to(torch.get_autocast_dtype(device))
 
     def rule(*args: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        with outside_autocast():
             return op(*(cast(value) for value in args[:floats]), *args[floats:])
 
     return rule
@@ -288,9 +288,10 @@ def register(namespace: str) -> None:
     library = torch.library.Library(namespace, "FRAGMENT")
     _autocast.append(library)
     for device in ("cpu", "cuda"):
-        key = f"Autocast{torch._C._dispatch_key_for_device(device)}"
         for name in ("cluster", "icm"):
-            library.impl(name, _autocast_rule(getattr(rules.ops, name).default, 2, device), key)
+            library.impl(
+                name, _autocast_rule(getattr(rules.ops, name).default, 2, device), autocast_key(device)
+            )
 
 
 register("frd")

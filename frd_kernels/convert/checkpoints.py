@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..kinds import Kind, parse_kind
 from ..pdc.api import pdc_weight
 from ..pdc.arguments import parse_theta
+from ..pdc.kinds import parse_kind, plain_side
 
 StateDict = dict[str, Any]
 
@@ -68,7 +68,7 @@ def from_plain_weight(plain: torch.Tensor, *, kind: str, theta: float = 1.0) -> 
     Raises:
         ValueError: plain is no kernel of this kind and theta, by more than its dtype's rounding.
     """
-    side = 5 if parse_kind(kind) == Kind.RADIAL else 3
+    side = plain_side(parse_kind(kind))
     if plain.dim() != 4 or tuple(plain.shape[2:]) != (side, side):
         raise ValueError(f"plain must be [O, I, {side}, {side}] for kind {kind!r}, got {list(plain.shape)}")
     basis = torch.eye(9, dtype=torch.float64).view(9, 1, 3, 3)

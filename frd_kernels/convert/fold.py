@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._inner import has_hooks
-from ..kinds import parse_kind
+from ..pdc.kinds import parse_kind
 from ..pdc.layers import PDC2d
 from ..pdc_block.layers import DPM, PDCBlock2d
 from .dataflow import Dataflow, may_read_weights

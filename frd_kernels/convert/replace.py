@@ -9,6 +9,7 @@ from torch import nn
 
 from .._inner import has_hooks
 from .._numbers import is_number
+from .._torch_internals import is_plain_conv2d
 from ..pdc.layers import PDC2d
 from .recognise import Found, Unrecognised, recognise_branches, recognise_own_weight, recognise_wrapped
 from .report import KEPT, REPLACED, Entry, Report, one_line, swap
@@ -91,15 +92,12 @@ def _wraps_conv(module: nn.Module) -> bool:
 def _has_own_weight(module: nn.Module) -> bool:
     """A leaf with a 3x3 weight and a forward that is not `nn.Conv2d`'s."""
     weight = module._parameters.get("weight")
-    is_plain = type(module).forward is nn.Conv2d.forward and (
-        getattr(type(module), "_conv_forward", None) is nn.Conv2d._conv_forward
-    )
     return (
         weight is not None
         and not module._modules
         and tuple(weight.shape[2:]) == (3, 3)
-        and not is_plain
-        and not isinstance(module, nn.modules.conv._ConvTransposeNd)
+        and not is_plain_conv2d(type(module))
+        and not isinstance(module, nn.ConvTranspose2d)
     )
 
 

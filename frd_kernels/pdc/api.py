@@ -11,9 +11,8 @@ from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
 from .. import _autograd, backend
-from .._autocast import autocast_dtype
+from .._autocast import autocast_dtype, cast_operands
 from .._torch_internals import untraced
-from ..kinds import Kind, parse_kind
 from . import ops, reference
 from .arguments import (
     Geometry,
@@ -22,6 +21,7 @@ from .arguments import (
     checked_geometry,
     parse_theta,
 )
+from .kinds import Kind, parse_kind
 from .reference import is_depthwise
 
 
@@ -166,7 +166,7 @@ def _run_plain(
 ) -> torch.Tensor:
     """In plain PyTorch. It sees no autocast: the operands are cast as autocast does for `F.conv2d`."""
     if autocast_dtype(x.device.type) is not None:
-        x, weight, bias = ops.autocast_operands(x, weight, bias)
+        x, weight, bias = cast_operands(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):
             return _run_plain(x, weight, bias, geometry)
     form = reference.as_conv2d if backend.is_composed() else reference.run

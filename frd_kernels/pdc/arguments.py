@@ -11,7 +11,7 @@ from .. import _checked_calls
 from .._autocast import autocast_dtype
 from .._numbers import as_int, is_integer, is_number, parse_count
 from .._torch_internals import untraced
-from ..kinds import Kind, parse_kind
+from .kinds import Kind, parse_kind, plain_side
 
 IntOrPair = int | Sequence[int]
 
@@ -31,7 +31,7 @@ class Geometry(NamedTuple):
     @property
     def side(self) -> int:
         """Side of the equivalent plain kernel."""
-        return 5 if self.kind == Kind.RADIAL else 3
+        return plain_side(self.kind)
 
     @property
     def plain_padding(self) -> tuple[int, int]:

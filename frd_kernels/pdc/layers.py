@@ -12,9 +12,10 @@ from torch.fx import Proxy
 from .. import _autograd, backend
 from .._autocast import autocast_dtype
 from .._numbers import is_integer, parse_count
-from ..kinds import parse_kind
+from .._torch_internals import version_of
 from . import api
 from .arguments import Geometry, IntOrPair, checked_geometry, parse_geometry, parse_theta
+from .kinds import parse_kind
 
 
 class _Plain(NamedTuple):
@@ -135,7 +136,7 @@ class PDC2d(nn.Conv2d):
 
     def _kept_plain(self, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor | None:
         """The plain kernel of a frozen layer, or None where `api.run` has to make it."""
-        if not self._frozen or torch.compiler.is_compiling() or _autograd._has_observers():
+        if not self._frozen or torch.compiler.is_compiling() or _autograd.has_observers():
             return None
         if type(weight) not in (torch.Tensor, nn.Parameter) or weight.is_inference():
             return None
@@ -145,7 +146,7 @@ class PDC2d(nn.Conv2d):
         native = backend.select("pdc2d", weight)
         if native is None or api.is_depthwise(weight, geometry.groups):
             return None
-        source = (weight.data_ptr(), weight.stride(), weight._version, weight.dtype, weight.device)
+        source = (weight.data_ptr(), weight.stride(), version_of(weight), weight.dtype, weight.device)
         key = (*source, autocast_dtype(weight.device.type), geometry.kind, geometry.theta, native.name)
         plain = self._plain
         if plain is None or plain.key != key:

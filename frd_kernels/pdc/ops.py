@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import _autograd, _flops, _triton
-from .._autocast import autocast_dtype
+from .._autocast import autocast_dtype, cast_operands
 from . import weight as _weight
 from .arguments import Geometry
 
@@ -22,32 +22,17 @@ def pdc2d_depthwise(
     device = x.device.type
     dtype = autocast_dtype(device)
     if dtype is not None:
-        x, weight, bias = autocast_operands(x, weight, bias)
+        x, weight, bias = cast_operands(x, weight, bias)
         if dtype != torch.bfloat16:  # the only dtype of the op's own autocast rule
             with torch.autocast(device, enabled=False):
                 return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)
     return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)
 
 
-def autocast_operands(
-    x: torch.Tensor, weight: torch.Tensor, bias: OptionalTensor
-) -> tuple[torch.Tensor, torch.Tensor, OptionalTensor]:
-    """The operands in the dtype of the enclosing autocast region; float64 stays, as for `F.conv2d`."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-    return cast(x), cast(weight), None if bias is None else cast(bias)
-
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _empty(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
+def empty_image(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
     """A fresh tensor in the layout the kernels give: channels_last if x is dense in it, else contiguous."""
-    memory_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
@@ -65,7 +50,7 @@ def _fake(
     torch._check(x.dtype == weight.dtype)
     sizes = zip(x.shape[2:], stride, padding, dilation, strict=True)
     rows, columns = ((size + 2 * p - 2 * d - 1) // s + 1 for size, s, p, d in sizes)
-    return _empty(x, (x.shape[0], x.shape[1], rows, columns))
+    return empty_image(x, (x.shape[0], x.shape[1], rows, columns))
 
 
 def _fake_backward(
@@ -80,7 +65,7 @@ def _fake_backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx = _empty(x, tuple(x.shape)) if need_dx else x.new_empty((0,))
+    dx = empty_image(x, tuple(x.shape)) if need_dx else x.new_empty((0,))
     dw = weight.new_empty(weight.shape if need_dw else (0,))
     return dx, dw, weight.new_empty((weight.shape[0] if need_dw else 0,))
 

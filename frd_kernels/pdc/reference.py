@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from .._torch_internals import untraced
-from ..kinds import Kind, parse_kind
 from .arguments import Geometry, IntOrPair, check_tensors, check_weight, parse_geometry, parse_theta
+from .kinds import Kind, parse_kind, plain_side
 from .taps import Offset, pairs
 
 
@@ -32,7 +32,7 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
 
 
 def _plain_weight(weight: torch.Tensor, kind: Kind, theta: float) -> torch.Tensor:
-    side = 5 if kind == Kind.RADIAL else 3
+    side = plain_side(kind)
     flat = weight.flatten(2)
     taps = [torch.zeros_like(flat[..., 0]) for _ in range(side * side)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..kinds import Kind
+from .kinds import Kind
 
 Offset = tuple[int, int]  # (vertical, horizontal), in steps of the dilation, from the centre of the window
 

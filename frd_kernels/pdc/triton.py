@@ -12,7 +12,7 @@ import torch
 import triton
 
 from .._triton_ops import INTERPRETED
-from ..kinds import Kind
+from .kinds import Kind
 from .triton_kernels import SUMS, gather_backward, gather_forward, reduce_sums
 from .triton_rows import rows_backward, rows_forward
 from .triton_weight import pdc_weight, pdc_weight_backward

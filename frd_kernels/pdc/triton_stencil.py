@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .._triton_ops import widen_all
-from ..kinds import Kind
+from .kinds import Kind
 from .taps import Offset, pairs
 
 WEIGHTS = tl.constexpr(9)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .._triton_ops import INTERPRETED, compute_type, narrow, widen
-from ..kinds import Kind
+from .kinds import Kind
 from .taps import Offset, pairs
 from .triton_stencil import WEIGHTS, load_weights
 

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 
 from .. import _autograd, _flops
-from ..kinds import Kind
-
-
-def _side(kind: int) -> int:
-    return 5 if kind == Kind.RADIAL else 3
+from .kinds import plain_side
 
 
 def _fake(weight: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
     torch._check(weight.dim() == 4)
-    return weight.new_empty((weight.size(0), weight.size(1), _side(kind), _side(kind)), dtype=dtype)
+    side = plain_side(kind)
+    return weight.new_empty((weight.size(0), weight.size(1), side, side), dtype=dtype)
 
 
 def _fake_backward(grad: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:

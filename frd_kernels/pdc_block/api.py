@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.overrides import handle_torch_function
 
 from .. import _autograd, _checked_calls, _triton, backend
-from .._autocast import autocast_dtype
+from .._autocast import autocast_dtype, cast_operands
 from .._torch_internals import untraced
 from ..pdc import api as pdc_api
 from ..pdc.arguments import Geometry, IntOrPair, check_tensors, parse_geometry
@@ -191,7 +191,7 @@ def _run_plain(
     """In plain PyTorch. It sees no autocast: the operands are cast as the op's rule casts them."""
     device = x.device.type
     if autocast_dtype(device) is not None:
-        x, pdc_weight, pdc_bias, point_weight, point_bias, residual = ops.autocast_operands(
+        x, pdc_weight, pdc_bias, point_weight, point_bias, residual = cast_operands(
             x, pdc_weight, pdc_bias, point_weight, point_bias, residual
         )
         with torch.autocast(device, enabled=False):

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from .. import _autograd, _flops, _triton
-from .._autocast import autocast_dtype
-from ..pdc import ops as _pdc_ops  # noqa: F401  registers the autograd of the ops the double backward uses
+from .._autocast import autocast_dtype, cast_operands
 from ..pdc.arguments import Geometry
+
+# Importing it also registers the autograd of the operators that the double backward uses.
+from ..pdc.ops import empty_image
 
 OptionalTensor = torch.Tensor | None
 
@@ -32,29 +34,11 @@ def pdc_block(
     device = x.device.type
     dtype = autocast_dtype(device)
     if dtype is not None:
-        tensors = autocast_operands(*tensors)
+        tensors = cast_operands(*tensors)
         if dtype != torch.bfloat16:  # the only dtype of the op's own autocast rule
             with torch.autocast(device, enabled=False):
                 return _autograd.call(ops.pdc_block.default, *tensors, *options)
     return _autograd.call(ops.pdc_block.default, *tensors, *options)
-
-
-def autocast_operands(*tensors: OptionalTensor) -> tuple[Any, ...]:
-    """The operands in the dtype of the enclosing autocast region; float64 stays, as for `F.conv2d`."""
-
-    def cast(tensor: OptionalTensor) -> OptionalTensor:
-        if tensor is None or tensor.dtype == torch.float64:
-            return tensor
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-    return tuple(cast(tensor) for tensor in tensors)
-
-
-def _empty(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
-    """A fresh tensor in the layout the kernels give: channels_last if x is dense in it, else contiguous."""
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
 def _fake(
@@ -72,7 +56,7 @@ def _fake(
     torch._check(x.dim() == 4 and pdc_weight.dim() == 4 and point_weight.dim() == 4)
     torch._check(x.dtype == pdc_weight.dtype and x.dtype == point_weight.dtype)
     rows, columns = ((size - 1) // s + 1 for size, s in zip(x.shape[2:], stride, strict=True))
-    return _empty(x, (x.shape[0], point_weight.shape[0], rows, columns))
+    return empty_image(x, (x.shape[0], point_weight.shape[0], rows, columns))
 
 
 def _fake_backward(
@@ -87,11 +71,11 @@ def _fake_backward(
     dilation: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
-        _empty(x, tuple(x.shape)),
-        pdc_weight.new_empty(pdc_weight.shape),
-        pdc_weight.new_empty((pdc_weight.shape[0],)),
-        point_weight.new_empty(point_weight.shape),
-        point_weight.new_empty((point_weight.shape[0],)),
+        empty_image(x, tuple(x.shape)),
+        pdc_weight.newempty_image(pdc_weight.shape),
+        pdc_weight.newempty_image((pdc_weight.shape[0],)),
+        point_weight.newempty_image(point_weight.shape),
+        point_weight.newempty_image((point_weight.shape[0],)),
     )
 
 
@@ -218,7 +202,7 @@ def _fake_dense(
     dilation: list[int],
 ) -> torch.Tensor:
     rows, columns = ((size - 1) // s + 1 for size, s in zip(x.shape[2:], stride, strict=True))
-    return _empty(x, (x.shape[0], point_weight.shape[0], rows, columns))
+    return empty_image(x, (x.shape[0], point_weight.shape[0], rows, columns))
 
 
 register("frd")

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .._triton_ops import INTERPRETED, matmul_add, narrow, on_device, widen
-from ..kinds import Kind
+from ..pdc.kinds import Kind
 from ..pdc.taps import Offset, pairs
 from ..pdc.triton import Launch
 from .triton_hidden import SMALL_IMAGE, dot_precision, relu, shared_memory

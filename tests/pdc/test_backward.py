@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import frd_kernels as fk
 from frd_kernels import reference
-from frd_kernels.kinds import Kind
+from frd_kernels.pdc.kinds import Kind
 
 from ..backends import is_slow, share
 from .cases import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from frd_kernels.kinds import Kind
+from frd_kernels.pdc.kinds import Kind
 
 from ..backends import is_slow
 

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import frd_kernels as fk
 from frd_kernels import reference
-from frd_kernels.kinds import Kind
+from frd_kernels.pdc.kinds import Kind
 
 from ..pdc.cases import (
     KINDS,

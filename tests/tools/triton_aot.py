@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from frd_kernels.kinds import Kind
 from frd_kernels.pdc import triton as pdc
+from frd_kernels.pdc.kinds import Kind
 from frd_kernels.pdc_block import triton as block
 from frd_kernels.pdc_block import triton_backward, triton_dense
 

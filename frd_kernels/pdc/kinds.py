@@ -14,6 +14,11 @@ class Kind(enum.IntEnum):
     RADIAL = 3
 
 
+def plain_side(kind: int) -> int:
+    """Side of the plain kernel that equals a 3x3 weight of this kind: 5 for radial, else 3."""
+    return 5 if kind == Kind.RADIAL else 3
+
+
 _SHORT = {"cv": Kind.VANILLA, "cd": Kind.CENTRAL, "ad": Kind.ANGULAR, "rd": Kind.RADIAL}
 _NAMES = {kind.name.lower(): kind for kind in Kind} | _SHORT
 
