@@ -37,7 +37,9 @@ def has_global_hooks() -> bool:
     counter, which is to see the fused operators."""
     if Linear.forward is not _FORWARDS[0] or Conv2d.forward is not _FORWARDS[1]:
         return True
-    if not any(GLOBAL_HOOKS):
+    # One by one: torch.compile guards each of these tables, but not what `any` finds in them.
+    forward, forward_pre, backward, backward_pre = GLOBAL_HOOKS
+    if not (forward or forward_pre or backward or backward_pre):
         return False
     hooks = [hook for table in GLOBAL_HOOKS for hook in table.values()]
     return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)

@@ -72,10 +72,10 @@ def _fake_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         empty_image(x, tuple(x.shape)),
-        pdc_weight.newempty_image(pdc_weight.shape),
-        pdc_weight.newempty_image((pdc_weight.shape[0],)),
-        point_weight.newempty_image(point_weight.shape),
-        point_weight.newempty_image((point_weight.shape[0],)),
+        pdc_weight.new_empty(pdc_weight.shape),
+        pdc_weight.new_empty((pdc_weight.shape[0],)),
+        point_weight.new_empty(point_weight.shape),
+        point_weight.new_empty((point_weight.shape[0],)),
     )
 
 
