@@ -447,6 +447,20 @@ def test_compile_sees_what_is_attached_later(name: str) -> None:
     assert not torch.allclose(layer(x), wanted)
 
 
+@pytest.mark.parametrize("name", ["block", "ICM paper"])
+def test_compile_sees_hooks_of_all_modules_later(name: str) -> None:
+    layer, x = make(name), image(make(name))
+    compiled = torch.compile(layer, backend="eager")
+    compiled(x)
+    seen: list[nn.Module] = []
+    handle = torch_module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        compiled(x)
+    finally:
+        handle.remove()
+    assert all(layer.get_submodule(inner) in seen for inner in inner_names(layer))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_meta_device(name: str) -> None:
     """Built without memory, then given some and reset: as built at once."""
