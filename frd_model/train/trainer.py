@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
+from timm.optim import param_groups_weight_decay
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -86,6 +88,16 @@ class Trainer:
         self.ema = Ema(self.model, config.optim.ema) if config.optim.ema else None
         self.train_data, self.val_data = open_data(config)
         self.steps_per_epoch = math.ceil(len(self.train_data) / config.batch_size)
+        warmup = round(config.optim.warmup_epochs * self.steps_per_epoch)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            # timm warns of a cosine over one step, which is that step at the full rate.
+            t_initial=max(2, config.epochs * self.steps_per_epoch - warmup),
+            lr_min=config.optim.min_lr,
+            warmup_t=warmup,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
         self.epoch = 0
         self.best = -math.inf
         self.history: list[dict[str, float]] = []
@@ -208,14 +220,13 @@ class Trainer:
         set_rng(state["rng"])
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a half cosine from lr to min_lr over the rest of the run."""
-        optim = self.config.optim
-        warmup = round(optim.warmup_epochs * self.steps_per_epoch)
-        if step < warmup:
-            return optim.lr * (step + 1) / warmup
-        total = max(1, self.config.epochs * self.steps_per_epoch - warmup)
-        progress = min(1.0, (step - warmup) / total)
-        return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1.0 + math.cos(math.pi * progress))
+        """Set the optimizer to the learning rate of a step, which depends on the step alone, and return it.
+
+        Linear warm-up, then a half cosine from optim.lr to optim.min_lr over the rest of the run.
+        """
+        # timm's warm-up is 0 at update 0. Counted from 1, the first step learns and the last one has the full rate.
+        self.scheduler.step_update(step + 1 if step < self.scheduler.warmup_t else step)
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _train_epoch(self, board: Any) -> dict[str, float]:
         self.model.train()
@@ -223,13 +234,12 @@ class Trainer:
         first = self.epoch * self.steps_per_epoch
         bar = tqdm(self._batches(), total=self.steps_per_epoch, desc=f"epoch {self.epoch + 1}", disable=None)
         for step, (image, mask) in enumerate(bar, first):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(step)
+            rate = self.learning_rate(step)
             loss, norm = self._step(image, mask, step)
             total, norms = total + loss, norms + norm
             board.add_scalar("train/loss", loss, step + 1)
             board.add_scalar("train/grad_norm", norm, step + 1)
-            board.add_scalar("train/lr", self.optimizer.param_groups[0]["lr"], step + 1)
+            board.add_scalar("train/lr", rate, step + 1)
             bar.set_postfix(loss=f"{loss:.3f}")
         return {"train/loss": total / self.steps_per_epoch, "train/grad_norm": norms / self.steps_per_epoch}
 
@@ -417,10 +427,10 @@ def _summary_writer() -> Any:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of convolutions and linear layers decay; norms, biases and scales do not."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    free = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    """Weights of convolutions and linear layers, which decay, then norms, biases and scales, which do not."""
+    # At a decay of 0 timm makes one group. last.pt always has two: 1e-30 changes no weight (1 - lr * 1e-30 is 1).
+    groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay or 1e-30)
+    return groups[::-1]
 
 
 def _panel(

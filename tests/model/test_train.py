@@ -166,6 +166,32 @@ def test_learning_rate_warms_up_and_falls(tmp_path: Path) -> None:
     assert all(np.diff(rates[: top + 1]) > 0)
     assert all(np.diff(rates[top:]) <= 0)
     assert rates[-1] == pytest.approx(1e-4)
+    half = (top + 1 + 4 * trainer.steps_per_epoch) // 2
+    assert rates[half] == pytest.approx((1e-2 + 1e-4) / 2)
+    # A function of the step alone: whatever was asked before.
+    assert [trainer.learning_rate(step) for step in reversed(range(len(rates)))] == rates[::-1]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
+def test_a_state_of_an_earlier_version_is_resumed(tmp_path: Path, weight_decay: float) -> None:
+    """Its optimizer has two groups, matrices before vectors, and no initial rates, which timm's scheduler adds."""
+    settings = {"epochs": 2, "optim": {"weight_decay": weight_decay}}
+    whole = Trainer(config(tmp_path / "whole", **settings))
+    whole.fit()
+    broken = config(tmp_path / "broken", **settings)
+    Trainer(broken).fit(stop_after=1)
+    state = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
+    matrices = sum(p.ndim > 1 for p in whole.model.parameters())
+    assert [len(group["params"]) for group in state["optimizer"]["param_groups"]][0] == matrices
+    for group, decay in zip(state["optimizer"]["param_groups"], (weight_decay, 0.0), strict=True):
+        del group["initial_lr"]
+        group["weight_decay"] = decay
+    torch.save(state, tmp_path / "broken" / "last.pt")
+    resumed = Trainer(broken)
+    resumed.resume()
+    resumed.fit()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
 
 
 def test_ema_follows_the_weights() -> None:
