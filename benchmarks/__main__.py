@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import gc
 import importlib
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from .machine import (
     keep_memory,
     load_limit,
     machine_state,
+    missing_gpu,
+    positive,
     read_json,
     read_lines,
     write_json,
@@ -86,12 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
 def part(text: str) -> tuple[int, int]:
     first, _, step = text.partition("/")
     if not (first.isdigit() and step.isdigit() and int(first) < int(step)):
@@ -110,13 +105,12 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "list":
         print("\n".join(labelled))
         return 0
+    if options.device == "cuda" and missing_gpu():
+        return 2
     import torch
 
     from .timing import full_float32, profile
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("benchmarks: torch sees no GPU", file=sys.stderr)
-        return 2
     threads = options.threads if options.device == "cpu" else torch.get_num_threads()
     with cpu_threads(threads), full_float32():
         if options.check:
@@ -157,22 +151,23 @@ def run_cases(labelled: dict[str, Any], options: argparse.Namespace) -> int:
         head["calibration"] = read_json(options.calibration)
     elif options.out and not options.quick:
         head["calibration"] = calibrate(options.device)
-    if options.lines:
-        append_line(options.lines, head=head)
+    note(options.lines, head=head)
     records, problems, status = measure_cases(labelled, options, head.get("calibration") or None)
-    tail: dict[str, Any] = {"load_after": list(os.getloadavg())}
     if status != SPOILED:
-        tail["state_after"] = machine_state(options.device)
-        if options.lines:
-            append_line(options.lines, head=tail)
+        head["state_after"] = machine_state(options.device)
+        note(options.lines, head={"state_after": head["state_after"]})
+    quiet = all(record["quiet"] for record in records)
     if options.out:
-        quiet = all(record["quiet"] for record in records)
-        write_json(options.out, head | tail | {"quiet": quiet, "problems": problems, "cases": records})
-    if not all(record["quiet"] for record in records):
-        print(
-            f"Something else was running (load average above {load_limit():.1f}): repeat the cases marked busy."
-        )
+        write_json(options.out, head | {"quiet": quiet, "problems": problems, "cases": records})
+    if not quiet:
+        limit = load_limit()
+        print(f"Something else was running (load average above {limit:.1f}): repeat the cases marked busy.")
     return status or int(bool(problems))
+
+
+def note(lines: pathlib.Path | None, **value: Any) -> None:
+    if lines:
+        append_line(lines, **value)
 
 
 def measure_cases(
@@ -183,9 +178,7 @@ def measure_cases(
     from .timing import measure
 
     width = max(map(len, labelled))
-    done = (
-        {line["start"] for line in read_lines(options.lines) if "start" in line} if options.lines else set()
-    )
+    done = {line["start"] for line in read_lines(options.lines) if "start" in line}
     records: list[dict[str, Any]] = []
     problems: dict[str, str] = {}
     print(f"{'case':{width}} {'timing':14} {'ours ms':>9} {'base ms':>9} {'ratio':>8} {'A/A':>6}", flush=True)
@@ -194,8 +187,7 @@ def measure_cases(
     for label, case in labelled.items():
         if label in done:
             continue
-        if options.lines:
-            append_line(options.lines, start=label)
+        note(options.lines, start=label)
         try:
             found = measure(case, options.repeats, calibration)
             outcome: dict[str, Any] = {"records": found}
@@ -208,8 +200,7 @@ def measure_cases(
             problems[label] = f"RED GATE: {error}" if red else one_line(error)
             outcome = {"problem": problems[label]}
             print(f"no time shown for {label}: {problems[label]}", flush=True)
-        if options.lines:
-            append_line(options.lines, end=label, **outcome)
+        note(options.lines, end=label, **outcome)
         if options.device == "cuda" and not usable():
             return records, problems, SPOILED
     return records, problems, 0

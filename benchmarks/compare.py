@@ -22,10 +22,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, TextIO
 
-from .machine import ROOT, keep_memory
+from .machine import ROOT, keep_memory, positive
 
 # Device, our backend, timing, name of the case.
 Key = tuple[str, str, str, str]
@@ -35,6 +34,11 @@ Range = tuple[float, float, float]
 WITHIN_NOISE, BUSY = "within noise", "unsure on a busy machine"
 CHANGED = ("faster", "slower")
 THRESHOLD = 0.05
+# Section and name in `machine` of a result file.
+FACTS = (
+    *(("machine", "cpu"), ("torch", "gpus"), ("build", "cpu_isa"), ("build", "compiler")),
+    *(("versions", name) for name in ("python", "torch", "triton")),
+)
 TURNS, BLOCK_S, MAX_CALLS = 20, 0.02, 20
 # After its turn, in which the threads of a parallel loop stop spinning.
 PAUSE_S = 0.01
@@ -95,22 +99,22 @@ def _range(record: dict[str, Any]) -> Range:
     return ours["p10"] / baseline, ours["median"] / baseline, ours["p90"] / baseline
 
 
-def judge(a: Range, b: Range, noise: float, threshold: float) -> tuple[float, str]:
+def judge(a: Range, b: Range, noise: float) -> tuple[float, str]:
     """A's median over B's, and what that says. Noise is a difference below the A/A spread, or medians of which each
     lies between the other's p10 and p90."""
     (a_low, a_median, a_high), (b_low, b_median, b_high) = a, b
     ratio = a_median / b_median
     if abs(ratio - 1) <= noise or (b_low <= a_median <= b_high and a_low <= b_median <= a_high):
         return ratio, WITHIN_NOISE
-    if abs(ratio - 1) < threshold:
-        return ratio, f"below {threshold:.0%}"
+    if abs(ratio - 1) < THRESHOLD:
+        return ratio, f"below {THRESHOLD:.0%}"
     return ratio, "faster" if ratio > 1 else "slower"
 
 
-def change(key: Key, a: dict[str, Any], b: dict[str, Any], threshold: float) -> Change:
+def change(key: Key, a: dict[str, Any], b: dict[str, Any]) -> Change:
     plain = a["ours_ms"]["median"] / b["ours_ms"]["median"]
     noise = max(a["aa_spread"], b["aa_spread"])
-    normalised, verdict = judge(_range(a), _range(b), noise, threshold)
+    normalised, verdict = judge(_range(a), _range(b), noise)
     if verdict in CHANGED and not (a.get("quiet", True) and b.get("quiet", True)):
         verdict = f"{BUSY}, else {verdict}"
     if a["baseline"] != b["baseline"]:
@@ -121,19 +125,12 @@ def change(key: Key, a: dict[str, Any], b: dict[str, Any], threshold: float) -> 
 def facts(report: dict[str, Any]) -> dict[str, Any]:
     """What two files should have in common for their times to be comparable."""
     machine = report.get("machine", {})
-
-    def fact(section: str, name: str) -> Any:
+    found = {"threads": report.get("threads")}
+    for section, name in FACTS:
         known = machine.get(section)
         # A text where it could not be found out.
-        return known.get(name) if isinstance(known, dict) else None
-
-    return {
-        "CPU": fact("machine", "cpu"),
-        "GPUs": fact("torch", "gpus"),
-        "threads": report.get("threads"),
-        "instruction set": fact("build", "cpu_isa"),
-        "compiler": fact("build", "compiler"),
-    } | {name: fact("versions", name) for name in ("python", "torch", "triton")}
+        found[name] = known.get(name) if isinstance(known, dict) else None
+    return found
 
 
 def warnings_of(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
@@ -149,16 +146,6 @@ def geomean(ratios: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
-def print_changes(changes: list[Change]) -> None:
-    """The worst case first."""
-    width = max((len(each.name) for each in changes), default=0)
-    print(f"{'case':{width}} {'A/B':>8} {'normalised':>11} {'noise':>7}  verdict")
-    for each in changes:
-        print(
-            f"{each.name:{width}} {each.plain:7.3f}x {each.normalised:10.3f}x {100 * each.noise:6.1f}%  {each.verdict}"
-        )
-
-
 def compare_files(options: argparse.Namespace) -> int:
     """Prints the comparison. Returns the exit status: 1 where a case is slower than `--fail-below` allows.
 
@@ -170,13 +157,17 @@ def compare_files(options: argparse.Namespace) -> int:
     common = [key for key in first if key in second]
     if not common:
         raise CompareError(f"the files have no case in common that contains {options.only!r} in its name")
-    changes = [change(key, first[key], second[key], options.threshold) for key in common]
+    changes = [change(key, first[key], second[key]) for key in common]
     changes.sort(key=lambda each: each.normalised)
     for name, report in (("A", a), ("B", b)):
         print(f"{name}: {report.get('when', 'no date')}, revision {report.get('revision', 'unknown')[:12]}")
     for text in warnings_of(a, b):
         print(f"WARNING: {text}")
-    print_changes(changes)
+    width = max(len(each.name) for each in changes)
+    print(f"{'case':{width}} {'A/B':>8} {'normalised':>11} {'noise':>7}  verdict")
+    for each in changes:
+        figures = f"{each.plain:7.3f}x {each.normalised:10.3f}x {100 * each.noise:6.1f}%"
+        print(f"{each.name:{width}} {figures}  {each.verdict}")
     for name, own, other in (("A", first, second), ("B", second, first)):
         for key in own:
             if key not in other:
@@ -204,31 +195,36 @@ class Result:
 
 
 class Tree:
-    """A process that builds, checks and times the cases on the package `frd_kernels` in the folder `package`, with the
-    benchmark code of this tree. It starts when it is first asked, and anew after it has crashed."""
+    """A process that checks and times cases on the package `frd_kernels` in the folder `package`, with the benchmark
+    code of this tree. It starts when it is first asked, and anew after it has crashed."""
 
-    def __init__(self, package: pathlib.Path, folder: pathlib.Path, threads: int) -> None:
+    def __init__(self, label: str, package: pathlib.Path, folder: pathlib.Path, threads: int) -> None:
         folder.mkdir()
         (folder / "frd_kernels").symlink_to(package.resolve())
         (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-        self.folder, self.threads = folder, threads
+        self.label, self.folder, self.threads = label, folder, threads
         self.process: subprocess.Popen[str] | None = None
 
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """The answer; with "error" where the process failed at it, or ended."""
+    def ask(self, do: str, argument: Any) -> Any:
+        """The answer of `serve`.
+
+        Raises:
+            CompareError: the process failed at it, or ended.
+        """
         process = self.process = self.process or self._start()
         assert process.stdin and process.stdout
         # The empty answer tells.
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps({"do": do, **request}) + "\n")
+            process.stdin.write(json.dumps([do, argument]) + "\n")
             process.stdin.flush()
         line = process.stdout.readline()
-        if line:
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-        status = process.wait()
-        self.process = None
-        return {"error": f"the process ended with status {status}"}
+        if not line:
+            self.process = None
+            raise CompareError(f"{self.label}: the process ended with status {process.wait()}")
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise CompareError(f"{self.label}: {answer}")
+        return answer
 
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -240,89 +236,67 @@ class Tree:
             text=True,
         )
 
-    def __enter__(self) -> Tree:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
 
 
-class Worker:
-    """The other end of `Tree`: answers "list", "build" and "time" with its own `frd_kernels`."""
+def serve(source: TextIO, target: TextIO) -> None:
+    """The other end of `Tree`: ["build", case] -> seconds of a call, then ["time", calls] -> the seconds of each; a
+    text says what went wrong."""
+    from .gate import one_line
+    from .timing import timed
 
-    def __init__(self) -> None:
-        self.call: Any = None
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        actions: dict[str, Callable[..., dict[str, Any]]] = {
-            "list": self.list,
-            "build": self.build,
-            "time": self.time,
-        }
+    call: Any = None
+    for line in source:
+        do, argument = json.loads(line)
+        answer: Any
         try:
-            return actions[request.pop("do")](**request)
+            if do == "build":
+                call = None
+                call = checked_call(argument)
+                answer = timed(call)
+            else:
+                # The first call finds what the other process has left in the caches, and is not counted.
+                call()
+                answer = [timed(call) for _ in range(argument)]
         # Whatever another revision's kernels raise.
         except Exception as error:
-            return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        finally:
-            time.sleep(PAUSE_S)
-
-    def list(self, only: str, quick: bool) -> dict[str, Any]:
-        from .registry import cases
-
-        return {"cases": [case.name for case in cases("cpu", only, quick)]}
-
-    def build(self, name: str) -> dict[str, Any]:
-        """Gate first. Baselines are not timed, so none is compiled."""
-        from .gate import gate
-        from .registry import cases
-        from .timing import timed, warm_up
-
-        self.call = None
-        (case,) = (case for case in cases("cpu") if case.name == name)
-        case = dataclasses.replace(case, compiled=())
-        impls = case.build(case)
-        gate(case, impls)
-        self.call = next(iter(impls.ours.values()))
-        del impls
-        gc.collect()
-        warm_up(self.call, 5)
-        return {"seconds": timed(self.call)}
-
-    def time(self, calls: int) -> dict[str, Any]:
-        """The first call finds what the other process has left in the caches, and is not counted."""
-        from .timing import timed
-
-        self.call()
-        return {"seconds": [timed(self.call) for _ in range(calls)]}
+            answer = one_line(error)
+        time.sleep(PAUSE_S)
+        print(json.dumps(answer), file=target, flush=True)
 
 
-def serve(source: TextIO, target: TextIO) -> None:
-    worker = Worker()
-    for line in source:
-        print(json.dumps(worker.answer(json.loads(line))), file=target, flush=True)
+def checked_call(name: str) -> Callable[[], object]:
+    """Our call of the case, warm. Baselines are not timed, so none is compiled."""
+    from .gate import gate
+    from .registry import cases
+    from .timing import warm_up
+
+    (case,) = (case for case in cases("cpu") if case.name == name)
+    case = dataclasses.replace(case, compiled=())
+    impls = case.build(case)
+    gate(case, impls)
+    call = next(iter(impls.ours.values()))
+    del impls
+    gc.collect()
+    warm_up(call, 5)
+    return call
 
 
-def compare_case(ours: Tree, base: Tree, name: str, turns: int = TURNS) -> Result | str:
-    """The case in both trees, of which one computes at a time, or why one of them cannot run it."""
-    first = {}
-    for label, tree in (("this tree", ours), ("the base", base)):
-        first[label] = tree.ask("build", name=name)
-        if "error" in first[label]:
-            return f"{label} cannot run it: {first[label]['error']}"
-    slower = max(answer["seconds"] for answer in first.values())
+def compare_case(ours: Tree, base: Tree, name: str, turns: int = TURNS) -> Result:
+    """The case in both trees, of which one computes at a time.
+
+    Raises:
+        CompareError: one of them cannot run it.
+    """
+    slower = max(tree.ask("build", name) for tree in (ours, base))
     calls = max(1, min(MAX_CALLS, round(BLOCK_S / slower)))
     blocks: dict[Tree, list[list[float]]] = {ours: [], base: []}
     for turn in range(turns):
         for tree in (ours, base) if turn % 2 == 0 else (base, ours):
-            answer = tree.ask("time", calls=calls)
-            if "error" in answer:
-                return f"{'this tree' if tree is ours else 'the base'} failed: {answer['error']}"
-            blocks[tree].append(answer["seconds"])
+            blocks[tree].append(tree.ask("time", calls))
     return result(blocks[ours], blocks[base])
 
 
@@ -333,7 +307,7 @@ def result(ours: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> 
     mine, other = (summarize([s for block in blocks for s in block]) for blocks in (ours, base))
     noise = max(spread(ours), spread(base))
     before, now = ((times.p10, times.median, times.p90) for times in (other, mine))
-    ratio, verdict = judge(before, now, noise, THRESHOLD)
+    ratio, verdict = judge(before, now, noise)
     return Result(mine.median, other.median, ratio, noise, verdict)
 
 
@@ -355,28 +329,24 @@ def built(root: pathlib.Path, revision: str, folder: pathlib.Path) -> Iterator[p
     """The package `frd_kernels` of a revision, with its CPU library."""
     tree = folder / "tree"
     git(root, "worktree", "add", "--detach", str(tree), revision)
+    # By the revision's own setup.py, with this Python and its torch.
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     try:
-        build(tree)
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext"],
+            cwd=tree,
+            env=os.environ | {"FRD_CUDA": "OFF", "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode:
+            last = "\n".join(done.stdout.splitlines()[-30:])
+            raise CompareError(f"the revision does not build:\n{last}")
         yield tree / "frd_kernels"
     finally:
         subprocess.run(["git", "-C", str(root), "worktree", "remove", "--force", str(tree)], check=False)
         subprocess.run(["git", "-C", str(root), "worktree", "prune"], check=False)
-
-
-def build(tree: pathlib.Path) -> None:
-    """By the revision's own setup.py, with this Python and its torch."""
-    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext"],
-        cwd=tree,
-        env=os.environ | {"FRD_CUDA": "OFF", "PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if done.returncode:
-        last = "\n".join(done.stdout.splitlines()[-30:])
-        raise CompareError(f"the revision does not build:\n{last}")
 
 
 def warn_if_stale(package: pathlib.Path) -> None:
@@ -387,15 +357,15 @@ def warn_if_stale(package: pathlib.Path) -> None:
         print(f"WARNING: {library} is older than {newest.relative_to(ROOT)}: build this tree first")
 
 
-def print_results(ours: Tree, base: Tree, only: str, quick: bool) -> int:
+def print_results(ours: Tree, base: Tree, names: Sequence[str]) -> int:
     """Measures and prints; returns how many cases could be measured."""
-    names = ours.ask("list", only=only, quick=quick)["cases"]
     width, ratios = max(map(len, names), default=0), []
     print(f"{'case':{width}} {'ours ms':>9} {'base ms':>9} {'ratio':>8} {'A/A':>6}  verdict", flush=True)
     for name in names:
-        found = compare_case(ours, base, name)
-        if isinstance(found, str):
-            print(f"{name:{width}} {found}", flush=True)
+        try:
+            found = compare_case(ours, base, name)
+        except CompareError as error:
+            print(f"{name:{width}} {error}", flush=True)
             continue
         ratios.append(found.ratio)
         times = f"{found.ours:9.3f} {found.base:9.3f} {found.ratio:7.3f}x {100 * found.spread:5.1f}%"
@@ -413,27 +383,22 @@ def compare_revision(options: argparse.Namespace) -> int:
     """
     import frd_kernels
 
+    from .registry import cases
+
     package = pathlib.Path(frd_kernels.__file__).parent
     revision = git(ROOT, "rev-parse", "--verify", "--end-of-options", f"{options.base}^{{commit}}")
+    names = [case.name for case in cases("cpu", options.only, options.quick)]
     warn_if_stale(package)
-    with tempfile.TemporaryDirectory(prefix="frd-compare-") as name:
+    with tempfile.TemporaryDirectory(prefix="frd-compare-") as name, contextlib.ExitStack() as trees:
         folder = pathlib.Path(name)
         print(f"building {options.base} ({revision[:12]}) for the CPU", flush=True)
-        with (
-            built(ROOT, revision, folder) as base_package,
-            Tree(package, folder / "ours", options.threads) as ours,
-            Tree(base_package, folder / "base", options.threads) as base,
-        ):
-            print(f"ours: {package}; base: {options.base}; above 1 ours is faster", flush=True)
-            return 0 if print_results(ours, base, options.only, options.quick) else 1
-
-
-def fraction(text: str) -> float:
-    """ "5%" or "0.05" -> 0.05."""
-    number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 100%, got {text}")
-    return number
+        packages = {"this tree": package, "the base": trees.enter_context(built(ROOT, revision, folder))}
+        ours, base = (
+            trees.enter_context(contextlib.closing(Tree(label, path, folder / label, options.threads)))
+            for label, path in packages.items()
+        )
+        print(f"ours: {package}; base: {options.base}; above 1 ours is faster", flush=True)
+        return 0 if print_results(ours, base, names) else 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -441,10 +406,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", metavar="REV", help="instead of files: a git revision")
     parser.add_argument("--only", default="", help="the cases whose name contains this text")
     parser.add_argument("--quick", action="store_true", help="with --base: the essential cases")
-    parser.add_argument("--threads", type=int, default=2, help="with --base: CPU threads (default 2)")
-    parser.add_argument(
-        "--threshold", type=fraction, default=THRESHOLD, help="smaller changes are not called one (5%%)"
-    )
+    parser.add_argument("--threads", type=positive, default=2, help="with --base: CPU threads (default 2)")
     parser.add_argument(
         "--fail-below",
         type=float,

@@ -25,7 +25,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .machine import RESULTS, REVISION, ROOT, append_line, now, read_json, read_lines, revision, write_json
+from .machine import (
+    RESULTS,
+    REVISION,
+    ROOT,
+    append_line,
+    missing_gpu,
+    now,
+    read_json,
+    read_lines,
+    revision,
+    write_json,
+)
 from .report import write_page
 
 # Seconds that a stage may take, and its share of what is left where that is less. In the order in which they run.
@@ -326,21 +337,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=pathlib.Path, default=RESULTS, help="has a folder for each GPU (default: the results)"
     )
     parser.add_argument("--archive", type=pathlib.Path, help="packs that folder into a .tar.gz as well")
-    parser.add_argument("--name", help="of the folder (default: the GPU's)")
     parser.add_argument("--revision", help="of the project, where the tree is a copy without its history")
 
 
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 where a stage failed or a case has no time, 2 without a GPU."""
+    if missing_gpu():
+        return 2
     import torch
 
-    if not torch.cuda.is_available():
-        print("benchmarks gpu: torch sees no GPU on this machine", file=sys.stderr)
-        return 2
     if options.revision:
         os.environ[REVISION] = options.revision
-    name = options.name or torch.cuda.get_device_name()
-    folder = options.out.resolve() / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    folder = options.out.resolve() / name
     folder.mkdir(parents=True, exist_ok=True)
     job = Run(options, folder)
     problems = [problem for problem in run_stages(job) if problem and not problem.startswith("left out")]

@@ -5,14 +5,15 @@ Imports frd_kernels and torch only inside functions: the GPU command reads the r
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import datetime
 import json
 import os
 import pathlib
-import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,16 +40,14 @@ def revision() -> str:
     one."""
     if given := os.environ.get(REVISION):
         return given
-    git = ["git", "-C", str(ROOT)]
+    if not (ROOT / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changes = subprocess.run(status, capture_output=True, text=True, timeout=30)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    if head.returncode or changes.returncode or not (ROOT / ".git").exists():
-        return "unknown"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
 def gpu_state() -> dict[str, Any]:
@@ -70,12 +69,9 @@ def gpu_state() -> dict[str, Any]:
 
 def _nvidia_smi(uuid: str) -> dict[str, Any]:
     """Empty where the program is missing or does not answer."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return {}
     query = [f"--query-gpu={','.join(GPU_FIGURES)}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
     try:
-        answer = subprocess.run([program, *query], capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return {}
     values = [value.strip() for value in answer.stdout.strip().split(",")]
@@ -92,22 +88,26 @@ def _number(text: str) -> float | str:
 
 
 def machine_state(device: str = "cpu") -> dict[str, Any]:
-    """CPU model, load, versions and git revision; on CUDA also the GPU's state."""
+    """What changes during a run: the load, and on CUDA the GPU's clocks, temperature and power."""
+    state: dict[str, Any] = {"when": now(), "load": list(os.getloadavg())}
+    return state | {"gpu": gpu_state()} if device == "cuda" else state
+
+
+def missing_gpu() -> bool:
+    """Says so in one line."""
     import torch
 
-    from frd_kernels.info import collect
+    if torch.cuda.is_available():
+        return False
+    print("benchmarks: torch sees no GPU on this machine", file=sys.stderr)
+    return True
 
-    facts = collect()
-    state = {
-        "cpu": facts["machine"]["cpu"],
-        "cores": facts["machine"]["cores"],
-        "threads": torch.get_num_threads(),
-        "load": list(os.getloadavg()),
-        "versions": facts["versions"],
-        "build": facts["build"],
-        "revision": revision(),
-    }
-    return state | {"gpu": gpu_state()} if device == "cuda" else state
+
+def positive(text: str) -> int:
+    """An argument of the commands."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def load_limit() -> float:
@@ -166,10 +166,10 @@ def append_line(path: pathlib.Path, **value: Any) -> None:
         os.fsync(file.fileno())
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete lines of such a file: one that a killed process was writing is left out."""
+def read_lines(path: pathlib.Path | None) -> list[dict[str, Any]]:
+    """The complete lines of such a file, if there is one: a line that a killed process was writing is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found

@@ -36,9 +36,19 @@ from frd_model.losses import FRDLoss
 
 from . import baselines
 from .gate import GateError, allowed_error, one_line, poisoned, relative_error
-from .machine import ROOT, cpu_threads, frame, keep_memory, load_limit, machine_state, write_json
-from .registry import LAYOUTS, Call, Case, Context, Impls, own_backends
-from .timing import CannotTime, CudaGraph, CudaWall, Wall, compare_all, full_float32
+from .machine import (
+    ROOT,
+    cpu_threads,
+    frame,
+    keep_memory,
+    load_limit,
+    machine_state,
+    missing_gpu,
+    positive,
+    write_json,
+)
+from .registry import LAYOUTS, Call, Case, Impls, own_backends
+from .timing import CannotTime, CudaGraph, CudaWall, Wall, compare_all, describe, full_float32, timed
 
 VARIANTS = {"paper": "frdnet_mit_b2", "released": "frdnet_mit_b2", "lite": "frdnet_mit_b0"}
 OPS = ("pdc2d", "pdc_weight", "pdc_block", "icm")
@@ -61,10 +71,11 @@ CAP = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 # before it, in the eager net by the same amount (nearly 1e-2 was seen).
 GRADIENT_CAP = {torch.float32: 5e-2, torch.bfloat16: 2e-1}
 
-CPU_LIMIT_S = 300.0
+# Seconds of one comparison.
+BUDGET_S = {"cpu": 4.0, "cuda": 0.25}
 # Of one record, in forward passes: gate, pilot, the turns of each pair and their warm-up.
-CALLS, CALLS_OF_A_BATCH, CALLS_OF_A_STEP, COMPILE_S = 60, 32, 180, 45
-SLOW_S = 0.5
+CALLS, CALLS_OF_A_BATCH, CALLS_OF_A_STEP = 60, 32, 180
+COMPILE_S, SLOW_S = 45.0, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,27 +83,27 @@ class Setting:
     """How a net is measured: `mode` is "forward" or "training step", `execution` "eager" or "compiled".
 
     At most `baselines` baselines and `backends` of ours take part: a large net compiles dozens of Triton kernels.
-    `budget_s` is that of one comparison.
     """
 
     batch: int
     mode: str = "forward"
     execution: str = "eager"
     dtype: torch.dtype = torch.float32
-    budget_s: float = 6.0
     baselines: int = 9
     backends: int = 9
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.mode}, {self.execution}"
 
 
 @dataclasses.dataclass
 class Net:
-    """A model in a layout, to be called within its context; `source` is the same model, not compiled."""
+    """A model in a layout, and its call; `source` is the same model, not compiled."""
 
     model: nn.Module
     source: nn.Module
     layout: str
     call: Call
-    context: Context = contextlib.nullcontext
 
 
 def build_model(variant: str, seed: int = 0, /, **overrides: Any) -> FRDNet:
@@ -106,61 +117,48 @@ def build_model(variant: str, seed: int = 0, /, **overrides: Any) -> FRDNet:
     return model.eval()
 
 
-class EagerICM(nn.Module):
-    """An `fk.ICM` computed by one of the eager forms. [B, C, H, W] -> [B, C, H, W]."""
+class EagerICM(fk.ICM):
+    """Computed by `form`, one of the eager forms. [B, C, H, W] -> [B, C, H, W]."""
 
-    def __init__(self, icm: fk.ICM, form: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.icm, self.form = icm, form
+    form: Callable[..., Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        rounds: list[Any] = list(self.icm.rounds)
+        rounds: list[Any] = list(self.rounds)
         projections = [(p.key.weight, p.key.bias, p.value.weight, p.value.bias) for p in rounds]
-        return self.form(x, projections, self.icm.alpha, self.icm.beta, self.icm.grids)
+        return self.form(x, projections, self.alpha, self.beta, self.grids)
 
 
-class EagerDPM(nn.Module):
-    """An `fk.DPM` in eager PyTorch. [B, C, H, W] -> [B, C, H, W]."""
-
-    def __init__(self, dpm: fk.DPM) -> None:
-        super().__init__()
-        self.dpm = dpm
+class EagerDPM(fk.DPM):
+    """In eager PyTorch. [B, C, H, W] -> [B, C, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = self.dpm.angular, self.dpm.central
+        first, second = self.angular, self.central
         weights = first.pdc.weight, first.point.weight, second.pdc.weight, second.point.weight
         return baselines.dpm(x, *weights)
 
 
-class EagerStemPDC(nn.Module):
-    """A dense, replicate-padded `fk.PDC2d` in eager PyTorch. [B, C, H, W] -> [B, O, H, W]."""
-
-    def __init__(self, pdc: fk.PDC2d) -> None:
-        super().__init__()
-        if pdc.kind not in ("angular", "central") or pdc.groups != 1 or pdc.bias is not None:
-            raise ValueError(f"pdc must be a dense angular or central layer without bias, got {pdc}")
-        self.pdc = pdc
+class EagerStemPDC(fk.PDC2d):
+    """Dense, replicate-padded, without bias, in eager PyTorch. [B, C, H, W] -> [B, O, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.pdc.weight
         padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-        if self.pdc.kind == "angular":
-            return F.conv2d(padded, baselines.angular_weight(weight))
-        return F.conv2d(padded, weight) - F.conv2d(x, weight.sum((2, 3), keepdim=True))
+        if self.kind == "angular":
+            return F.conv2d(padded, baselines.angular_weight(self.weight))
+        return F.conv2d(padded, self.weight) - F.conv2d(x, self.weight.sum((2, 3), keepdim=True))
 
 
 def swap_layers(model: nn.Module, form: Callable[..., Tensor]) -> None:
-    """Replaces our layers by eager ones, in place; layers that were folded before stay."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, fk.ICM):
-                setattr(parent, name, EagerICM(child, form))
-            elif isinstance(child, fk.DPM) and isinstance(child.angular, fk.PDCBlock2d):
-                setattr(parent, name, EagerDPM(child))
-        if isinstance(parent, nn.ModuleList):
-            for index, child in enumerate(parent):
-                if isinstance(child, fk.PDC2d):
-                    parent[index] = EagerStemPDC(child)
+    """Our layers become eager ones, in place and with the same parameters; layers that were folded before stay."""
+    for layer in model.modules():
+        if type(layer) is fk.ICM:
+            layer.__class__ = EagerICM
+            cast(EagerICM, layer).form = form
+        elif type(layer) is fk.DPM and isinstance(layer.angular, fk.PDCBlock2d):
+            layer.__class__ = EagerDPM
+        elif type(layer) is fk.PDC2d and layer.groups == 1:
+            if layer.kind not in ("angular", "central") or layer.bias is not None:
+                raise ValueError(f"a dense layer must be angular or central, without bias, got {layer}")
+            layer.__class__ = EagerStemPDC
 
 
 def baselines_of(model: FRDNet, training: bool = False) -> dict[str, nn.Module]:
@@ -316,62 +314,37 @@ def training_step(model: nn.Module, images: Tensor, dtype: torch.dtype, form: st
     return call
 
 
-def make_net(subject: Subject, model: nn.Module, setting: Setting, layout: str, context: Context) -> Net:
+def make_net(subject: Subject, model: nn.Module, setting: Setting, layout: str) -> Net:
     """A copy of the model in a layout, with its call."""
-    images, _ = subject.batch(setting.batch)
-    images = images.contiguous(memory_format=LAYOUTS[layout])
+    images = subject.batch(setting.batch)[0].contiguous(memory_format=LAYOUTS[layout])
     source = copy.deepcopy(model).to(memory_format=LAYOUTS[layout])
     if setting.mode == "training step":
         call = training_step(source.train(), images, setting.dtype, subject.model.config.variant)
-        return Net(source, source, layout, call, context)
+        return Net(source, source, layout, call)
     compiled: nn.Module = source.eval()
     if setting.execution == "compiled":
         # Dynamo gives up after a few nets that share their code.
         torch._dynamo.reset()
         compiled = cast(nn.Module, torch.compile(source, dynamic=False))
-    return Net(compiled, source, layout, inference(compiled, images, setting.dtype), context)
+    return Net(compiled, source, layout, inference(compiled, images, setting.dtype))
 
 
-def seconds_of(net: Net, device: str, calls: int = 3) -> float:
-    """The faster of some calls, after one to warm up; of slow ones, one is enough."""
-    with net.context():
+def seconds_of(net: Net, device: str) -> float:
+    """The fastest of three calls, after one to warm up; of slow ones, one is enough."""
+
+    def finished() -> None:
         net.call()
-        times: list[float] = []
-        while len(times) < calls and sum(times) < SLOW_S:
-            _synchronize(device)
-            start = time.perf_counter()
-            net.call()
-            _synchronize(device)
-            times.append(time.perf_counter() - start)
-    return min(times)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    finished()
+    first = timed(finished)
+    return first if first > SLOW_S else min(first, timed(finished), timed(finished))
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def best_layout(
-    subject: Subject, model: nn.Module, setting: Setting, context: Context
-) -> tuple[Net, dict[str, float]]:
-    """The model in the faster layout, and the milliseconds of a call in each."""
-    nets = {layout: make_net(subject, model, setting, layout, context) for layout in LAYOUTS}
-    found = {layout: 1e3 * seconds_of(net, subject.device) for layout, net in nets.items()}
-    return nets[min(found, key=lambda layout: found[layout])], found
-
-
-@dataclasses.dataclass
-class Nets:
-    """Of one setting: ours by backend, the baselines, the pilot times behind the layouts, and what is left out."""
-
-    ours: dict[str, Net]
-    baselines: dict[str, Net]
-    pilot_ms: dict[str, dict[str, float]]
-    left_out: dict[str, str]
-
-
-def build_nets(subject: Subject, setting: Setting, layouts: dict[str, str]) -> Nets:
-    """`layouts` keeps the choices of a smaller batch: a pilot run of each net takes long on a CPU.
+def build_nets(subject: Subject, setting: Setting, layouts: dict[str, str]) -> tuple[dict[str, Net], Impls]:
+    """Each net in its faster layout. `layouts` keeps the choices of a smaller batch: a pilot run of each net takes long
+    on a CPU.
 
     Raises:
         CannotTime: no backend or no baseline can be built.
@@ -385,30 +358,27 @@ def build_nets(subject: Subject, setting: Setting, layouts: dict[str, str]) -> N
     if subject.device == "cuda" and setting.baselines > 1:
         others["reference"] = subject.model
         contexts["reference"] = functools.partial(fk.use_backend, "reference")
-    found: dict[str, Net] = {}
-    pilots: dict[str, dict[str, float]] = {}
+    nets: dict[str, Net] = {}
+    impls = Impls({}, {}, oracle=tuple, contexts=contexts, left_out=left_out)
     for name, model in (models | others).items():
-        context = contexts.get(name, contextlib.nullcontext)
+        chosen = [layouts[name]] if name in layouts else list(LAYOUTS)
         try:
-            if name in layouts:
-                found[name] = make_net(subject, model, setting, layouts[name], context)
-            else:
-                found[name], pilots[name] = best_layout(subject, model, setting, context)
+            with impls.context(name):
+                found = [make_net(subject, model, setting, layout) for layout in chosen]
+                nets[name] = (
+                    min(found, key=lambda net: seconds_of(net, subject.device)) if found[1:] else found[0]
+                )
         # Whatever a compiler or a backend raises.
         except Exception as failure:
             if list(models) == [name]:
                 raise
             left_out[name] = one_line(failure)
-    layouts |= {name: net.layout for name, net in found.items()}
-    nets = Nets(
-        {name: found[name] for name in models if name in found},
-        {name: found[name] for name in others if name in found},
-        pilots,
-        left_out,
-    )
-    if not nets.ours or not nets.baselines:
+            continue
+        layouts[name] = nets[name].layout
+        (impls.ours if name in models else impls.baselines)[name] = nets[name].call
+    if not impls.ours or not impls.baselines:
         raise CannotTime(f"model {subject.variant}: no backend or no baseline: {left_out}")
-    return nets
+    return nets, impls
 
 
 def case_of(subject: Subject, setting: Setting) -> Case:
@@ -432,7 +402,7 @@ def check(
         raise GateError(f"{name}: relative error {error:.2e}, at most {allowed:.2e} is allowed")
 
 
-def gate_nets(subject: Subject, setting: Setting, nets: Nets) -> dict[str, Any]:
+def gate_nets(subject: Subject, setting: Setting, nets: dict[str, Net], impls: Impls) -> dict[str, Any]:
     """Every net's relative error: of the outputs, or in a training step of the gradients by part. Drops baselines that
     are wrong.
 
@@ -443,24 +413,20 @@ def gate_nets(subject: Subject, setting: Setting, nets: Nets) -> dict[str, Any]:
     cap = GRADIENT_CAP if training else CAP
     error = gradient_error_of(subject, setting) if training else output_error_of(subject, setting)
     errors: dict[str, Any] = {}
-    for name, net in nets.baselines.items():
-        with net.context():
-            errors[name] = error(net.model, net.layout)
-    first = next(iter(nets.baselines.values()))
-    for name, net in nets.ours.items():
-        same = first.layout == net.layout
-        peer_model = (
-            first.source if same else copy.deepcopy(first.source).to(memory_format=LAYOUTS[net.layout])
-        )
-        peer = error(peer_model, net.layout)
-        with poisoned(), net.context():
-            errors[name] = error(net.model, net.layout)
+    for name in impls.baselines:
+        with impls.context(name):
+            errors[name] = error(nets[name].model, nets[name].layout)
+    first = nets[next(iter(impls.baselines))].source
+    for name in impls.ours:
+        layout = nets[name].layout
+        peer = error(copy.deepcopy(first).to(memory_format=LAYOUTS[layout]), layout)
+        with poisoned(), impls.context(name):
+            errors[name] = error(nets[name].model, layout)
         for part, value in errors[name].items():
             check(f"model {subject.variant}, {name}, {part}", value, peer[part], setting.dtype, cap)
-    for name in list(nets.baselines):
+    for name in list(impls.baselines):
         if not (worst := max(errors[name].values())) <= cap[setting.dtype]:
-            del nets.baselines[name]
-            nets.left_out[name] = f"relative error {worst:.2e}"
+            impls.drop(name, f"relative error {worst:.2e}")
     return errors
 
 
@@ -472,53 +438,30 @@ def output_error_of(subject: Subject, setting: Setting) -> Callable[[nn.Module, 
 
 
 def gradient_error_of(subject: Subject, setting: Setting) -> Callable[[nn.Module, str], dict[str, float]]:
-    """Without the loss's edge term: its maxima over flat predictions jump between pixels with the last bit."""
+    """Of all parameters of the ICMs, of the DPMs, and of the rest, each as one vector. Without the loss's edge term:
+    its maxima over flat predictions jump between pixels with the last bit."""
     images, _ = subject.batch(setting.batch)
     loss, mask = FRDLoss(subject.model.config.variant, edge_weight=0.0), draw_mask(images)
 
     def gradients(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         with autocast(subject.device, dtype):
             logits = model(x)
-        return gradients_of(model, loss(logits, mask)["total"])
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        found = torch.autograd.grad(loss(logits, mask)["total"], parameters)
+        parts: dict[str, list[Tensor]] = {}
+        for name, gradient in zip(names, found, strict=True):
+            part = next((part for part in ("icm", "dpm") if f".{part}." in name), "rest")
+            parts.setdefault(f"gradients of {part}", []).append(gradient.flatten())
+        return {part: torch.cat(vectors) for part, vectors in parts.items()}
 
     with fk.use_backend("reference"):
         exact = gradients(subject.exact_model, images.double(), torch.float32)
 
     def error(model: nn.Module, layout: str) -> dict[str, float]:
-        x = images.contiguous(memory_format=LAYOUTS[layout])
-        return gradient_errors(gradients(model, x, setting.dtype), exact)
+        found = gradients(model, images.contiguous(memory_format=LAYOUTS[layout]), setting.dtype)
+        return {part: relative_error([found[part]], [exact[part]]) for part in exact}
 
     return error
-
-
-def gradient_errors(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Relative error over all parameters of the ICMs, of the DPMs, and of the rest, each as one vector."""
-    groups: dict[str, list[str]] = {}
-    for name in exact:
-        part = next((part for part in ("icm", "dpm") if f".{part}." in name), "rest")
-        groups.setdefault(f"gradients of {part}", []).append(name)
-
-    def vector(tensors: dict[str, Tensor], names: list[str]) -> list[Tensor]:
-        return [torch.cat([tensors[name].flatten() for name in names])]
-
-    return {
-        part: relative_error(vector(gradients, names), vector(exact, names)) for part, names in groups.items()
-    }
-
-
-def parameter_name(name: str) -> str:
-    """A parameter's name in our model, given that in a model with eager layers."""
-    for wrapper in (".icm.icm.", ".dpm.dpm."):
-        name = name.replace(wrapper, wrapper[:5])
-    parts = name.split(".")
-    return ".".join(part for i, part in enumerate(parts) if not (part == "pdc" and parts[0] == "stem" and i))
-
-
-def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Name in our model -> gradient of `loss`."""
-    named = {parameter_name(name): p for name, p in model.named_parameters()}
-    found = torch.autograd.grad(loss, list(named.values()))
-    return dict(zip(named, found, strict=True))
 
 
 def measure(subject: Subject, setting: Setting, layouts: dict[str, str]) -> list[dict[str, Any]]:
@@ -530,83 +473,62 @@ def measure(subject: Subject, setting: Setting, layouts: dict[str, str]) -> list
         CannotTime: none of the timings worked.
     """
     before = os.getloadavg()[0]
-    nets = build_nets(subject, setting, layouts)
-    errors = gate_nets(subject, setting, nets)
-    everything = nets.ours | nets.baselines
-    impls = Impls(
-        ours={name: net.call for name, net in nets.ours.items()},
-        baselines={name: net.call for name, net in nets.baselines.items()},
-        oracle=tuple,
-        contexts={name: net.context for name, net in everything.items()},
-        left_out=nets.left_out,
-    )
-    graphs = setting.mode == "forward" and setting.execution == "eager" and setting.batch == 1
-    kinds: tuple[type[Wall], ...] = (CudaWall, CudaGraph) if graphs else (CudaWall,)
+    nets, impls = build_nets(subject, setting, layouts)
+    errors = gate_nets(subject, setting, nets, impls)
+    kinds: tuple[type[Wall], ...] = (Wall,) if subject.device == "cpu" else (CudaWall,)
+    if kinds == (CudaWall,) and setting == dataclasses.replace(
+        setting, mode="forward", execution="eager", batch=1
+    ):
+        kinds = (CudaWall, CudaGraph)
     case, records = case_of(subject, setting), []
-    for kind in (Wall,) if subject.device == "cpu" else kinds:
-        timing = kind(case, impls, setting.budget_s)
+    for kind in kinds:
+        timing = kind(case, impls, BUDGET_S[subject.device])
         try:
             record = compare_all(impls, timing)
         except CannotTime as reason:
-            nets.left_out[kind.name] = str(reason)
+            impls.left_out[kind.name] = str(reason)
             continue
         finally:
             timing.close()
-        record |= describe(subject, setting, case, record)
-        record |= {"pilot_ms": nets.pilot_ms, "relative_errors": errors}
-        record["layouts"] = {name: net.layout for name, net in everything.items()}
-        record["layout"] = record["layouts"][record["backend"]]
         load = max(before, os.getloadavg()[0])
-        record |= {"load": load, "quiet": load <= load_limit()}
+        record |= describe(case) | {"variant": subject.variant, "size": subject.size}
+        record |= {"batch": setting.batch, "mode": setting.mode, "execution": setting.execution}
+        record["name"] = f"{case.op}, {setting}, {subject.size}, {case.dtype_name}"
+        record |= {"relative_errors": errors, "load": load, "quiet": load <= load_limit()}
+        record["layouts"] = {name: nets[name].layout for name in impls.calls()}
+        record["layout"] = record["layouts"][record["backend"]]
+        names = {"ours": record["backend"], "baseline": record["baseline"]}
+        record["images_per_s"] = {key: 1e3 * setting.batch / record[f"{key}_ms"]["median"] for key in names}
         if subject.device == "cuda":
-            names = {"ours": record["backend"], "baseline": record["baseline"]}
-            record["peak_bytes"] = {key: peak_bytes_on_gpu(everything[name]) for key, name in names.items()}
+            record["peak_bytes"] = {key: peak_bytes_on_gpu(impls, name) for key, name in names.items()}
         records.append(record)
     if not records:
-        raise CannotTime(f"{case.op}: {nets.left_out}")
+        raise CannotTime(f"{case.op}: {impls.left_out}")
     return records
 
 
-def describe(subject: Subject, setting: Setting, case: Case, record: dict[str, Any]) -> dict[str, Any]:
-    shape = "x".join(map(str, case.shape))
-    return {
-        "name": f"{case.op} {setting.execution} [{shape}] {case.dtype_name} {setting.mode}",
-        "op": case.op,
-        "variant": subject.variant,
-        "batch": setting.batch,
-        "size": subject.size,
-        "shape": list(case.shape),
-        "dtype": case.dtype_name,
-        "mode": setting.mode,
-        "execution": setting.execution,
-        "device": subject.device,
-        "images_per_s": {
-            key: 1e3 * setting.batch / record[f"{key}_ms"]["median"] for key in ("ours", "baseline")
-        },
-    }
-
-
-def peak_bytes_on_gpu(net: Net) -> int:
+def peak_bytes_on_gpu(impls: Impls, name: str) -> int:
     """The most memory allocated at once during a call, over what was allocated before."""
-    with net.context():
-        net.call()
+    call = impls.calls()[name]
+    with impls.context(name):
+        call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        net.call()
+        call()
         torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 
 def peak_bytes_on_cpu(
-    variant: str, size: int, batches: list[int], layouts: dict[str, str], timeout_s: float
-) -> dict[str, dict[str, int]]:
-    """Batch -> bytes of ours and of the first baseline, measured in a fresh process.
+    variant: str, size: int, batch: int, layouts: dict[str, str], timeout_s: float
+) -> dict[str, int]:
+    """Of ours and of the first baseline, measured in a fresh process.
 
     Raises:
         RuntimeError: it failed, or took longer.
     """
-    request = json.dumps([variant, size, batches, layouts, torch.get_num_threads()])
+    request = json.dumps([variant, size, batch, layouts, torch.get_num_threads()])
     command = [sys.executable, "-m", __name__, request]
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
@@ -614,13 +536,13 @@ def peak_bytes_on_cpu(
         raise RuntimeError(f"peak memory: not done after {timeout_s:.0f} s") from error
     if result.returncode:
         raise RuntimeError(f"peak memory: {(result.stderr.strip() or 'no message').splitlines()[-1]}")
-    found: dict[str, dict[str, int]] = json.loads(result.stdout)
+    found: dict[str, int] = json.loads(result.stdout)
     return found
 
 
 def probe_memory(
-    variant: str, size: int, batches: list[int], layouts: dict[str, str], threads: int
-) -> dict[str, dict[str, int]]:
+    variant: str, size: int, batch: int, layouts: dict[str, str], threads: int
+) -> dict[str, int]:
     """By how many bytes a forward pass raises resident memory at its peak. Blocks from 64 KiB up are mapped one by one
     here, so that freed ones do not count; the allocator's caches would hide a second, smaller peak."""
     mmap_threshold, smallest_mapped = -3, 1 << 16
@@ -629,20 +551,20 @@ def probe_memory(
     torch.set_num_threads(threads)
     ours = build_model(variant, **({"grids": SMALL_GRIDS} if size < SMALL_SIZE else {}))
     models = {"ours": ours, "baseline": next(iter(baselines_of(ours).values()))}
-    found: dict[str, dict[str, int]] = {}
+    images = torch.cat([draw_image(size, seed) for seed in range(batch)])
+    found = {}
     for name, model in models.items():
         model.to(memory_format=LAYOUTS[layouts[name]])
+        x = images.contiguous(memory_format=LAYOUTS[layouts[name]])
         # The first call also allocates what stays.
-        for batch in [batches[0], *batches]:
-            images = torch.cat([draw_image(size, seed) for seed in range(batch)])
-            images = images.contiguous(memory_format=LAYOUTS[layouts[name]])
+        for _ in range(2):
             gc.collect()
             libc.malloc_trim(0)
             pathlib.Path("/proc/self/clear_refs").write_text("5")
             before = _resident_bytes("VmRSS")
             with torch.no_grad():
-                model(images)
-            found.setdefault(str(batch), {})[name] = max(0, _resident_bytes("VmHWM") - before)
+                model(x)
+            found[name] = max(0, _resident_bytes("VmHWM") - before)
     return found
 
 
@@ -659,11 +581,10 @@ class Run:
 
     def __init__(self, device: str, size: int, limit_s: float, out: pathlib.Path | None = None) -> None:
         self.end, self.out, self.device = time.monotonic() + limit_s, out, device
-        self.report = frame(device) | {"size": size, "limit_s": limit_s}
+        self.head = frame(device) | {"size": size, "limit_s": limit_s}
         self.records: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
         self.red: dict[str, str] = {}
-        self.seconds: dict[str, float] = {}
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -675,7 +596,6 @@ class Run:
                 f"needs about {expected_s:.0f} s, {max(0.0, self.left()):.0f} s of the limit were left"
             )
             return
-        began = time.monotonic()
         try:
             job()
         except GateError as error:
@@ -686,97 +606,73 @@ class Run:
             self.left_out[name] = one_line(error)
             print(f"left out: {name}: {self.left_out[name]}", flush=True)
         finally:
-            self.seconds[name] = time.monotonic() - began
             self.save()
+
+    def measure(self, subject: Subject, setting: Setting, layouts: dict[str, str]) -> None:
+        for record in measure(subject, setting, layouts):
+            self.records.append(record)
+            busy = "" if record["quiet"] else f"  busy machine, load {record['load']:.1f}"
+            print(
+                f"{record['name']:62} {record['timing']:6} {record['ours_ms']['median']:9.2f} "
+                f"{record['baseline_ms']['median']:9.2f} ms {record['ratio']:6.2f}x  "
+                f"A/A {100 * record['aa_spread']:4.1f}%  {record['images_per_s']['ours']:8.2f} images/s{busy}",
+                flush=True,
+            )
 
     def save(self) -> None:
         found = {
             "load_after": list(os.getloadavg()),
             "quiet": all(record["quiet"] for record in self.records),
-            "seconds": self.seconds,
             "records": self.records,
             "red": self.red,
             "left_out": self.left_out,
         }
-        self.report |= found
         if self.out:
-            write_json(self.out, self.report | {"state_after": machine_state(self.device)})
+            write_json(self.out, self.head | found | {"state_after": machine_state(self.device)})
 
 
-def measure_into(run: Run, subject: Subject, setting: Setting, layouts: dict[str, str]) -> None:
-    for record in measure(subject, setting, layouts):
-        run.records.append(record)
-        busy = "" if record["quiet"] else f"  busy machine, load {record['load']:.1f}"
-        print(
-            f"{record['name']:62} {record['timing']:6} {record['ours_ms']['median']:9.2f} "
-            f"{record['baseline_ms']['median']:9.2f} ms {record['ratio']:6.2f}x  "
-            f"A/A {100 * record['aa_spread']:4.1f}%  {record['images_per_s']['ours']:8.2f} images/s{busy}",
-            flush=True,
-        )
+def add_memory(run: Run, record: dict[str, Any]) -> None:
+    """Peak memory on the CPU, to a record of the mode forward."""
+    layouts = {"ours": record["layout"], "baseline": record["layouts"][record["baseline"]]}
+    request = record["variant"], record["size"], record["batch"]
+    record["peak_bytes"] = peak_bytes_on_cpu(*request, layouts, max(1.0, run.left()))
 
 
-def add_memory(run: Run, subject: Subject) -> None:
-    """Peak memory on the CPU for the forward records of a subject that have none yet."""
-    records = [
-        record
-        for record in run.records
-        if record["variant"] == subject.variant
-        and (record["mode"], record["execution"]) == ("forward", "eager")
-        and "peak_bytes" not in record
-    ]
-    if not records:
-        return
-    first = records[0]
-    layouts = {"ours": first["layout"], "baseline": first["layouts"][first["baseline"]]}
-    batches = sorted({record["batch"] for record in records})
-    found = peak_bytes_on_cpu(subject.variant, subject.size, batches, layouts, max(1.0, run.left()))
-    for record in records:
-        record["peak_bytes"] = found[str(record["batch"])]
-
-
-def run_on_cpu(run: Run, options: argparse.Namespace, **overrides: Any) -> None:
-    """One image of every variant and its memory first, then training steps, compiled nets and larger batches, the
+def run_on_cpu(
+    run: Run, variants: Sequence[str], batches: Sequence[int], size: int, **overrides: Any
+) -> None:
+    """The first batch of every variant and its memory first, then training steps, compiled nets and larger batches, the
     shortest first, as long as time is left. Compiling a large net takes minutes on a CPU, so only `lite` is."""
-    subjects = {variant: Subject(variant, options.size, **overrides) for variant in options.variants}
+    subjects = {variant: Subject(variant, size, **overrides) for variant in variants}
     layouts: dict[str, dict[str, str]] = {variant: {} for variant in subjects}
-    first, budget_s = options.batches[0], options.budget
 
-    def attempt(variant: str, setting: Setting, expected_s: float) -> None:
+    def attempt(expected_s: float, variant: str, setting: Setting) -> None:
         kept = layouts[variant] if setting.mode == "forward" else {}
-        name = f"{variant}, batch {setting.batch}, {setting.mode}, {setting.execution}"
-        run.attempt(name, expected_s, functools.partial(measure_into, run, subjects[variant], setting, kept))
+        job = functools.partial(run.measure, subjects[variant], setting, kept)
+        run.attempt(f"{variant}, {setting}", expected_s, job)
 
-    def memory(variant: str, images: int) -> None:
-        job = functools.partial(add_memory, run, subjects[variant])
-        run.attempt(f"{variant}, peak memory", 15 + 4 * known[variant] * images, job)
-
+    first, *larger = batches
     for variant in subjects:
-        attempt(variant, Setting(first, budget_s=budget_s), 0.0)
-    known = {
-        r["variant"]: 1e-3 * max(r["ours_ms"]["median"], r["baseline_ms"]["median"]) / first
-        for r in run.records
-    }
-    for variant in known:
-        memory(variant, first)
-    rest: list[tuple[float, str, Setting]] = []
-    for variant, seconds in known.items():
-        rest.append((CALLS_OF_A_STEP * seconds, variant, Setting(1, "training step", budget_s=budget_s)))
-        if variant == "lite" and options.compiled:
-            setting = Setting(first, execution="compiled", budget_s=budget_s)
-            rest.append((COMPILE_S + CALLS * seconds * first, variant, setting))
-        for batch in options.batches[1:]:
-            setting = Setting(batch, budget_s=budget_s, baselines=1)
-            rest.append((CALLS_OF_A_BATCH * seconds * batch, variant, setting))
+        attempt(0.0, variant, Setting(first))
+    rest = []
+    for record in list(run.records):
+        variant = record["variant"]
+        seconds = 1e-3 * max(record["ours_ms"]["median"], record["baseline_ms"]["median"])
+        run.attempt(f"{variant}, peak memory", 15 + 4 * seconds, functools.partial(add_memory, run, record))
+        rest.append((CALLS_OF_A_STEP * seconds / first, variant, Setting(1, "training step")))
+        if variant == "lite":
+            rest.append((COMPILE_S + CALLS * seconds, variant, Setting(first, execution="compiled")))
+        for batch in larger:
+            expected_s = CALLS_OF_A_BATCH * seconds * batch / first
+            rest.append((expected_s, variant, Setting(batch, baselines=1)))
     for expected_s, variant, setting in sorted(rest, key=lambda job: job[0]):
-        attempt(variant, setting, expected_s)
-    for variant in known:
-        memory(variant, sum(options.batches[1:]))
+        attempt(expected_s, variant, setting)
 
 
 def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
     """Variant, setting and the seconds it may take, the essential ones first: bf16 autocast at batches 1, 8 and 16,
     training steps at batch 8, float32, all our backends and a compiled net once."""
-    short = Setting(1, dtype=torch.bfloat16, budget_s=0.25, baselines=1, backends=1)
+    short = Setting(1, dtype=torch.bfloat16, baselines=1, backends=1)
     for variant in ("paper", "released"):
         yield variant, dataclasses.replace(short, baselines=9), 10
     for batch in (8, 16):
@@ -789,21 +685,20 @@ def gpu_settings() -> Iterator[tuple[str, Setting, float]]:
     yield "paper", dataclasses.replace(short, execution="compiled", baselines=9), 60
 
 
-def run_on_gpu(run: Run, options: argparse.Namespace) -> None:
+def run_on_gpu(run: Run, variants: Sequence[str], size: int) -> None:
     subjects: dict[str, Subject] = {}
 
     def job(variant: str, setting: Setting) -> None:
         if variant not in subjects:
-            subjects[variant] = Subject(variant, options.size, "cuda")
-        measure_into(run, subjects[variant], setting, {})
+            subjects[variant] = Subject(variant, size, "cuda")
+        run.measure(subjects[variant], setting, {})
 
     for variant, setting, expected_s in gpu_settings():
-        if variant not in options.variants:
-            continue
-        name = f"{variant}, batch {setting.batch}, {setting.dtype}, {setting.mode}, {setting.execution}"
-        run.attempt(name, expected_s, functools.partial(job, variant, setting))
-        gc.collect()
-        torch.cuda.empty_cache()
+        if variant in variants:
+            name = f"{variant}, {setting}, {setting.dtype}"
+            run.attempt(name, expected_s, functools.partial(job, variant, setting))
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 # Rows as their source gives them: the text of the figures, not numbers that were computed here.
@@ -827,32 +722,24 @@ def count(size: int, variants: Sequence[str]) -> dict[str, Any]:
     return {"size": size, "counted": rows, "quoted": QUOTED}
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
+def _names(text: str) -> list[str]:
+    names = text.split(",")
     if unknown := [name for name in names if name not in VARIANTS]:
         raise argparse.ArgumentTypeError(f"must be of {', '.join(VARIANTS)}, got {unknown[0]!r}")
     return names
 
 
-def _batches(text: str) -> tuple[int, ...]:
-    try:
-        batches = tuple(sorted(int(part) for part in text.split(",")))
-    except ValueError:
-        batches = ()
-    if not batches or batches[0] < 1:
-        raise argparse.ArgumentTypeError(f"must be positive numbers such as 1,8,16, got {text!r}")
-    return batches
+def _batches(text: str) -> list[int]:
+    return sorted(map(positive, text.split(",")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--variants", type=_names, default=("lite", "paper", "released"))
-    parser.add_argument("--batches", type=_batches, default=(1, 8, 16), help="on the CPU; default 1,8,16")
-    parser.add_argument("--size", type=int, default=512, help="pixels of a side (default 512)")
-    parser.add_argument("--no-compiled", dest="compiled", action="store_false", help="no compiled net")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds of a comparison on the CPU")
-    parser.add_argument("--limit", type=float, default=CPU_LIMIT_S, metavar="SECONDS")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--variants", type=_names, default=["lite", "paper", "released"])
+    parser.add_argument("--batches", type=_batches, default=[1, 8, 16], help="on the CPU; default 1,8,16")
+    parser.add_argument("--size", type=positive, default=512, help="pixels of a side (default 512)")
+    parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="default 300")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads (default 2)")
     parser.add_argument("--count", action="store_true", help="only count parameters and MACs")
     parser.add_argument("--out", type=pathlib.Path, help="write the report as JSON")
 
@@ -864,18 +751,17 @@ def run(options: argparse.Namespace) -> int:
         write_json(options.out, found) if options.out else print(json.dumps(found, indent=1))
         return 0
     if options.device == "cuda":
-        if not torch.cuda.is_available():
-            print("benchmarks: torch sees no GPU", file=sys.stderr)
+        if missing_gpu():
             return 2
         job = Run("cuda", options.size, options.limit, options.out)
         with full_float32():
-            run_on_gpu(job, options)
+            run_on_gpu(job, options.variants, options.size)
     else:
         with cpu_threads(options.threads):
             kept = keep_memory()
             job = Run("cpu", options.size, options.limit, options.out)
-            job.report["memory_kept"] = kept
-            run_on_cpu(job, options)
+            job.head["memory_kept"] = kept
+            run_on_cpu(job, options.variants, options.batches, options.size)
     job.save()
     for name, reason in job.left_out.items():
         print(f"left out: {name}: {reason}")

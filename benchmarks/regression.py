@@ -35,6 +35,7 @@ from .timing import no_collection
 SOURCE = pathlib.Path(__file__).with_name("step_counter.cpp")
 LIBRARY = "libfrd_cpu.so"
 RECORDED = RESULTS / "cpu" / "instructions.json"
+ISA = "avx2"
 WARM_UP = 5
 # A step takes microseconds, so the data are small, yet large enough that the kernels' loops outweigh their set-up.
 # The ICM has more pixels than centres: with one each, gradients are zero and their relative errors meaningless.
@@ -158,9 +159,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def count_all(only: Sequence[str], isa: str) -> dict[str, Any]:
-    """What `main` prints in a process of its own, with the CPU kernels capped at `isa`."""
-    fixed = {"FRD_CPU_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+def count_all(only: Sequence[str]) -> dict[str, Any]:
+    """What `main` prints in a process of its own, with the instruction set fixed."""
+    fixed = {"FRD_CPU_ISA": ISA, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", __name__, *only]
     result = subprocess.run(
         command, cwd=ROOT, env=os.environ | fixed, stdout=subprocess.PIPE, text=True, check=True
@@ -220,10 +221,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], help="the cases whose name contains this text; repeatable"
     )
     parser.add_argument("--update", action="store_true", help="record what is counted now")
-    parser.add_argument(
-        "--isa", default="avx2", choices=["scalar", "avx2", "avx512"], help="instruction set (default avx2)"
-    )
-    parser.add_argument("--recorded", type=pathlib.Path, default=RECORDED, help="default: %(default)s")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -234,7 +231,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"not comparable: cannot count instructions: {reason}")
         return NOT_COMPARABLE
     try:
-        report = count_all(options.only, options.isa)
+        report = count_all(options.only)
     except subprocess.CalledProcessError:
         print("counting failed: a red correctness gate, or the error above")
         return 1
@@ -243,12 +240,12 @@ def run(options: argparse.Namespace) -> int:
         return 2
     name = key(report["environment"])
     if options.update:
-        update(options.recorded, report, whole=not options.only)
-        print(f"recorded {len(report['cases'])} cases as {name!r} in {options.recorded}")
+        update(RECORDED, report, whole=not options.only)
+        print(f"recorded {len(report['cases'])} cases as {name!r} in {RECORDED}")
         return 0
-    recorded = read_json(options.recorded).get(name)
+    recorded = read_json(RECORDED).get(name)
     if recorded is None:
-        print(f"not comparable: {options.recorded.name} has no counts for {name!r}")
+        print(f"not comparable: {RECORDED.name} has no counts for {name!r}")
         return NOT_COMPARABLE
     lines, red = judge(report, recorded)
     print("\n".join(lines))

@@ -8,6 +8,7 @@ neither torch nor frd_kernels.
 from __future__ import annotations
 
 import argparse
+import collections
 import pathlib
 import re
 import sys
@@ -55,9 +56,13 @@ def label(record: Record) -> str:
     return f"{op(record)} {'x'.join(map(str, record['shape']))} {record['layout']} {record['mode']}"
 
 
-def milliseconds(record: Record, key: str) -> str:
-    """Four digits, whatever the size."""
-    return f"{record[key]['median']:.4g}"
+def figures_of(record: Record, eager: str = "") -> list[str]:
+    """Milliseconds of ours and of the baseline to four digits, ratio, A/A noise. With `eager`, what the baseline is
+    expected to be, another one is named: not every form can be a CUDA graph."""
+    ours, baseline = (f"{record[key]['median']:.4g}" for key in ("ours_ms", "baseline_ms"))
+    if eager and record["baseline"] != eager:
+        baseline += f" ({record['baseline']})"
+    return [ours, baseline, times(record["ratio"]), noise(record)]
 
 
 def noise(record: Record) -> str:
@@ -149,19 +154,16 @@ def pairs_text(pairs: dict[str, Record]) -> str:
     return ", ".join(f"{name} {times(pair['ratio'])}" for name, pair in pairs.items()) or "-"
 
 
+def others(pairs: dict[str, Record], but: str) -> str:
+    return pairs_text({name: pair for name, pair in pairs.items() if name != but})
+
+
 def case_row(record: Record) -> str:
-    backends = {n: p for n, p in record.get("backends", {}).items() if n != record["backend"]}
-    baselines = {n: p for n, p in record["baselines"].items() if n != record["baseline"]}
+    ours, *compared = figures_of(record)
     return cells(
-        label(record),
-        record["dtype"],
-        milliseconds(record, "ours_ms"),
-        record["backend"],
-        milliseconds(record, "baseline_ms"),
-        times(record["ratio"]),
-        noise(record),
-        pairs_text(backends),
-        pairs_text(baselines),
+        *(label(record), record["dtype"], ours, record["backend"], *compared),
+        others(record.get("backends", {}), record["backend"]),
+        others(record["baselines"], record["baseline"]),
         pairs_text(record["lower_bounds"]),
     )
 
@@ -184,18 +186,14 @@ def kernel_sections(report: Record) -> Iterator[str]:
 
 def net_row(record: Record) -> str:
     peak = record.get("peak_bytes")
-    others = {n: p for n, p in record["baselines"].items() if n != record["baseline"]}
     return cells(
         f"{record['variant']}, batch {record['batch']}, {record['size']}",
         f"{record['mode']}, {record['execution']}",
         f"{record['dtype']}, {record['timing']}",
-        milliseconds(record, "ours_ms"),
-        milliseconds(record, "baseline_ms"),
-        times(record["ratio"]),
-        noise(record) if record.get("aa_spread") is not None else "-",
+        *figures_of(record, "eager"),
         f"{record['images_per_s']['ours']:.2f}",
         " / ".join(f"{peak[key] / 2**20:.0f}" for key in ("ours", "baseline")) if peak else "-",
-        pairs_text(others),
+        others(record["baselines"], record["baseline"]),
     )
 
 
@@ -216,26 +214,15 @@ def net_section(model: Record) -> Iterator[str]:
 
 def complexity_table(found: Record) -> str:
     """Parameters and multiply-accumulates as counted, beside the published rows."""
-    rows = []
+    rows, source = [], f"counted at {found['size']} x {found['size']}"
     for row in found["counted"]:
-        macs = row["macs"]
-        parts = ", ".join(f"{macs[part] / 1e9:.2f} G" for part in ("encoder", "blocks", "decoder"))
-        figures = f"{row['parameters'] / 1e6:.2f} M", f"{macs['total'] / 1e9:.2f} G", parts
-        rows.append(
-            cells(f"FRD-Net `{row['variant']}`", *figures, f"counted at {found['size']} x {found['size']}")
-        )
-    for entry in found["quoted"]:
-        rows.append(
-            cells(entry["model"], entry["parameters"], entry["macs"], "-", f"quoted: {entry['source']}")
-        )
-    titles = (
-        "model",
-        "parameters",
-        "multiply-accumulates",
-        "of which encoder, FRD blocks, decoder",
-        "source",
-    )
-    return table(titles, rows)
+        parts = ", ".join(f"{row['macs'][part] / 1e9:.2f} G" for part in ("encoder", "blocks", "decoder"))
+        figures = f"{row['parameters'] / 1e6:.2f} M", f"{row['macs']['total'] / 1e9:.2f} G", parts
+        rows.append(cells(f"FRD-Net `{row['variant']}`", *figures, source))
+    for row in found["quoted"]:
+        rows.append(cells(row["model"], row["parameters"], row["macs"], "-", f"quoted: {row['source']}"))
+    parts = "of which encoder, FRD blocks, decoder"
+    return table(("model", "parameters", "multiply-accumulates", parts, "source"), rows)
 
 
 def suite_section(suite: Record) -> Iterator[str]:
@@ -254,10 +241,10 @@ def suite_section(suite: Record) -> Iterator[str]:
 
 def left_out_lines(report: Record) -> list[str]:
     lines = [f"- no time: {case}: {reason}" for case, reason in report.get("problems", {}).items()]
-    reasons: dict[tuple[str, str], int] = {}
-    for record in report["cases"]:
-        for name, reason in record.get("left_out", {}).items():
-            reasons[name, reason] = reasons.get((name, reason), 0) + 1
+    # "auto" is no implementation: which default was in force when the file was written.
+    reasons = collections.Counter(
+        entry for r in report["cases"] for entry in r.get("left_out", {}).items() if entry[0] != "auto"
+    )
     return lines + [f"- {name}, {count} records: {reason}" for (name, reason), count in reasons.items()]
 
 
@@ -271,12 +258,10 @@ def page(folder: pathlib.Path) -> str:
         conditions(report),
     ]
     if stages := report.get("stages"):
-        rows = [
-            cells(
-                name, stage.get("seconds", "running"), stage.get("problem") or stage.get("summary") or "done"
-            )
-            for name, stage in stages.items()
-        ]
+        rows = []
+        for name, stage in stages.items():
+            outcome = stage.get("problem") or stage.get("summary") or "done"
+            rows.append(cells(name, stage.get("seconds", "running"), outcome))
         parts += [table(("stage", "seconds", "outcome"), rows)]
     parts += suite_section(read_json(folder / "suite.json"))
     calibration = read_json(folder / "calibration.json") or report.get("calibration", {})
@@ -335,8 +320,7 @@ def nets() -> str:
         for record in read_json(folder / "model.json").get("records", []):
             titles = (name_of(folder), f"{record['variant']}, batch {record['batch']}", record["dtype"])
             mode = f"{record['mode']}, {record['execution']}, {record['timing']}"
-            ms = (milliseconds(record, key) for key in ("ours_ms", "baseline_ms"))
-            rows.append(cells(*titles, mode, *ms, times(record["ratio"]), noise(record)))
+            rows.append(cells(*titles, mode, *figures_of(record, "eager")))
     return table(("machine", "net", "dtype", "mode", "ours, ms", "eager, ms", "ratio", "A/A"), rows)
 
 

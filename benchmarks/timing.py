@@ -108,7 +108,6 @@ def pair(ours: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     a, b = summarize(ours), summarize(baseline)
     return {
         "ratio": b.median / a.median,
-        "ratio_of_minima": b.minimum / a.minimum,
         "turns": len(ours),
         "ours_ms": dataclasses.asdict(a),
         "baseline_ms": dataclasses.asdict(b),
@@ -355,28 +354,29 @@ def measure(case: Case, repeats: int = 40, calibration: dict[str, Any] | None = 
     records: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for kind in TIMINGS[case.device]:
+        before = os.getloadavg()[0]
+        timing = kind(case, impls)
         try:
-            records.append(_measure_in(kind, case, impls, repeats))
+            record = describe(case) | compare_all(impls, timing, repeats)
         except CannotTime as reason:
             failed[kind.name] = str(reason)
+            continue
+        finally:
+            timing.close()
+        load = max(before, os.getloadavg()[0])
+        record |= {"graph_calls": getattr(timing, "calls", None), "load": load, "quiet": load <= load_limit()}
+        records.append(record | {"relative_errors": errors, "red": red})
     if not records:
         raise CannotTime(f"{case.name}: {failed}")
     for record in records:
-        record |= {"relative_errors": errors, "red": red}
         record["left_out"] |= failed
         if calibration:
             record["lower_bounds"] |= lower_bounds(case, calibration, record["ours_ms"]["median"])
     return records
 
 
-def _measure_in(kind: type[Wall], case: Case, impls: Impls, repeats: int) -> dict[str, Any]:
-    before = os.getloadavg()[0]
-    timing = kind(case, impls)
-    try:
-        record = compare_all(impls, timing, repeats)
-    finally:
-        timing.close()
-    load = max(before, os.getloadavg()[0])
+def describe(case: Case) -> dict[str, Any]:
+    """The first fields of a record, also of a net's."""
     return {
         "name": case.name,
         "op": case.op,
@@ -386,10 +386,6 @@ def _measure_in(kind: type[Wall], case: Case, impls: Impls, repeats: int) -> dic
         "mode": case.mode,
         "mean": case.mean,
         "device": case.device,
-        **record,
-        "graph_calls": getattr(timing, "calls", None),
-        "load": load,
-        "quiet": load <= load_limit(),
     }
 
 
