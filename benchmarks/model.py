@@ -48,7 +48,7 @@ from .machine import (
     write_json,
 )
 from .registry import LAYOUTS, Call, Case, Impls, own_backends
-from .timing import CannotTime, CudaGraph, CudaWall, Wall, compare_all, describe, full_float32, timed
+from .timing import CannotTime, CudaGraph, CudaWall, Wall, compare_all, describe, full_float32, timed, why
 
 VARIANTS = {"paper": "frdnet_mit_b2", "released": "frdnet_mit_b2", "lite": "frdnet_mit_b0"}
 OPS = ("pdc2d", "pdc_weight", "pdc_block", "icm")
@@ -591,19 +591,16 @@ class Run:
 
     def attempt(self, name: str, expected_s: float, job: Callable[[], None]) -> None:
         """Runs a job if its expected time is left; whatever it raises is noted, so that the next ones still run."""
-        if self.left() < expected_s:
-            self.left_out[name] = (
-                f"needs about {expected_s:.0f} s, {max(0.0, self.left()):.0f} s of the limit were left"
-            )
-            return
         try:
+            if (left := self.left()) < expected_s:
+                raise CannotTime(f"needs about {expected_s:.0f} s, {max(0.0, left):.0f} s of the limit were left")
             job()
         except GateError as error:
             self.red[name] = str(error)
             print(f"RED GATE, no time shown: {name}: {error}", flush=True)
         # A compiler, a backend, the machine's memory.
         except Exception as error:
-            self.left_out[name] = one_line(error)
+            self.left_out[name] = why(error)
             print(f"left out: {name}: {self.left_out[name]}", flush=True)
         finally:
             self.save()
@@ -762,9 +759,6 @@ def run(options: argparse.Namespace) -> int:
             job = Run("cpu", options.size, options.limit, options.out)
             job.head["memory_kept"] = kept
             run_on_cpu(job, options.variants, options.batches, options.size)
-    job.save()
-    for name, reason in job.left_out.items():
-        print(f"left out: {name}: {reason}")
     return 1 if job.red else 0
 
 

@@ -120,9 +120,9 @@ def test_a_wrong_gradient_is_seen() -> None:
     (case,) = registry.cases(only="dpm [4x256x16x16] float32 nchw forward+backward")
     case = reduced(case)
     built = case.build(case)
-    for i in range(1 + GRADIENTS["dpm"]):
-        wrong = list(built.ours["cpu"]())
-        wrong[i] = wrong[i] * 1.001
+    right = list(built.ours["cpu"]())
+    for i, tensor in enumerate(right):
+        wrong = [*right[:i], tensor * 1.001, *right[i + 1 :]]
         with pytest.raises(gate.GateError):
             gate.gate(case, dataclasses.replace(built, ours={"cpu": lambda wrong=wrong: wrong}))
 
@@ -249,18 +249,6 @@ def test_the_compiled_baseline_is_checked_and_timed(
     (record,) = timing.measure(dataclasses.replace(case, compiled=("default",)), repeats=2)
     assert record["relative_errors"]["compiled, default"] < 1e-6
     assert record["baselines"]["compiled, default"]["turns"] == 2
-
-
-def test_the_published_form_runs_without_a_graph_and_the_search_in_two_forms(case: registry.Case) -> None:
-    form = registry.eager_forms(dataclasses.replace(case, device="cuda"), torch.neg, "vanilla")
-    assert list(form) == ["eager"]
-    built = case.build(case)
-    on_gpu = dataclasses.replace(case, device="cuda", compiled=("max-autotune",))
-    registry._add_compiled(on_gpu, built, torch.neg, (torch.ones(1),), None)
-    assert built.timings == {
-        "compiled, max-autotune": ("wall",),
-        "compiled, max-autotune-no-cudagraphs": ("graph", "graph, cold L2"),
-    }
 
 
 @pytest.mark.parametrize(
@@ -405,5 +393,10 @@ def test_the_revision_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(machine.REVISION, "abc")
     assert machine.revision() == "abc"
     monkeypatch.delenv(machine.REVISION)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    if head:
+        assert machine.revision().removesuffix("+") == head
     monkeypatch.setattr(machine, "ROOT", pathlib.Path("/"))
     assert machine.revision() == "unknown"
