@@ -593,7 +593,9 @@ class Run:
         """Runs a job if its expected time is left; whatever it raises is noted, so that the next ones still run."""
         try:
             if (left := self.left()) < expected_s:
-                raise CannotTime(f"needs about {expected_s:.0f} s, {max(0.0, left):.0f} s of the limit were left")
+                raise CannotTime(
+                    f"needs about {expected_s:.0f} s, {max(0.0, left):.0f} s of the limit were left"
+                )
             job()
         except GateError as error:
             self.red[name] = str(error)
