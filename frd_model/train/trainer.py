@@ -98,6 +98,8 @@ class Trainer:
             warmup_prefix=True,
             t_in_epochs=False,
         )
+        # The scheduler has set its warm-up's 0, at which a step outside of `fit` would change nothing.
+        self.learning_rate(warmup)
         self.epoch = 0
         self.best = -math.inf
         self.history: list[dict[str, float]] = []

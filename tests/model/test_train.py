@@ -182,7 +182,7 @@ def test_a_state_of_an_earlier_version_is_resumed(tmp_path: Path, weight_decay: 
     Trainer(broken).fit(stop_after=1)
     state = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
     matrices = sum(p.ndim > 1 for p in whole.model.parameters())
-    assert [len(group["params"]) for group in state["optimizer"]["param_groups"]][0] == matrices
+    assert len(state["optimizer"]["param_groups"][0]["params"]) == matrices
     for group, decay in zip(state["optimizer"]["param_groups"], (weight_decay, 0.0), strict=True):
         del group["initial_lr"]
         group["weight_decay"] = decay
