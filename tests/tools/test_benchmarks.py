@@ -96,24 +96,40 @@ def test_the_registry() -> None:
     ]
 
 
-def test_gate_lets_through_twice_the_baselines_error(case: registry.Case) -> None:
-    exact = torch.randn(50, dtype=torch.float64)
-    baseline = exact * (1 + 1e-6)
-    errors = gate.gate(case, impls(exact * (1 + 1.9e-6), baseline, exact))
-    assert errors["ours"] == pytest.approx(1.9e-6)
-    with pytest.raises(gate.GateError, match=r"relative error 2.10e-06, at most 2.00e-06"):
-        gate.gate(case, impls(exact * (1 + 2.1e-6), baseline, exact))
+ONES, NOTHING = torch.ones(4, dtype=torch.float64), torch.full((4,), float("nan"), dtype=torch.float64)
 
 
-def test_gate_is_red_for_wrong_results(case: registry.Case) -> None:
+@pytest.mark.parametrize(
+    ("ours", "baseline", "words"),
+    [
+        (1.9e-6, 1e-6, ""),
+        (2.1e-6, 1e-6, "relative error 2.10e-06, at most 2.00e-06 is allowed"),
+        (4.6e-7, 0.0, ""),
+        (1e-4, 1.0, "at most 1.00e-05 is allowed"),
+        (1e-4, NOTHING, "at most 1.00e-05 is allowed"),
+        (NOTHING, NOTHING, "relative error inf"),
+        (torch.zeros(3), 1.0, "relative error inf"),
+    ],
+    ids=["twice", "more", "rounding", "wrong-baseline", "no-baseline", "nan", "shape"],
+)
+def test_gate_allows_twice_the_baselines_error_within_its_cap(
+    case: registry.Case, ours: Any, baseline: Any, words: str
+) -> None:
+    results = (value if isinstance(value, torch.Tensor) else ONES * (1 + value) for value in (ours, baseline))
+    built = impls(*results, ONES)
+    if words:
+        with pytest.raises(gate.GateError, match=f"pdc angular.*{words}"):
+            gate.gate(case, built)
+    else:
+        assert gate.gate(case, built)["ours"] == pytest.approx(ours)
+
+
+def test_one_wrong_pixel_is_seen(case: registry.Case) -> None:
     built = case.build(case)
-    right = built.ours["cpu"]()[0]
-    one_off, gap = right.clone(), right.clone()
-    one_off[0, 0, 0, 0] += 1
-    gap[0, 0, 0, 0] = float("nan")
-    for wrong in (one_off, gap, right[:, :, :1], right.flip(3)):
-        with pytest.raises(gate.GateError, match="pdc angular"):
-            gate.gate(case, dataclasses.replace(built, ours={"cpu": constant(wrong)}))
+    wrong = built.ours["cpu"]()[0].clone()
+    wrong[0, 0, 0, 0] += 1
+    with pytest.raises(gate.GateError):
+        gate.gate(case, dataclasses.replace(built, ours={"cpu": constant(wrong)}))
 
 
 def test_a_wrong_gradient_is_seen() -> None:
@@ -127,20 +143,9 @@ def test_a_wrong_gradient_is_seen() -> None:
             gate.gate(case, dataclasses.replace(built, ours={"cpu": lambda wrong=wrong: wrong}))
 
 
-def test_a_failing_baseline_does_not_let_us_through(case: registry.Case) -> None:
-    exact = torch.ones(4, dtype=torch.float64)
-    nothing = exact * float("nan")
-    for baseline in (nothing, exact + 1):
-        with pytest.raises(gate.GateError):
-            gate.gate(case, impls(exact + 1e-4, baseline, exact))
-    with pytest.raises(gate.GateError, match="relative error inf"):
-        gate.gate(case, impls(nothing, nothing, exact))
-
-
 def test_a_baseline_in_another_layout_does_not_set_the_limit(case: registry.Case) -> None:
-    exact = torch.randn(50, dtype=torch.float64)
-    built = impls(exact * (1 + 1.9e-6), exact * (1 + 1e-6), exact)
-    built.baselines["converted"] = constant(exact)
+    built = impls(ONES * (1 + 1.9e-6), ONES * (1 + 1e-6), ONES)
+    built.baselines["converted"] = constant(ONES)
     built.converted.add("converted")
     assert gate.gate(case, built)["converted"] == 0
     built.converted.clear()
@@ -149,46 +154,35 @@ def test_a_baseline_in_another_layout_does_not_set_the_limit(case: registry.Case
 
 
 def test_a_baseline_without_a_result_is_left_out(case: registry.Case) -> None:
-    exact = torch.ones(4, dtype=torch.float64)
-    built = impls(exact, exact, exact)
-
     def broken() -> Any:
         raise RuntimeError("no\nkernel")
 
-    built.baselines.update(broken=broken, nothing=constant(exact * float("nan")))
+    built = impls(ONES, ONES, ONES)
+    built.baselines.update(broken=broken, nothing=constant(NOTHING))
     assert gate.gate(case, built) == {"ours": 0, "baseline": 0}
-    assert built.left_out == {
-        "broken": "RuntimeError: no kernel",
-        "nothing": "its result contains NaN or has another shape",
-    }
+    assert built.left_out["broken"] == "RuntimeError: no kernel"
+    assert built.left_out["nothing"] == "its result contains NaN or has another shape"
 
 
 def test_the_gate_sees_what_was_never_written(case: registry.Case) -> None:
-    exact = torch.ones(4, dtype=torch.float64)
-
     def forgetful() -> Any:
         out = torch.empty(4, dtype=torch.float64)
         out[:3] = 1
         return (out,)
 
-    built = dataclasses.replace(impls(exact, exact, exact), ours={"cpu": forgetful})
+    built = dataclasses.replace(impls(ONES, ONES, ONES), ours={"cpu": forgetful})
     with pytest.raises(gate.GateError, match="relative error inf"):
         gate.gate(case, built)
     assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_one_red_backend_does_not_hide_the_others(case: registry.Case) -> None:
-    exact = torch.ones(4, dtype=torch.float64)
-    built = impls(exact, exact, exact)
-    built.ours.update(wrong=constant(exact + 1), other=constant(exact))
+    built = impls(ONES, ONES, ONES)
+    built.ours.update(wrong=constant(ONES + 1), other=constant(ONES))
     (record,) = timing.measure(dataclasses.replace(case, build=lambda _case: built), repeats=2)
     assert record["red"] == ["wrong"]
     assert record["left_out"] == {"wrong": "RED GATE: relative error 1.00e+00, at most 4.70e-07 is allowed"}
     assert (record["backend"], list(record["backends"])) == ("cpu", ["cpu", "other"])
-    built.ours.clear()
-    built.ours.update(one=constant(exact + 1), two=constant(-exact))
-    with pytest.raises(gate.GateError, match=r"one: relative error .* two: relative error"):
-        timing.measure(dataclasses.replace(case, build=lambda _case: built), repeats=2)
 
 
 def test_forward_runs_without_autograd() -> None:
