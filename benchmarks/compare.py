@@ -306,9 +306,9 @@ def result(ours: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> 
 
     mine, other = (summarize([s for block in blocks for s in block]) for blocks in (ours, base))
     noise = max(spread(ours), spread(base))
-    before, now = ((times.p10, times.median, times.p90) for times in (other, mine))
+    before, now = ((times["p10"], times["median"], times["p90"]) for times in (other, mine))
     ratio, verdict = judge(before, now, noise)
-    return Result(mine.median, other.median, ratio, noise, verdict)
+    return Result(mine["median"], other["median"], ratio, noise, verdict)
 
 
 def spread(blocks: Sequence[Sequence[float]]) -> float:

@@ -175,21 +175,57 @@ def build_impls(
             grad = (grad + out).to(case.dtype)
         exact_grad = grad.double()
         del out
+
+    def of_mode(
+        call: Function,
+        inputs: Sequence[torch.Tensor] = inputs,
+        grad: torch.Tensor | None = grad,
+        **options: bool,
+    ) -> Call:
+        return with_gradients(call, inputs, grad, case.mode, **options)
+
     backends, contexts, left_out = own_backends(case, ops, inputs[0])
     impls = Impls(
-        ours=dict.fromkeys(backends, with_gradients(ours, inputs, grad, case.mode)),
-        baselines={name: with_gradients(call, inputs, grad, case.mode) for name, call in baselines.items()},
-        oracle=with_gradients(reference, exact_inputs, exact_grad, case.mode),
+        ours=dict.fromkeys(backends, of_mode(ours)),
+        baselines={name: of_mode(call) for name, call in baselines.items()},
+        oracle=of_mode(reference, exact_inputs, exact_grad),
         contexts=contexts,
         left_out=left_out,
     )
     if PUBLISHED in baselines:
         impls.timings[PUBLISHED] = ("wall",)
     name, first = next(iter(baselines.items()))
-    if convolves:
-        _add_conv_forms(case, impls, name, first, inputs, grad)
-    _add_compiled(case, impls, first, inputs, grad)
+    if convolves and case.layout == "nchw":
+        copies = [channels_last(x) for x in inputs]
+        grad_copy = None if grad is None else channels_last(grad)
+        impls.baselines[f"{name} channels_last"] = of_mode(first, copies, grad_copy)
+        impls.converted.add(f"{name} channels_last")
+    if convolves and case.device == "cuda":
+        impls.baselines[f"{name}, cudnn.benchmark"] = impls.baselines[name]
+        impls.contexts[f"{name}, cudnn.benchmark"] = cudnn_benchmark
+    for form, compiled, timings in compiled_forms(case, first):
+        impls.baselines[form] = of_mode(compiled, static=True)
+        if timings:
+            impls.timings[form] = timings
     return impls
+
+
+def compiled_forms(case: Case, call: Function) -> Iterator[tuple[str, Function, tuple[str, ...]]]:
+    """Name, `call` by torch.compile and its timings; () are all. In mode "max-autotune" the compiler makes CUDA graphs
+    of its own, which a capture cannot contain: for graph timings it compiles without them."""
+    if case.compiled:
+        # Dynamo gives up after a few cases that share a function.
+        torch._dynamo.reset()
+    if case.compiled and case.device == "cpu":
+        # The caches do not know for how many threads code was generated; worker processes would load the machine.
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        inductor.force_disable_caches, inductor.compile_threads = True, 1
+    for mode in case.compiled:
+        forms: dict[str, tuple[str, ...]] = {mode: ()}
+        if case.device == "cuda" and mode == "max-autotune":
+            forms = {mode: ("wall",), f"{mode}-no-cudagraphs": GRAPHS}
+        for form, timings in forms.items():
+            yield f"compiled, {form}", torch.compile(call, mode=form, fullgraph=True, dynamic=False), timings
 
 
 def eager_forms(case: Case, function: Function, kind: str) -> dict[str, Function]:
@@ -249,49 +285,6 @@ def own_backends(
     else:
         names.insert(0, AUTO)
     return names, contexts, left_out
-
-
-def _add_conv_forms(
-    case: Case,
-    impls: Impls,
-    name: str,
-    call: Function,
-    inputs: Sequence[torch.Tensor],
-    grad: torch.Tensor | None,
-) -> None:
-    if case.layout == "nchw":
-        copies = [channels_last(x) for x in inputs]
-        grad_copy = None if grad is None else channels_last(grad)
-        impls.baselines[f"{name} channels_last"] = with_gradients(call, copies, grad_copy, case.mode)
-        impls.converted.add(f"{name} channels_last")
-    if case.device == "cuda":
-        impls.baselines[f"{name}, cudnn.benchmark"] = impls.baselines[name]
-        impls.contexts[f"{name}, cudnn.benchmark"] = cudnn_benchmark
-
-
-def _add_compiled(
-    case: Case, impls: Impls, call: Function, inputs: Sequence[torch.Tensor], grad: torch.Tensor | None
-) -> None:
-    """The eager form by torch.compile. In mode "max-autotune" the compiler makes CUDA graphs of its own, which a
-    capture cannot contain: for graph timings it compiles without them."""
-    if not case.compiled:
-        return
-    # Dynamo gives up after a few cases that share a function.
-    torch._dynamo.reset()
-    if case.device == "cpu":
-        # The caches do not know for how many threads code was generated; worker processes would load the machine.
-        inductor: Any = importlib.import_module("torch._inductor.config")
-        inductor.force_disable_caches, inductor.compile_threads = True, 1
-    for mode in case.compiled:
-        forms: dict[str, tuple[str, ...]] = {mode: ()}
-        if case.device == "cuda" and mode == "max-autotune":
-            forms = {mode: ("wall",), f"{mode}-no-cudagraphs": GRAPHS}
-        for form, timings in forms.items():
-            name = f"compiled, {form}"
-            compiled = torch.compile(call, mode=form, fullgraph=True, dynamic=False)
-            impls.baselines[name] = with_gradients(compiled, inputs, grad, case.mode, static=True)
-            if timings:
-                impls.timings[name] = timings
 
 
 # The taps that a difference convolution really has: the centre of an angular or radial one is zero.

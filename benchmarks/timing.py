@@ -41,21 +41,12 @@ class CannotTime(RuntimeError):
     """An implementation cannot be timed in this way, and why."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Times:
+def summarize(seconds: Sequence[float]) -> dict[str, float]:
     """Milliseconds of one call."""
-
-    minimum: float
-    median: float
-    p10: float
-    p90: float
-
-
-def summarize(seconds: Sequence[float]) -> Times:
     ordered = sorted(1e3 * s for s in seconds)
     last = len(ordered) - 1
     p10, p90 = ordered[round(0.1 * last)], ordered[round(0.9 * last)]
-    return Times(ordered[0], statistics.median(ordered), p10, p90)
+    return {"minimum": ordered[0], "median": statistics.median(ordered), "p10": p10, "p90": p90}
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -106,12 +97,7 @@ def interleave(samples: dict[str, Sample], repeats: int, budget_s: float = 10.0)
 def pair(ours: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
     """The record of two series; `ratio` is the baseline's median over ours."""
     a, b = summarize(ours), summarize(baseline)
-    return {
-        "ratio": b.median / a.median,
-        "turns": len(ours),
-        "ours_ms": dataclasses.asdict(a),
-        "baseline_ms": dataclasses.asdict(b),
-    }
+    return {"ratio": b["median"] / a["median"], "turns": len(ours), "ours_ms": a, "baseline_ms": b}
 
 
 class Wall:
@@ -485,7 +471,7 @@ def calibrate(device: str, scale: float = 1.0, repeats: int = 10) -> dict[str, A
         call: Callable[[], object], seconds: Callable[[Callable[[], object]], float] = seconds
     ) -> dict[str, float]:
         warm_up(call)
-        return dataclasses.asdict(summarize([seconds(call) for _ in range(repeats)]))
+        return summarize([seconds(call) for _ in range(repeats)])
 
     found: dict[str, Any] = {"device": device, "before": machine_state(device)}
     source = torch.ones(max(1 << 10, round(COPIED[device] * scale) // 4), device=device)
