@@ -1,4 +1,7 @@
-"""Score a network on images with known masks: per-image figures, their means, and an all-white mask beside them."""
+"""Score maps of forged photos against known masks: figures per image, their means, and an all-white mask beside them.
+
+The maps come from a network (`evaluate`) or from files that any method saved (`evaluate_saved`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from torch import nn
@@ -21,22 +27,54 @@ from frd_model.data.forge import Forger
 from frd_model.data.forge_options import KINDS
 from frd_model.data.images import write_bytes
 from frd_model.data.photos import sample_photos
-from frd_model.metrics import Confusion, aggregate, auc, image_metrics
+from frd_model.evaluate_presets import EVAL_PRESETS, SCALED, EvalPreset, eval_preset
+from frd_model.metrics import (
+    THRESHOLDS,
+    Confusion,
+    aggregate,
+    auc,
+    bootstrap_means,
+    border_band,
+    f1_curve,
+    image_score,
+    localization_metrics,
+)
 from frd_model.output import one_line
 from frd_model.predict import check_options, predict
+from frd_model.saved_maps import SavedMaps
 from frd_model.tiling import OVERLAP, TILE
 
-COLUMNS = ("f1", "permute_f1", "auc", "iou")
+# The pixel metrics that a mean is taken of, and those that are given for the all-white mask too.
+PIXEL_METRICS = (
+    "f1",
+    "permute_f1",
+    "auc",
+    "iou",
+    "ap",
+    "mcc",
+    "permute_f1_opt",
+    "permute_f1_band",
+    "permute_f1_opt_band",
+)
+COLUMNS = PIXEL_METRICS[:4]
+# F1 at each threshold of a grid, for the one best threshold of the set.
+CURVES = ("f1", "permute_f1", "permute_f1_band")
+
+FloatMap = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """image uint8 RGB [H, W, 3], mask bool [H, W] (all False: untouched); kind of forgery, or "" if not known."""
+    """image uint8 RGB [H, W, 3], mask bool [H, W] (all False: untouched); kind of forgery, or "" if not known.
+
+    path: the photo's file, or None where it was made.
+    """
 
     name: str
     kind: str
     image: npt.NDArray[np.uint8]
     mask: npt.NDArray[np.bool_]
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,97 +101,247 @@ class Source:
 
 @dataclass
 class Report:
-    """Figures of one network on one set.
+    """Figures of one method on one set.
 
     rows: one per image, in order: name, kind, edited (fraction of the pixels), score, seconds, alarm (fraction of the
-        pixels above the threshold), and for forged images f1, permute_f1, auc, iou and white_*, the same of a mask
-        that marks every pixel.
+        pixels above the threshold), and for forged images the metrics of `localization_metrics` and white_*, f1,
+        permute_f1, auc and iou of a mask that marks every pixel.
     failed: name and error of each image that could not be scored, which no figure counts.
+    notes: how many images something was done to that a reader of the means should know.
     """
 
     threshold: float
     rows: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, str]] = field(default_factory=list)
+    preset: EvalPreset = EVAL_PRESETS["original"]
+    notes: Counter[str] = field(default_factory=Counter)
+    curves: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
-        """Means over the forged images, false alarms on the untouched ones, and the means by kind of forgery.
+    def summary(self, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+        """Every mean, what was skipped, and how it was done.
 
-        An untouched photo counts as a false alarm where its score is above the report's threshold.
+        "means": of each pixel metric over the images that the preset counts: mean, images, and the bootstrap's 95 %
+        interval "low" and "high". "forged": the same means over the forged images alone. "best_threshold": the one
+        threshold, in steps of 0.01, at which the mean F1 of the forged images is highest. "authentic": false alarms on
+        untouched photos, one where its score is above the report's threshold. "image_level": forged against untouched
+        photos by their scores. "skipped": images by the reason for which a mean leaves them out.
         """
         forged = [r for r in self.rows if r["edited"] > 0]
         clean = [r for r in self.rows if r["edited"] == 0]
         kinds = sorted({r["kind"] for r in forged if r["kind"]})
-        scores = np.array([r["score"] for r in (*forged, *clean)])
-        edited = np.array([r["edited"] > 0 for r in (*forged, *clean)])
         return {
+            "preset": self.preset.to_dict() | {"threshold": self.threshold},
             "threshold": self.threshold,
-            "forged": {"images": len(forged), **_means(forged, "")},
-            "white_mask": _means(forged, "white_"),
+            "means": self._means_with_intervals(resamples, seed),
+            "forged": {"images": len(forged), **_means(forged, "", PIXEL_METRICS)},
+            "best_threshold": self._best_thresholds(len(forged)),
+            "white_mask": _means(forged, "white_", COLUMNS),
             "by_kind": {
                 k: {
                     "images": sum(r["kind"] == k for r in forged),
-                    **_means([r for r in forged if r["kind"] == k], ""),
+                    **_means([r for r in forged if r["kind"] == k], "", PIXEL_METRICS),
                 }
                 for k in kinds
             },
-            "authentic": {
-                "images": len(clean),
-                "pixel_false_alarm": _mean([r["alarm"] for r in clean]),
-                "photo_false_alarm": _mean([float(r["score"] > self.threshold) for r in clean]),
-                "mean_score": _mean([r["score"] for r in clean]),
-                # how well the scores tell forged from untouched photos, whatever the threshold
-                "score_auc": auc(scores, edited) if self.rows else math.nan,
-            },
+            "authentic": self._false_alarms(clean, resamples, seed),
+            "image_level": self._image_level(),
+            "skipped": self._skipped(forged, clean),
+            "notes": dict(self.notes),
+            "bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95},
             "failed": self.failed,
         }
+
+    def _means_with_intervals(self, resamples: int, seed: int) -> dict[str, dict[str, float]]:
+        if self.preset.authentic_zero:
+            counted = [r if r["edited"] > 0 else dict.fromkeys(PIXEL_METRICS, 0.0) for r in self.rows]
+        else:
+            counted = [r for r in self.rows if r["edited"] > 0]
+        columns = {c: [float(r.get(c, math.nan)) for r in counted] for c in PIXEL_METRICS}
+        intervals = bootstrap_means(columns, resamples, seed)
+        return {
+            c: {
+                "mean": _mean([v for v in values if not math.isnan(v)]),
+                "low": intervals[c][0],
+                "high": intervals[c][1],
+                "images": sum(not math.isnan(v) for v in values),
+            }
+            for c, values in columns.items()
+        }
+
+    def _best_thresholds(self, forged: int) -> dict[str, dict[str, float]]:
+        best = {c: int(total.argmax()) for c, total in self.curves.items()}
+        return {
+            c: {"threshold": float(THRESHOLDS[i]), "mean": float(self.curves[c][i]) / forged}
+            for c, i in best.items()
+        }
+
+    def _false_alarms(self, clean: list[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
+        columns = {
+            "pixel_false_alarm": [r["alarm"] for r in clean],
+            "photo_false_alarm": [float(r["score"] > self.threshold) for r in clean],
+        }
+        intervals = bootstrap_means(columns, resamples, seed)
+        return {
+            "images": len(clean),
+            **{c: _mean(values) for c, values in columns.items()},
+            **{f"{c}_interval": list(intervals[c]) for c in columns},
+            "mean_score": _mean([r["score"] for r in clean]),
+            # how well the scores tell forged from untouched photos, whatever the threshold
+            "score_auc": self._image_level()["auc"],
+        }
+
+    def _image_level(self) -> dict[str, float]:
+        """F1, balanced accuracy and AUC of "forged" by the photo's score; NaN where they are not defined."""
+        scores = np.array([r["score"] for r in self.rows])
+        edited = np.array([r["edited"] > 0 for r in self.rows], np.bool_)
+        marked = scores > self.threshold
+        counts = Confusion(
+            *(int(n.sum()) for n in (marked & edited, marked & ~edited, ~marked & edited, ~marked & ~edited))
+        )
+        return {
+            "images": len(self.rows),
+            "f1": counts.f1() if edited.any() else math.nan,
+            "balanced_accuracy": counts.balanced_accuracy(),
+            "auc": auc(scores, edited) if self.rows else math.nan,
+        }
+
+    def _skipped(self, forged: list[dict[str, Any]], clean: list[dict[str, Any]]) -> dict[str, int]:
+        whole = sum(math.isnan(r["auc"]) for r in forged if "auc" in r)
+        banded = sum(math.isnan(r["permute_f1_band"]) for r in forged if "permute_f1_band" in r)
+        reasons = {
+            "untouched photo: no pixel metric": 0 if self.preset.authentic_zero else len(clean),
+            "every pixel edited: no auc": whole,
+            "border band leaves nothing of the mask, nothing or everything marked: no permute_f1_band": banded,
+            "could not be read or scored": len(self.failed),
+        }
+        return {reason: count for reason, count in reasons.items() if count}
+
+
+class _Map(NamedTuple):
+    """A probability map [H, W], the photo's score where the map's file has one, and seconds of the network."""
+
+    probability: FloatMap
+    score: float | None
+    seconds: float
 
 
 def evaluate(
     samples: Iterable[Labelled | Unusable],
     model: nn.Module,
     *,
-    size: str = "auto",
-    threshold: float = 0.5,
+    preset: str = "original",
+    size: str | None = None,
+    threshold: float | None = None,
     device: str | None = None,
 ) -> Report:
-    """Predict every sample at its own size, as `predict` does, and compare with its mask.
+    """Predict every sample as the preset has it and compare with its mask.
 
-    F1, AUC and IoU are not defined on an untouched image: such images count only in the false-alarm rate. A
-    sample that cannot be read or scored (NaN from the network, too large for the memory) goes to `failed` and
-    the others are scored. Raises ValueError for bad arguments.
+    Args:
+        preset: one of `EVAL_PRESETS`; `original` predicts and scores each photo at its own size, as `predict` does.
+        size, threshold: in the place of the preset's own; a preset that scores at a size of its own takes no `size`.
+
+    Pixel metrics are not defined on an untouched image: such images count in the false-alarm rates alone, unless the
+    preset counts them as 0. A sample that cannot be read or scored (NaN from the network, too large for the memory)
+    goes to `failed` and the others are scored. Raises ValueError for bad arguments.
     """
-    check_options(size, TILE, OVERLAP, threshold, 1)
-    report = Report(threshold)
+    rules = eval_preset(preset, size=size, threshold=threshold)
+    policy = "whole" if rules.size == SCALED else rules.size
+    check_options(policy, TILE, OVERLAP, rules.threshold, 1)
+
+    def predicted(sample: Labelled, _: Report) -> _Map:
+        image = sample.image
+        if rules.scored_at is not None:
+            image = _resize(image, (rules.scored_at, rules.scored_at), cv2.INTER_LINEAR)
+        result = predict(image, model, size=policy, threshold=rules.threshold, device=device, progress=True)
+        return _Map(result.probability, None, result.seconds)
+
+    return _evaluate(samples, predicted, rules)
+
+
+def evaluate_saved(
+    samples: Iterable[Labelled | Unusable],
+    maps: SavedMaps,
+    *,
+    preset: str = "original",
+    threshold: float | None = None,
+) -> Report:
+    """`evaluate` with maps from files in the place of a network: see `SavedMaps` for their kinds and names.
+
+    A map of another size than the mask's is resized bilinearly and noted. A missing or bad map goes to `failed`.
+    """
+    rules = eval_preset(preset, threshold=threshold)
+    check_options("whole", TILE, OVERLAP, rules.threshold, 1)
+
+    def saved(sample: Labelled, report: Report) -> _Map:
+        start = time.perf_counter()
+        height, width = sample.mask.shape
+        probability, score = maps.load(sample.name, sample.path, (height, width))
+        side = rules.scored_at
+        size = (side, side) if side else (height, width)
+        if probability.shape != size:
+            report.notes["map resized to the size that is scored (bilinear)"] += 1
+            probability = _resize(probability, size, cv2.INTER_LINEAR)
+        return _Map(probability, score, time.perf_counter() - start)
+
+    return _evaluate(samples, saved, rules)
+
+
+def _evaluate(
+    samples: Iterable[Labelled | Unusable], source: Callable[[Labelled, Report], _Map], rules: EvalPreset
+) -> Report:
+    report = Report(rules.threshold, preset=rules)
     for sample in samples:
         if isinstance(sample, Unusable):
             report.failed.append({"name": sample.name, "error": sample.error})
             continue
         try:
-            report.rows.append(_score(sample, model, size, threshold, device))
+            _score(sample, source(sample, report), report)
         except Exception as error:  # one image's trouble, whatever it is, is not the others'
             report.failed.append({"name": sample.name, "error": one_line(error)})
     return report
 
 
-def _score(
-    sample: Labelled, model: nn.Module, size: str, threshold: float, device: str | None
-) -> dict[str, Any]:
-    result = predict(sample.image, model, size=size, threshold=threshold, device=device, progress=True)
+def _resize(values: npt.NDArray[Any], size: tuple[int, int], interpolation: int) -> Any:
+    """[H, W, ...] at `size` (H, W)."""
+    return cv2.resize(values, size[::-1], interpolation=interpolation)
+
+
+def _score(sample: Labelled, found: _Map, report: Report) -> None:
+    mask, threshold = sample.mask, report.threshold
+    probability, score, seconds = found
+    if mask.shape != probability.shape:
+        small = _resize(mask.astype(np.uint8), probability.shape, cv2.INTER_NEAREST) != 0
+        if mask.any() and not small.any():
+            raise ValueError(
+                f"mask must keep an edited pixel at {small.shape[1]} x {small.shape[0]}, got none"
+            )
+        mask = small
     row: dict[str, Any] = {
         "name": sample.name,
         "kind": sample.kind,
-        "edited": float(sample.mask.mean()),
-        "score": result.score,
-        "alarm": float(result.mask.mean()),
-        "seconds": result.seconds,
+        "edited": float(mask.mean()),
+        "score": image_score(probability) if score is None else score,
+        "alarm": float(np.count_nonzero(probability > np.float32(threshold)) / mask.size),
+        "seconds": seconds,
     }
-    probability = result.probability
-    del result  # its mask is no longer needed, and the AUC takes memory
-    if sample.mask.any():
-        figures = image_metrics(probability, sample.mask, threshold)
-        row |= {k: figures[k] for k in COLUMNS}
-        row |= {f"white_{k}": v for k, v in _white_figures(sample.mask).items()}
-    return row
+    if mask.any():
+        row |= localization_metrics(probability, mask, threshold)
+        row |= {f"white_{k}": v for k, v in _white_figures(mask).items()}
+        _add_curves(report, probability, mask)
+    report.rows.append(row)
+
+
+def _add_curves(report: Report, probability: FloatMap, mask: npt.NDArray[np.bool_]) -> None:
+    edited, scored = border_band(mask)
+    if not edited.any():
+        report.notes["border band leaves nothing of the mask: 0 in permute_f1_opt_band"] += 1
+    curves = (
+        f1_curve(probability, mask, permute=False),
+        f1_curve(probability, mask),
+        f1_curve(probability[scored], edited[scored]) if edited.any() else np.zeros(len(THRESHOLDS)),
+    )
+    for name, curve in zip(CURVES, curves, strict=True):
+        report.curves[name] = report.curves.get(name, 0.0) + curve
 
 
 def _white_figures(mask: npt.NDArray[np.bool_]) -> dict[str, float]:
@@ -180,25 +368,49 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def format_summary(summary: dict[str, Any]) -> str:
-    """The means as a small table."""
-    lines = [f"{'':<16} {'images':>6} " + " ".join(f"{c:>10}" for c in COLUMNS)]
+    """The means as small tables, the rules above them, and what they leave out below."""
+    lines = [_rules(summary["preset"])] if "preset" in summary else []
+    lines.append(f"{'':<16} {'images':>6} " + " ".join(f"{c:>10}" for c in COLUMNS))
     rows = {"forged": summary["forged"], **{f"  {k}": v for k, v in summary["by_kind"].items()}}
     rows["all-white mask"] = {"images": summary["forged"]["images"], **summary["white_mask"]}
     for name, row in rows.items():
         lines.append(f"{name:<16} {row['images']:>6} " + " ".join(f"{row[c]:>10.4f}" for c in COLUMNS))
-    clean = summary["authentic"]
+    lines.append(f"{'metric':<20} {'mean':>8} {'95 % interval':>18} {'images':>7}")
+    for name, mean in summary["means"].items():
+        interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
+        lines.append(f"{name:<20} {mean['mean']:>8.4f} {interval:>18} {mean['images']:>7}")
+    for name, best in summary["best_threshold"].items():
+        lines.append(
+            f"{name:<20} {best['mean']:>8.4f} at {best['threshold']:.2f}, the best one threshold for the set"
+        )
+    lines += _image_lines(summary)
+    lines += [f"skipped: {count} x {reason}" for reason, count in summary["skipped"].items()]
+    lines += [f"note: {count} x {note}" for note, count in summary["notes"].items()]
+    return "\n".join(lines)
+
+
+def _rules(preset: dict[str, Any]) -> str:
+    return f"preset {EvalPreset(**preset).describe()}"
+
+
+def _image_lines(summary: dict[str, Any]) -> list[str]:
+    clean, level, lines = summary["authentic"], summary["image_level"], []
     if clean["images"]:
         lines.append(
             f"untouched photos: {clean['images']}; pixels falsely marked {100 * clean['pixel_false_alarm']:.2f} %, "
             f"photos with a score above {summary['threshold']:g}: {100 * clean['photo_false_alarm']:.1f} %, "
             f"AUC of the score: {clean['score_auc']:.4f}"
         )
-    return "\n".join(lines)
+        lines.append(
+            f"photos by their score above {summary['threshold']:g}: F1 {level['f1']:.4f}, "
+            f"balanced accuracy {level['balanced_accuracy']:.4f}"
+        )
+    return lines
 
 
-def _means(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
-    means = aggregate([{c: r[prefix + c] for c in COLUMNS} for r in rows])
-    return {c: float(means.get(c, math.nan)) for c in COLUMNS}
+def _means(rows: list[dict[str, Any]], prefix: str, columns: Sequence[str]) -> dict[str, float]:
+    means = aggregate([{c: r.get(prefix + c, math.nan) for c in columns} for r in rows])
+    return {c: float(means.get(c, math.nan)) for c in columns}
 
 
 def _mean(values: list[float]) -> float:
@@ -239,4 +451,4 @@ def _read(data: PairDataset) -> Iterator[Labelled | Unusable]:
         except Exception as error:  # a damaged or vanished file, or one too large for the memory
             yield Unusable(name, one_line(error))
             continue
-        yield Labelled(name, "", image, mask)
+        yield Labelled(name, "", image, mask, data.pairs[index].image)

@@ -1,7 +1,8 @@
-"""Per-image localization metrics over NumPy arrays: F1, permute-F1, AUC, IoU; image scores and false alarms.
+"""Localization metrics over NumPy arrays, image scores, false alarms, and means with bootstrap intervals.
 
-A pixel counts as marked when its probability is strictly above the threshold. All counts are exact integers,
-so the native module (`frd_kernels._C`) and the NumPy path give identical results.
+Per image: F1, permute-F1, IoU and MCC at a threshold; AUC and AP over all of them, ties exact; F1 at the best
+threshold. A pixel counts as marked when its probability is strictly above the threshold. All counts are exact
+integers, so the native module (`frd_kernels._C`) and the NumPy path give identical results.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +23,9 @@ Array = npt.NDArray[Any]
 BAND = 1 << 22
 # The native AUC holds 4 bytes a pixel; above, the slower form that sorts only the rarer class takes over.
 NATIVE_AUC_LIMIT = 1 << 22
+
+# Where the one best threshold of a set is looked for: steps of 0.01.
+THRESHOLDS = np.linspace(0.0, 1.0, 101)
 
 
 def _load_native() -> Any:
@@ -53,6 +58,17 @@ class Confusion(NamedTuple):
     def iou(self) -> float:
         """TP / (TP + FP + FN); 0 without a true positive."""
         return self.tp / (self.tp + self.fp + self.fn) if self.tp else 0.0
+
+    def mcc(self) -> float:
+        """Matthews' correlation in [-1, 1]; 0 where the mask or the prediction is of one class."""
+        tp, fp, fn, tn = self
+        square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+        return (tp * tn - fp * fn) / math.sqrt(square) if square else 0.0
+
+    def balanced_accuracy(self) -> float:
+        """Mean of the two classes' recall; NaN where the truth is of one class."""
+        positives, negatives = self.tp + self.fn, self.tn + self.fp
+        return (self.tp / positives + self.tn / negatives) / 2 if positives and negatives else math.nan
 
 
 def _pair(probability: Array, mask: Array) -> tuple[Array, Array]:
@@ -137,6 +153,170 @@ def auc(probability: Array, mask: Array) -> float:
     return twice_u / (2 * positives * negatives) if positives and negatives else math.nan
 
 
+class _Ranks(NamedTuple):
+    """Distinct scores of the edited pixels, ascending, and for each how many pixels lie where, all [D].
+
+    ties: edited pixels of that score. below, up_to: untouched pixels below it, and below or at it. negatives: all
+    untouched pixels.
+    """
+
+    scores: Array
+    ties: Array
+    below: Array
+    up_to: Array
+    negatives: int
+
+
+def _rank(scores: Array, truth: Array) -> _Ranks:
+    """A sort of the edited pixels and one search of each other pixel among them; no order of the whole image."""
+    positive = truth.view(np.bool_)
+    values, ties = np.unique(scores[positive], return_counts=True)
+    below, up_to = np.zeros((2, len(values) + 1), np.int64)
+    for band in _bands(len(scores)):
+        others = np.sort(scores[band][~positive[band]])
+        # An untouched pixel counts for each edited score above it, from its place in them on.
+        below += np.bincount(np.searchsorted(values, others, "right"), minlength=len(below))
+        up_to += np.bincount(np.searchsorted(values, others, "left"), minlength=len(up_to))
+    negatives = int(below.sum())
+    np.cumsum(below, out=below)
+    np.cumsum(up_to, out=up_to)
+    return _Ranks(values, ties, below[:-1], up_to[:-1], negatives)
+
+
+def average_precision(probability: Array, mask: Array) -> float:
+    """Area under the precision-recall curve as a sum of steps, equal scores as one step; NaN without an edited pixel.
+
+    Not interpolated: the definition of scikit-learn's and torchmetrics' average precision.
+    """
+    return _average_precision(_rank(*_pair(probability, mask)))
+
+
+def _average_precision(ranks: _Ranks) -> float:
+    if not len(ranks.scores):
+        return math.nan
+    found = np.cumsum(ranks.ties[::-1])[::-1]
+    precision = found / (found + (ranks.negatives - ranks.below))
+    return float((ranks.ties * precision).sum() / found[0])
+
+
+class Optimum(NamedTuple):
+    """The best F1 of one image, reached by `probability > threshold`, turned round where `inverted`."""
+
+    f1: float
+    threshold: float
+    inverted: bool
+
+
+def optimal_f1(probability: Array, mask: Array, permute: bool = True) -> Optimum:
+    """The highest F1 over all distinct scores and, with `permute`, over the prediction and its inversion.
+
+    Exact: pixels of equal score are marked together. Without an edited pixel F1 is 0 and the threshold NaN.
+    """
+    return _optimum(_rank(*_pair(probability, mask)), permute)
+
+
+def _optimum(ranks: _Ranks, permute: bool) -> Optimum:
+    # The best cut lies at an edited pixel's score: one that only untouched pixels pass lowers the F1.
+    if not len(ranks.scores):
+        return Optimum(0.0, math.nan, False)
+    up_to = np.cumsum(ranks.ties)
+    positives = int(up_to[-1])
+    found = positives - up_to + ranks.ties
+    direct = 2 * found / (found + (ranks.negatives - ranks.below) + positives)
+    best = int(direct.argmax())
+    threshold = float(np.nextafter(ranks.scores[best], -np.inf, dtype=ranks.scores.dtype))
+    optimum = Optimum(float(direct[best]), threshold, False)
+    if permute:
+        turned = 2 * up_to / (up_to + ranks.up_to + positives)
+        best = int(turned.argmax())
+        if turned[best] > optimum.f1:
+            optimum = Optimum(float(turned[best]), float(ranks.scores[best]), True)
+    return optimum
+
+
+def f1_curve(probability: Array, mask: Array, permute: bool = True) -> Array:
+    """F1 (with `permute` permute-F1) of one image at each of `THRESHOLDS`: float64 [101]."""
+    return _f1_curve(*_pair(probability, mask), permute=permute)
+
+
+def _f1_curve(scores: Array, truth: Array, permute: bool) -> Array:
+    grid = THRESHOLDS.astype(scores.dtype)
+    counts = np.zeros((2, len(grid) + 1), np.int64)
+    for band in _bands(len(scores)):
+        # how many thresholds each pixel is above
+        passed = np.searchsorted(grid, scores[band], "left") + truth[band] * np.int64(len(grid) + 1)
+        counts += np.bincount(passed, minlength=counts.size).reshape(counts.shape)
+    fp, tp = counts.sum(axis=1, keepdims=True) - np.cumsum(counts, axis=1)[:, :-1]
+    negatives, positives = (int(row.sum()) for row in counts)
+    direct = _f1_of(tp, fp, positives)
+    return np.maximum(direct, _f1_of(positives - tp, negatives - fp, positives)) if permute else direct
+
+
+def _f1_of(tp: Array, fp: Array, positives: int) -> Array:
+    return 2 * tp / np.maximum(tp + fp + positives, 1)
+
+
+def border_band(mask: Array) -> tuple[Array, Array]:
+    """TruFor's ground truth without the border: (edited, scored), both bool [H, W].
+
+    edited: a 15 x 15 minimum filter of the mask. scored: edited, or untouched by the complement of its 11 x 11
+    maximum filter; the band between the two is not scored. A region thinner than 15 pixels leaves nothing edited.
+    """
+    truth = np.asarray(mask, np.uint8)
+    if truth.ndim != 2:
+        raise ValueError(f"mask must be [H, W], got shape {truth.shape}")
+    # OpenCV's default border takes no part in a minimum or maximum, which is what mirroring (SciPy's) comes to.
+    edited = cv2.erode(truth, np.ones((15, 15), np.uint8)) != 0
+    return edited, edited | (cv2.dilate(truth, np.ones((11, 11), np.uint8)) == 0)
+
+
+def localization_metrics(probability: Array, mask: Array, threshold: float = 0.5) -> dict[str, float]:
+    """Every metric of one image [H, W], those of `image_metrics` among them.
+
+    "ap", "mcc"; "permute_f1_opt" at the image's best "threshold_opt"; and with TruFor's border band left out
+    "permute_f1_band" at `threshold` and "permute_f1_opt_band" at "threshold_opt_band". Where the band leaves nothing
+    edited these are what TruFor's code gives: 0 at the best threshold, NaN at `threshold` if nothing or everything
+    is marked (0 / 0), else 0.
+    """
+    scores, truth = _pair(probability, mask)
+    edited, scored = border_band(mask)
+    counts, best, ap = confusion(scores, truth, threshold), *_ranked_metrics(scores, truth)
+    edited, scored = edited.reshape(-1), scored.reshape(-1)
+    banded = edited[scored].view(np.uint8)
+    scores_banded = scores[scored]
+    return {
+        "f1": counts.f1(),
+        "permute_f1": max(counts.f1(), counts.complement().f1()),
+        "iou": counts.iou(),
+        "auc": auc(scores, truth),
+        "ap": ap,
+        "mcc": counts.mcc(),
+        "permute_f1_opt": best.f1,
+        "threshold_opt": best.threshold,
+        **_banded_metrics(scores_banded, banded, threshold),
+    }
+
+
+def _ranked_metrics(scores: Array, truth: Array) -> tuple[Optimum, float]:
+    ranks = _rank(scores, truth)
+    return _optimum(ranks, permute=True), _average_precision(ranks)
+
+
+def _banded_metrics(scores: Array, truth: Array, threshold: float) -> dict[str, float]:
+    """With the band left out; `scores` may be empty where the band is the whole image."""
+    best, fixed = Optimum(0.0, math.nan, False), math.nan
+    if len(scores):
+        best = _optimum(_rank(scores, truth), permute=True)
+        counts = confusion(scores, truth, threshold)
+        undefined = counts.tp + counts.fn == 0 and (counts.fp == 0 or counts.tn == 0)
+        fixed = math.nan if undefined else max(counts.f1(), counts.complement().f1())
+    return {
+        "permute_f1_band": fixed,
+        "permute_f1_opt_band": best.f1,
+        "threshold_opt_band": best.threshold,
+    }
+
+
 def image_metrics(probability: Array, mask: Array, threshold: float = 0.5) -> dict[str, float]:
     """All pixel metrics of one image: "f1", "permute_f1", "iou", "auc" (NaN for a one-class mask)."""
     counts = confusion(probability, mask, threshold)
@@ -179,22 +359,23 @@ def _highest(values: Array, count: int) -> Array:
 def false_alarms(
     probabilities: Iterable[Array],
     threshold: float = 0.5,
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     scores: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """False alarms on untouched photos.
 
     "pixel_rate": mean over photos of the share of pixels above `threshold`. "photo_rate": share of photos
-    whose score (`scores`, or `image_score` of the map) is above `score_threshold`. "photos": how many there
-    were. NaN rates for none.
+    whose score (`scores`, or `image_score` of the map) is above `score_threshold`, by default `threshold` too.
+    "photos": how many there were. NaN rates for none.
     """
+    limit = threshold if score_threshold is None else score_threshold
     shares: list[float] = []
     alarms: list[bool] = []
     for index, probability in enumerate(probabilities):
         values = np.asarray(probability)
         score = image_score(values) if scores is None else scores[index]
         shares.append(float(np.count_nonzero(values > threshold)) / values.size)
-        alarms.append(score > score_threshold)
+        alarms.append(score > limit)
     return {
         "pixel_rate": sum(shares) / len(shares) if shares else math.nan,
         "photo_rate": sum(alarms) / len(alarms) if alarms else math.nan,
@@ -235,3 +416,36 @@ def aggregate(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
         if len(values) < len(table):
             result[f"{column}_skipped"] = len(table) - len(values)
     return result
+
+
+def bootstrap_means(
+    columns: Mapping[str, Sequence[float]], resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals (low, high) of the columns' means.
+
+    Images are resampled, one draw for all columns; NaN entries are left out of a mean. A column without a figure,
+    or `resamples` of 0, gives NaN. The same seed gives the same intervals.
+    """
+    values = np.array([list(column) for column in columns.values()], np.float64)
+    if not values.size or resamples < 1:
+        return dict.fromkeys(columns, (math.nan, math.nan))
+    defined = ~np.isnan(values)
+    filled = np.where(defined, values, 0.0).T
+    images = values.shape[1]
+    rng = np.random.default_rng(seed)
+    means = np.empty((resamples, len(columns)))
+    step = max(1, BAND // images)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        draws = rng.integers(images, size=(rows, images)) + np.arange(rows)[:, None] * images
+        # how often each image was drawn, as weights
+        weights = np.bincount(draws.reshape(-1), minlength=rows * images).reshape(rows, images).astype(float)
+        with np.errstate(invalid="ignore"):
+            means[start : start + rows] = (weights @ filled) / (weights @ defined.T)
+    edges = [(1 - level) / 2, (1 + level) / 2]
+    intervals = {}
+    for name, column in zip(columns, means.T, strict=True):
+        drawn = column[~np.isnan(column)]
+        low, high = np.quantile(drawn, edges) if drawn.size else (math.nan, math.nan)
+        intervals[name] = (float(low), float(high))
+    return intervals

@@ -22,7 +22,11 @@ from .arguments import path
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("frd_model.cli.predict", "find the edited pixels of photos"),
     "train": ("frd_model.cli.train", "train a network from a configuration file"),
-    "evaluate": ("frd_model.cli.evaluate", "score a checkpoint on images with known masks"),
+    "evaluate": (
+        "frd_model.cli.evaluate",
+        "score a checkpoint, or saved maps of any method, on images with known masks",
+    ),
+    "table1": ("frd_model.cli.table1", "put results of `frd evaluate` into the paper's Table 1"),
     "export": ("frd_model.cli.export", "write a checkpoint as ONNX, run it and compare"),
     "forge": ("frd_model.cli.forge", "make forged images with masks from authentic photos"),
     "data": ("frd_model.cli.data", "check a data set before a training run"),

@@ -71,8 +71,8 @@ class Checkpoint:
     label: str
 
 
-def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    """--checkpoint demo|FILE, and --model and --preset for files that hold no configuration."""
+def add_checkpoint_argument(parser: argparse.ArgumentParser, preset_flag: str = "--preset") -> None:
+    """--checkpoint demo|FILE, and --model and `preset_flag` for files that hold no configuration."""
     parser.add_argument(
         "--checkpoint",
         default=None,
@@ -80,18 +80,18 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
         help="weights: a safetensors file or last.pt of `frd train`, or any .pth or .safetensors of the net; "
         "`demo` (default) is the small one in the package",
     )
-    add_model_arguments(parser)
+    add_model_arguments(parser, preset_flag)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model and --preset, for files that hold no configuration."""
+def add_model_arguments(parser: argparse.ArgumentParser, preset_flag: str = "--preset") -> None:
+    """--model and `preset_flag`, for files that hold no configuration."""
     parser.add_argument(
         "--model",
         metavar="NAME",
         help=f"{NAME_PREFIX}ENCODER, of a checkpoint without a configuration (default: the preset's)",
     )
     parser.add_argument(
-        "--preset",
+        preset_flag,
         choices=tuple(PRESETS),
         help="of a checkpoint without a configuration (default: released, the authors')",
     )

@@ -1,4 +1,4 @@
-"""`frd evaluate`: score a checkpoint on images with known masks."""
+"""`frd evaluate`: score a checkpoint, or saved maps of any method, on images with known masks."""
 
 from __future__ import annotations
 
@@ -6,92 +6,226 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frd_model.config import PRESETS
 from frd_model.data.photos import SPLITS
+from frd_model.evaluate_presets import EVAL_PRESETS, eval_preset
 from frd_model.output import check_output_file, one_line, say
 from frd_model.tiling import POLICIES
 
-from .arguments import add_checkpoint_argument, fraction, open_checkpoint, path
+from .arguments import add_checkpoint_argument, at_least, fraction, open_checkpoint, path
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from frd_model.evaluate import Report, Source
+    from frd_model.saved_maps import SavedMaps
+
+    Scorer = Callable[[Any], Report]
+
+_OUTPUTS = {"--csv": "csv", "--json-out": "json_out", "--table": "table"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
-    add_checkpoint_argument(parser)
+    add_checkpoint_argument(parser, "--model-preset")
+    parser.add_argument(
+        "--predictions",
+        type=path,
+        metavar="DIR",
+        help="score maps of any method in the place of a checkpoint: NAME.png (8 or 16 bit), NAME.npy, or NAME.npz "
+        "with the key map",
+    )
+    parser.add_argument(
+        "--preset",
+        type=_preset,
+        default="original",
+        metavar="{" + ",".join(EVAL_PRESETS) + "}",
+        help="protocol: sizes, thresholds, what enters the means (default original)",
+    )
     parser.add_argument(
         "--threshold",
         type=fraction,
-        default=0.5,
         help="a pixel above it counts as edited, an untouched photo with a score above it as a false alarm "
-        "(default 0.5)",
+        "(default: the preset's, 0.5)",
     )
-    parser.add_argument("--size", choices=POLICIES, default="auto", help="see `frd predict`; default auto")
+    parser.add_argument(
+        "--size", choices=POLICIES, help="see `frd predict`; default: the preset's, auto for original"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--method", help="name in the results (default: the checkpoint or DIR of --predictions)"
+    )
+    parser.add_argument(
+        "--resamples",
+        type=at_least(0),
+        default=1000,
+        help="draws of the bootstrap for the 95 %% intervals (default 1000; 0: none)",
+    )
     parser.add_argument("--csv", type=path, metavar="FILE", help="write the figures of every image")
     parser.add_argument(
         "--json-out", type=path, metavar="FILE", help="write the means, how they were made, and what failed"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE of --csv and --json-out")
+    parser.add_argument(
+        "--table", type=path, metavar="FILE", help="write the paper's Table 1 with this row, in Markdown"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace FILE of --csv, --json-out and --table"
+    )
+
+
+def _preset(text: str) -> str:
+    if text in EVAL_PRESETS:
+        return text
+    known = ", ".join(EVAL_PRESETS)
+    hint = f"; a net's preset goes with --model-preset {text}" if text in PRESETS else ""
+    raise argparse.ArgumentTypeError(f"must be one of {known}, got {text!r}{hint}")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the means, write the files asked for. Status 1 if an image could not be scored."""
+    _check_outputs(args)
+    rules = eval_preset(args.preset, size=args.size, threshold=args.threshold)
+    maps = _open_maps(args)
+    sources = open_sources(args)
+    for source in sources.values():
+        if source.skipped:
+            say(f"frd evaluate: skipped {source.skipped}", sys.stderr)
+        if source.inverted:
+            say(f"frd evaluate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
+    label, score = _scorer(args, maps)
+    reports: dict[str, Report] = {}
+    summaries: list[dict[str, Any]] = []
+    for name, source in sources.items():
+        start = time.perf_counter()
+        reports[name] = _evaluate(source, score)
+        if not reports[name].rows and not reports[name].failed:
+            say(f"frd evaluate: no images in {source.label}", sys.stderr)
+            return 1
+        summary = {
+            "set": name,
+            "method": args.method or label,
+            "checkpoint": label if maps is None else None,
+            "predictions": str(maps.folder) if maps else None,
+            "data": source.label,
+            "size_policy": rules.size if maps is None else None,
+            **reports[name].summary(args.resamples),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        summaries.append(summary)
+        _print(summary, reports[name], titled=len(sources) > 1)
+    if maps is not None:
+        _say_about(maps, summaries)
+    written = _write_outputs(args, reports, summaries)
+    return 0 if written and not any(report.failed for report in reports.values()) else 1
+
+
+def _open_maps(args: argparse.Namespace) -> SavedMaps | None:
+    if args.predictions is None:
+        return None
+    flags = {"--checkpoint": args.checkpoint, "--model": args.model, "--model-preset": args.model_preset}
+    given = [flag for flag, value in {**flags, "--size": args.size}.items() if value is not None]
+    if given:
+        raise ValueError(f"--predictions takes maps as they are and no {given[0]}: leave one of the two out")
+    from frd_model.saved_maps import SavedMaps
+
+    return SavedMaps(args.predictions)
+
+
+def _scorer(args: argparse.Namespace, maps: SavedMaps | None) -> tuple[str, Scorer]:
+    """The method's name, and what makes a report of samples."""
+    from frd_model.evaluate import evaluate, evaluate_saved
+
+    if maps is not None:
+        label = maps.folder.resolve().name
+        return label, lambda samples: evaluate_saved(
+            samples, maps, preset=args.preset, threshold=args.threshold
+        )
+    checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.model_preset)
+    return checkpoint.label, lambda samples: evaluate(
+        samples,
+        checkpoint.model,
+        preset=args.preset,
+        size=args.size,
+        threshold=args.threshold,
+        device=args.device,
+    )
+
+
+def _evaluate(source: Source, score: Scorer) -> Report:
     from tqdm import tqdm
 
-    from frd_model.evaluate import evaluate, format_summary
-
-    _check_outputs(args)
-    source = open_source(args)
-    if source.skipped:
-        say(f"frd evaluate: skipped {source.skipped}", sys.stderr)
-    if source.inverted:
-        say(f"frd evaluate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
-    checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
-    start = time.perf_counter()
-    bar = tqdm(source.samples, total=source.length, desc="evaluate", disable=None)
-    report = evaluate(bar, checkpoint.model, size=args.size, threshold=args.threshold, device=args.device)
-    if not report.rows and not report.failed:
-        say(f"frd evaluate: no images in {source.label}", sys.stderr)
-        return 1
+    report = score(tqdm(source.samples, total=source.length, desc="evaluate", disable=None))
     for failed in report.failed:
         name, error = failed["name"], failed["error"]
         say(f"frd evaluate: {error if name in error else f'{name}: {error}'}", sys.stderr)
-    summary = {
-        "checkpoint": checkpoint.label,
-        "data": source.label,
-        "size_policy": args.size,
-        **report.summary(),
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+    return report
+
+
+def _print(summary: dict[str, Any], report: Report, *, titled: bool) -> None:
+    from frd_model.evaluate import format_summary
+
+    if titled:
+        say(f"\n{summary['set']}: {summary['data']}")
     print(format_summary(summary))
     if report.failed:
         total = len(report.rows) + len(report.failed)
         say(f"frd evaluate: {len(report.failed)} of {total} images could not be scored", sys.stderr)
-    written = _write_outputs(args, report, summary)
-    return 0 if written and not report.failed else 1
+
+
+def _say_about(maps: SavedMaps, summaries: list[dict[str, Any]]) -> None:
+    """What a folder of maps may not have been meant to hold."""
+    unused = maps.unused()
+    if unused:
+        say(f"frd evaluate: {len(unused)} maps belong to no photo, the first {str(unused[0])!r}", sys.stderr)
+    if maps.others:
+        say(f"frd evaluate: {maps.others} files in {str(maps.folder)!r} are no maps", sys.stderr)
+    if maps.too_dark():
+        say(f"frd evaluate: warning: {maps.too_dark()}", sys.stderr)
+    for summary in summaries:
+        mean = summary["means"]["auc"]["mean"]
+        if not summary["preset"]["authentic_zero"] and mean < 0.4:
+            say(
+                f"frd evaluate: warning: the maps' AUC on {summary['set']} must be above 0.5 where edited pixels are "
+                f"bright, got {mean:.3f}: inverted maps?",
+                sys.stderr,
+            )
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """What would fail, or destroy something, after hours of work."""
-    if args.csv and args.json_out and args.csv.resolve() == args.json_out.resolve():
-        raise ValueError(f"--csv and --json-out must be two files, got {str(args.csv)!r} twice")
-    for flag, file in (("--csv", args.csv), ("--json-out", args.json_out)):
-        if file is not None:
-            check_output_file(flag, file, overwrite=args.overwrite)
+    seen: dict[Path, str] = {}
+    for flag, name in _OUTPUTS.items():
+        file = getattr(args, name)
+        if file is None:
+            continue
+        other = seen.setdefault(file.resolve(), flag)
+        if other != flag:
+            raise ValueError(f"{other} and {flag} must be two files, got {str(file)!r} twice")
+        check_output_file(flag, file, overwrite=args.overwrite)
 
 
-def _write_outputs(args: argparse.Namespace, report: Report, summary: dict[str, Any]) -> bool:
-    """Each file is written even where the other cannot be."""
-    from frd_model.data.images import write_json
+def _write_outputs(
+    args: argparse.Namespace, reports: dict[str, Report], summaries: list[dict[str, Any]]
+) -> bool:
+    """Each file is written even where another cannot be."""
+    from frd_model.data.images import write_bytes, write_json
     from frd_model.evaluate import write_csv
 
+    several = len(summaries) > 1
+    content = _nan_as_none({"sets": summaries} if several else summaries[0])
+    rows = [
+        {"set": name, **row} if several else row
+        for name, report in reports.items()
+        for row in (*report.rows, *report.failed)
+    ]
     written = True
     for file, write in (
-        (args.csv, lambda file: write_csv(file, [*report.rows, *report.failed])),
-        (args.json_out, lambda file: write_json(file, _nan_as_none(summary))),
+        (args.csv, lambda file: write_csv(file, rows)),
+        (args.json_out, lambda file: write_json(file, content)),
+        (args.table, lambda file: write_bytes(file, _table(content).encode())),
     ):
         try:
             if file is not None:
@@ -100,6 +234,15 @@ def _write_outputs(args: argparse.Namespace, report: Report, summary: dict[str, 
             say(f"frd evaluate: {str(file)!r} cannot be written: {one_line(error)}", sys.stderr)
             written = False
     return written
+
+
+def _table(content: dict[str, Any]) -> str:
+    from frd_model.evaluate_table import Table1
+
+    table = Table1()
+    for summary in content.get("sets", [content]):
+        table.add(summary)
+    return table.markdown()
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,8 +263,19 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="--sample: seed of the forgeries (default 0)")
 
 
-def open_source(args: argparse.Namespace) -> Source:
-    """The samples that the arguments name. Raises ValueError where they do not fit together."""
+def open_sources(args: argparse.Namespace) -> dict[str, Source]:
+    """The sets that the arguments name, by name. Raises ValueError where the arguments do not fit together."""
+    source = _open_source(args)
+    if args.sample or args.json:
+        return {args.sample or Path(args.json).stem: source}
+    folder = Path(args.mani or args.images).resolve()
+    if args.masks and Path(args.masks).resolve().parent == folder.parent:
+        # SET/images and SET/masks
+        folder = folder.parent
+    return {folder.name: source}
+
+
+def _open_source(args: argparse.Namespace) -> Source:
     from frd_model.data.dataset import FolderDataset, JsonDataset, ManiDataset
     from frd_model.evaluate import forged_samples, labelled_pairs
 
@@ -158,4 +312,6 @@ def _nan_as_none(value: Any) -> Any:
     """JSON has no NaN: a figure that is not defined on these images becomes null."""
     if isinstance(value, dict):
         return {k: _nan_as_none(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nan_as_none(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,44 @@
+"""`frd table1`: the paper's Table 1 with rows of one's own, from result files of `frd evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from frd_model.output import check_output_file
+
+from .arguments import path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Result files and the output."""
+    parser.add_argument(
+        "results",
+        nargs="+",
+        metavar="[SET=]FILE",
+        help="a JSON file of `frd evaluate --json-out`; SET names its column (Columbia, COVER, CASIAv1, NIST16, "
+        "COCOglide, or a set of one's own) where the file does not",
+    )
+    parser.add_argument("--out", type=path, metavar="FILE", help="write the Markdown there, not to stdout")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE of --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print or write the table."""
+    from frd_model.data.images import write_bytes
+    from frd_model.evaluate_table import table1
+
+    if args.out is not None:
+        check_output_file("--out", args.out, overwrite=args.overwrite)
+    text = table1(_named(result) for result in args.results).markdown()
+    if args.out is None:
+        print(text, end="")
+    else:
+        write_bytes(args.out, text.encode())
+    return 0
+
+
+def _named(text: str) -> tuple[str | None, Path]:
+    """SET=FILE as its two parts; a file whose name holds a = is one where it exists."""
+    name, sign, file = text.partition("=")
+    return (name, path(file)) if sign and name and file and not Path(text).exists() else (None, path(text))

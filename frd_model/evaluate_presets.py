@@ -1,0 +1,88 @@
+"""Protocols of evaluation by name: at which size, at which threshold, and what enters the means.
+
+Imports neither torch nor OpenCV, so that `frd evaluate --help` comes at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# Not a policy of `predict`: the photo is scaled to the scoring size, and the map is not scaled back.
+SCALED = "scaled"
+
+
+@dataclass(frozen=True)
+class EvalPreset:
+    """One protocol.
+
+    name: what results call it.
+    size: a policy of `frd_model.predict` ("auto", "whole", "tiles", "resize"), or "scaled": the photo is resized
+        bilinearly to `scored_at` and goes through the network in one piece.
+    scored_at: side of the square at which maps and masks are compared, the mask resized by nearest neighbour; None
+        is the photo's own size.
+    main: the metric that the protocol reports.
+    table: the metrics that it gives to Table 1, by its halves "optimal" and "fixed".
+    authentic_zero: whether an untouched photo counts 0 in the means of the pixel metrics; else it is left out.
+    threshold: of the metrics with a fixed threshold, and of a photo's score.
+    """
+
+    name: str
+    size: str
+    scored_at: int | None
+    main: str
+    table: Mapping[str, str]
+    authentic_zero: bool = False
+    threshold: float = 0.5
+
+    def describe(self) -> str:
+        """The rules in one line."""
+        side = self.scored_at
+        size = f"photo resized to {side} (bilinear)" if self.size == SCALED else f"size policy {self.size}"
+        scored = f"scored at {side} x {side} (mask nearest)" if side else "scored at the photo's own size"
+        rule = "the best threshold of each photo" if "_opt" in self.main else f"threshold {self.threshold:g}"
+        band = "border band left out" if self.main.endswith("_band") else "all pixels"
+        counted = "count 0 in the means" if self.authentic_zero else "left out of the means"
+        return f"{self.name}: {size}, {scored}; {self.main} at {rule}, {band}; untouched photos {counted}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they stand in a result file."""
+        return dataclasses.asdict(self) | {"table": dict(self.table)}
+
+
+EVAL_PRESETS: dict[str, EvalPreset] = {
+    preset.name: preset
+    for preset in (
+        # Whole photos or tiles as `frd predict` has them, all pixels.
+        EvalPreset("original", "auto", None, "f1", {"optimal": "permute_f1_opt", "fixed": "permute_f1"}),
+        # CAT-Net's protocol as Table 1's right half quotes it.
+        EvalPreset("cat-fixed", "whole", None, "permute_f1", {"fixed": "permute_f1"}),
+        # TruFor's evaluation code, which leaves the border of the mask out.
+        EvalPreset("trufor-opt", "whole", None, "permute_f1_opt_band", {"optimal": "permute_f1_opt_band"}),
+        # IMDL-BenCo's `--if_resizing`; Table 1's left half as FRD-Net's own code has it: at 512, with the band.
+        EvalPreset(
+            "benco-512",
+            SCALED,
+            512,
+            "f1",
+            {"optimal": "permute_f1_opt_band", "fixed": "permute_f1"},
+            authentic_zero=True,
+        ),
+    )
+}
+
+
+def eval_preset(name: str, *, size: str | None = None, threshold: float | None = None) -> EvalPreset:
+    """The preset of that name, with what was given in the place of its own.
+
+    Raises ValueError for an unknown name, and for a size policy where the preset fixes the scoring size.
+    """
+    if name not in EVAL_PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(EVAL_PRESETS)}, got {name!r}")
+    preset = EVAL_PRESETS[name]
+    if size is not None and preset.scored_at is not None:
+        raise ValueError(f"size must be left out with preset {name}, which fixes it, got {size!r}")
+    changes: dict[str, Any] = {"size": size, "threshold": threshold}
+    return dataclasses.replace(preset, **{k: v for k, v in changes.items() if v is not None})
