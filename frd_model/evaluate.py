@@ -146,7 +146,7 @@ class Report:
             "authentic": self._false_alarms(clean, resamples, seed),
             "image_level": self._image_level(),
             "skipped": self._skipped(forged, clean),
-            "notes": dict(self.notes),
+            "notes": self._all_notes(len(clean)),
             "bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95},
             "failed": self.failed,
         }
@@ -215,6 +215,10 @@ class Report:
             "could not be read or scored": len(self.failed),
         }
         return {reason: count for reason, count in reasons.items() if count}
+
+    def _all_notes(self, clean: int) -> dict[str, int]:
+        zero = {"untouched photo: 0 in the means": clean} if self.preset.authentic_zero and clean else {}
+        return {**self.notes, **zero}
 
 
 class _Map(NamedTuple):

@@ -102,7 +102,7 @@ def predict(  # type: ignore[misc]  # the options are spelled out here alone
             that several threads may share it.
         size: "auto" (whole photo up to one megapixel, tiles above), "whole", "tiles", or "resize": the photo is
             scaled to 512 x 512 by area averaging and the map scaled back to the photo's size. Evaluation protocols
-            that resize, the paper's among them, use other filters and score at the small size: figures differ.
+            that resize use other filters and score at the small size: `frd evaluate --preset benco-512` follows one.
         tile, overlap: side of a tile and the width over which neighbours are blended, in pixels.
         device: where to run; None takes the model's. On another device a copy of the model runs, made at each call:
             move the model first where there are many photos.
