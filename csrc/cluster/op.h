@@ -116,7 +116,8 @@ inline void check_dispatch(const Tensor& centres, const Tensor& labels, const Te
 }
 
 // The arguments of `icm`.
-constexpr int64_t kPaper = 0, kReleased = 1;
+constexpr int64_t kPaper = 0;
+constexpr int64_t kReleased = 1;
 
 struct IcmInputs {
   Tensor x;                         // [B, N, C]
@@ -145,7 +146,8 @@ inline void check_icm(const IcmInputs& in) {
   const int64_t channels = in.x.size(2);
   for (size_t i = 0; i < in.projections.size(); ++i) {
     const Tensor& p = in.projections[i];
-    const bool none = !in.projected(static_cast<int64_t>(i) / 4), weight = i % 2 == 0;
+    const bool none = !in.projected(static_cast<int64_t>(i) / 4);
+    const bool weight = i % 2 == 0;
     FRD_CHECK_VALUE(p.scalar_type() == in.x.scalar_type(), "frd: projections[", i, "] must have x's dtype");
     FRD_CHECK_VALUE(
         none ? p.numel() == 0

@@ -1,13 +1,14 @@
-// What differs between nvcc and the test-only block emulator, which runs kernel bodies on the CPU.
+// What differs between nvcc and the block emulator, with which the tests run kernels on the CPU.
 #pragma once
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 // Dynamic shared memory of a block, as an array `name` of `type`.
 #define FRD_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-// kernel in parentheses: FRD_LAUNCH((copy<float, 4>), grid, block, shared_bytes, stream, arguments...)
+// A kernel with template arguments goes in parentheses:
+// FRD_LAUNCH((copy<float, 4>), grid, block, shared_bytes, stream, arguments...)
 #define FRD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-// The same for a kernel whose neighbouring blocks along x form clusters (sm_90 and later).
+// The same for a kernel whose blocks form thread block clusters along x (sm_90 and later).
 #define FRD_LAUNCH_CLUSTER(kernel, cluster, grid, block, shared_bytes, stream, ...) \
   ::frd::launch_cluster(kernel, cluster, grid, block, shared_bytes, stream, __VA_ARGS__)
 namespace frd {
@@ -25,7 +26,8 @@ void launch_cluster(void (*kernel)(P...), unsigned cluster, dim3 grid, dim3 bloc
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);  // cudaGetLastError has what comes of it
+  // The caller asks cudaGetLastError() for the result, as after <<<>>>.
+  cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
 }  // namespace frd
 #else

@@ -1,18 +1,21 @@
-// Device guard, current stream and registration of the operators in cuda/*.cpp.
+// Device guard, current stream and registration for the CUDA operators.
 #pragma once
 #include <cuda_runtime_api.h>
 
 #include "core/stable.h"
 
 #if defined(FRD_EMULATED)
-#include "emulated_launch.h"  // the tests build the same launchers for CPU tensors, over the block emulator
+// The tests build the same operators for CPU tensors, on the block emulator.
+#include "emulated_launch.h"
 #else
 
 #define FRD_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(frd, CUDA, m)
-#define FRD_OP(name) "frd::" name  // for a call through the dispatcher
+// Name of an operator for a call through the dispatcher.
+#define FRD_OP(name) "frd::" name
 
 namespace frd {
 
+// Makes the device of a tensor current for its lifetime, and gives the device's current stream.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& t) : guard_(t.get_device_index()) {

@@ -1,4 +1,4 @@
-// Element types of the kernels, without torch: 16-bit floats are carried as their bits.
+// Element types of the kernels, without torch; 16-bit floats are stored as their bits.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -25,7 +25,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// The type a kernel computes in: double for double, float for all others.
+// The type a kernel computes in: double for double, else float.
 template <typename T>
 struct Compute {
   using type = float;
@@ -53,10 +53,12 @@ FRD_HD static inline float load(f16 v) {
   memcpy(&h, &v.bits, 2);
   return static_cast<float>(h);
 #else
-  uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16, exponent = (v.bits >> 10) & 31u,
-           m = v.bits & 1023u;
+  uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
+  uint32_t exponent = (v.bits >> 10) & 31u;
+  uint32_t m = v.bits & 1023u;
   float f;
-  if (exponent == 0) {  // zero or subnormal: m * 2^-24
+  // Zero or subnormal: m * 2^-24.
+  if (exponent == 0) {
     f = static_cast<float>(m) * 5.9604644775390625e-8f;
     return sign ? -f : f;
   }
@@ -66,7 +68,7 @@ FRD_HD static inline float load(f16 v) {
 #endif
 }
 
-// Round to nearest even, NaN stays NaN.
+// Rounds to nearest even and keeps NaN.
 FRD_HD static inline void store(float& d, float v) { d = v; }
 FRD_HD static inline void store(double& d, double v) { d = v; }
 FRD_HD static inline void store(bf16& d, float v) {
@@ -84,16 +86,21 @@ FRD_HD static inline void store(f16& d, float v) {
 #else
   uint32_t u;
   memcpy(&u, &v, 4);
-  uint32_t sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  uint32_t sign = (u >> 16) & 0x8000u;
+  uint32_t a = u & 0x7fffffffu;
   uint32_t r;
   if (a > 0x7f800000u) {
     r = 0x7e00u;
-  } else if (a >= 0x477ff000u) {  // rounds to infinity
+  } else if (a >= 0x477ff000u) {
+    // Rounds to infinity.
     r = 0x7c00u;
-  } else if (a >= 0x38800000u) {  // normal
+  } else if (a >= 0x38800000u) {
+    // Normal.
     r = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
-  } else {  // subnormal: add a number whose ulp is 2^-24, so that the FPU rounds
-    float f, magic = 0.5f;
+  } else {
+    // Subnormal: adding a number whose ulp is 2^-24 makes the FPU round.
+    float f;
+    float magic = 0.5f;
     memcpy(&f, &a, 4);
     f += magic;
     uint32_t b, m;
@@ -105,7 +112,7 @@ FRD_HD static inline void store(f16& d, float v) {
 #endif
 }
 
-// f(T{}) for the element type T of a dtype.
+// Calls f(T{}) with the element type T of a dtype.
 template <typename F>
 inline auto with_dtype(DType dtype, const F& f) {
   switch (dtype) {

@@ -1,10 +1,9 @@
-// Tile GEMM for the CPU kernels: single-threaded pieces, the caller owns the parallelism.
+// Single-threaded GEMM for the CPU kernels, c = (or +=) a b; the caller distributes tiles over threads.
 //
-// The right operand is packed into panels of `panel` columns: element (k, n) of a [K,N] matrix stands at
-// packed[(n / panel) * K * panel + k * panel + n % panel], the last panel padded with zeros. A kernel that
-// makes its operand itself (a stencil, say) may write this form directly. Each element of the result is a
-// plain chain of multiply-adds over k, in blocks of `k_block`, so it depends on K alone, not on how M and N
-// are tiled.
+// The right operand is packed into panels of `panel` columns: element (k, n) of b [K, N] is at
+// packed[(n / panel) * K * panel + k * panel + n % panel], with the last panel padded with zeros. A kernel
+// that computes its operand may write this layout directly. Each element of c is one chain of multiply-adds
+// over k, in blocks of `k_block`, so its rounding depends on K alone and not on how M and N are tiled.
 #pragma once
 #include <cstdint>
 
@@ -15,17 +14,18 @@ namespace frd {
 
 template <class A>
 struct GemmOps {
-  int64_t panel;    // columns of a panel
-  int64_t k_block;  // depth after which a partial sum goes through c
-  // elements of the packed form of a [k,n] matrix
+  // Columns of a panel.
+  int64_t panel;
+  // Depth after which a partial sum is stored in c.
+  int64_t k_block;
+  // Elements of a packed [k, n] matrix.
   int64_t (*packed_size)(int64_t k, int64_t n);
-  // pack b [k,n], element (k, n) at b[k * rs + n * cs]
+  // Packs b [k, n], whose element (i, j) is at b[i * rs + j * cs].
   void (*pack)(const A* b, int64_t rs, int64_t cs, int64_t k, int64_t n, A* packed);
-  // c [m,n] (row stride ldc) = (or += if accumulate) a [m,k] (row stride lda, unit column stride) * packed
-  // [k,n]
+  // c [m, n] = a b, or += if accumulate. a [m, k] and c are row-major with row strides lda and ldc.
   void (*run)(const A* a, int64_t lda, const A* packed, A* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
               bool accumulate);
-  // the same with a transposed: a [k,m] (row stride lda, unit column stride), c [m,n] = a^T * packed
+  // c [m, n] = a^T b of a [k, m], otherwise the same.
   void (*run_at)(const A* a, int64_t lda, const A* packed, A* c, int64_t ldc, int64_t m, int64_t n, int64_t k,
                  bool accumulate);
 };

@@ -13,14 +13,14 @@ constexpr int kMaxRows = 6;
 #else
 constexpr int kMaxRows = 4;
 #endif
-constexpr int64_t kBlockK =
-    384;  // a panel of this depth and the rows that meet it stay in the first two caches
+// A panel of this depth and the rows it is multiplied with stay in the first two cache levels.
+constexpr int64_t kBlockK = 384;
 
 template <class A>
 constexpr int64_t kPanel = 2 * Vec<A>::lanes;
 
-// c [ROWS, NV vectors] = (or +=) a * b; a's element (i, k) at a[i * rs + k * cs], b a panel [k][panel].
-// `columns` < NV * lanes: only these are touched in c.
+// c [ROWS, columns] = (or +=) a b. Element (i, k) of a is at a[i * rs + k * cs]; b is a panel [k, panel];
+// columns <= NV * lanes, and the columns beyond are not written.
 template <class A, int ROWS, int NV>
 void micro(const A* a, int64_t rs, int64_t cs, const A* b, A* c, int64_t ldc, int64_t columns, int64_t k,
            bool accumulate) {
@@ -93,25 +93,29 @@ Micro<A> micro_for(int64_t rows) {
 template <class A>
 void product(const A* a, int64_t rs, int64_t cs, const A* packed, A* c, int64_t ldc, int64_t m, int64_t n,
              int64_t k, bool accumulate) {
-  constexpr int64_t panel = kPanel<A>, lanes = Vec<A>::lanes;
+  constexpr int64_t panel = kPanel<A>;
+  constexpr int64_t lanes = Vec<A>::lanes;
   if (m <= 0 || n <= 0) return;
-  // blocks of nearly equal height, so that none is a thin remainder
-  const int64_t blocks = (m + kMaxRows - 1) / kMaxRows, low = m / blocks, taller = m % blocks;
+  // Blocks of nearly equal height, so that none is a thin remainder.
+  const int64_t blocks = (m + kMaxRows - 1) / kMaxRows;
+  const int64_t height = m / blocks;
+  const int64_t taller = m % blocks;
   int64_t k0 = 0;
-  do {  // runs once for k == 0, which clears c
+  // Runs once for k == 0, which clears c.
+  do {
     const int64_t depth = k - k0 < kBlockK ? k - k0 : kBlockK;
     const bool add = accumulate || k0 > 0;
     for (int64_t j = 0; j < n; j += panel) {
       const int64_t columns = n - j < panel ? n - j : panel;
       const bool half = columns <= lanes;
-      const Micro<A> tall = half ? micro_for<A, 1>(low + 1) : micro_for<A, 2>(low + 1);
-      const Micro<A> flat = half ? micro_for<A, 1>(low) : micro_for<A, 2>(low);
+      const Micro<A> tall = half ? micro_for<A, 1>(height + 1) : micro_for<A, 2>(height + 1);
+      const Micro<A> low = half ? micro_for<A, 1>(height) : micro_for<A, 2>(height);
       const A* right = packed + j * k + k0 * panel;
       const A* left = a + k0 * cs;
       A* out = c + j;
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t rows = low + (b < taller);
-        (b < taller ? tall : flat)(left, rs, cs, right, out, ldc, columns, depth, add);
+        const int64_t rows = height + (b < taller);
+        (b < taller ? tall : low)(left, rs, cs, right, out, ldc, columns, depth, add);
         left += rows * rs;
         out += rows * ldc;
       }
@@ -137,8 +141,8 @@ int64_t packed_size(int64_t k, int64_t n) {
   return (n + kPanel<A> - 1) / kPanel<A> * kPanel<A> * k;
 }
 
-// out [lanes rows, stride panel] = transpose of lanes rows of b (row stride cs): log2(lanes) rounds of
-// interleaving row i with row i + lanes/2.
+// out [lanes, lanes] (row stride panel) = transpose of b [lanes, lanes] (row stride cs), by log2(lanes)
+// rounds that interleave row i with row i + lanes / 2.
 template <class A, class Mask>
 void transpose_square(const A* b, int64_t cs, A* out) {
   using V = Vec<A>;
@@ -167,6 +171,7 @@ void transpose_square(const A* b, int64_t cs, A* out) {
   for (int i = 0; i < lanes; ++i) V::store(out + i * kPanel<A>, rows[i]);
 }
 
+// Packs `columns` columns of b [k, columns] into one panel.
 template <class A, class T>
 void pack_elements(const T* b, int64_t rs, int64_t cs, int64_t k, int64_t columns, A* out) {
   constexpr int64_t panel = kPanel<A>;
@@ -183,11 +188,12 @@ void pack(const T* b, int64_t rs, int64_t cs, int64_t k, int64_t n, A* packed) {
     pack_elements<A, T>(b + j * cs, rs, cs, k, n - j < panel ? n - j : panel, packed + j * k);
 }
 
-// same type in and out: whole panels by rows of vectors or by square transposes
+// Without a conversion, whole panels are packed by vectors or by square transposes.
 template <class A, class Mask>
 void pack_same(const A* b, int64_t rs, int64_t cs, int64_t k, int64_t n, A* packed) {
   using V = Vec<A>;
-  constexpr int64_t panel = kPanel<A>, lanes = V::lanes;
+  constexpr int64_t panel = kPanel<A>;
+  constexpr int64_t lanes = V::lanes;
   for (int64_t j = 0; j < n; j += panel) {
     const A* in = b + j * cs;
     A* out = packed + j * k;

@@ -1,17 +1,18 @@
-// Runtime choice between the builds of a CPU kernel file (scalar, AVX2, AVX-512).
+// Runtime dispatch between the builds of a CPU kernel file for scalar, AVX2 and AVX-512.
 #pragma once
 
 namespace frd {
 
 enum class Isa : int { scalar, avx2, avx512 };
 
-// The best one this CPU runs, capped by the environment variable FRD_CPU_ISA=scalar|avx2|avx512.
+// The best instruction set of this CPU, capped by the environment variable FRD_CPU_ISA=scalar|avx2|avx512.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
 
 }  // namespace frd
 
-// Declares frd::fn(), which returns the Table of the chosen build. Each *kernel.cpp defines FRD_ISA::fn().
+// Declares frd::fn(), which returns the function table of the chosen build. Each *kernel.cpp defines
+// FRD_ISA::fn().
 #if defined(__x86_64__)
 #define FRD_ISA_TABLE(Table, fn) \
   namespace frd {                \

@@ -1,5 +1,5 @@
-// Instructions of the tensor cores and of asynchronous copies (sm_80 and later), each with a stand-in for the
-// block emulator. Fragments lie as in the PTX ISA; with g = lane / 4 and t = lane % 4:
+// Tensor core and asynchronous copy instructions (sm_80 and later); the block emulator has its own versions.
+// Fragments are laid out as in the PTX ISA; with g = lane / 4 and t = lane % 4 a lane holds
 //   m16n8k16 a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each with its right neighbour
 //   m16n8k16 b: (2t, g), (2t + 8, g), each with its lower neighbour
 //   m16n8k8 a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
@@ -18,7 +18,7 @@ namespace frd {
 
 #define FRD_DEVICE static __device__ __forceinline__
 
-// 16 bits of each of two numbers, the first in the low half.
+// Packs two 16-bit values, the first in the low half.
 FRD_DEVICE uint32_t join_halves(uint16_t low, uint16_t high) {
   return static_cast<uint32_t>(high) << 16 | low;
 }
@@ -29,7 +29,8 @@ FRD_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Copies `bytes` (0 to 16) to 16 bytes of shared memory and fills the rest with zeros; both aligned to 16.
+// Copies `bytes` (0 to 16) to 16 bytes of shared memory and fills the rest with zeros; both addresses are
+// aligned to 16 bytes.
 FRD_DEVICE void cp_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(bytes)
@@ -41,16 +42,16 @@ FRD_DEVICE void cp_async_4(void* shared, const void* global, int bytes) {
                "r"(bytes)
                : "memory");
 }
-// Closes a group of this thread's copies.
+// Commits this thread's copies since the last call as one group.
 FRD_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the newest kGroups groups of this thread have arrived; the others need a barrier after it.
+// Waits for all but the newest kGroups groups of this thread. Other threads see the data after a barrier.
 template <int kGroups>
 FRD_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// kCount 8x8 matrices of 16-bit elements; lane 8 j + i gives the address of row i of matrix j. Register j:
-// elements 2t and 2t + 1 of row g of matrix j; kTransposed: of its column g.
+// Loads kCount 8x8 matrices of 16-bit elements; lane 8 j + i passes the address of row i of matrix j.
+// Register j receives elements 2t and 2t + 1 of row g of matrix j, or if kTransposed of its column g.
 template <int kCount, bool kTransposed = false>
 FRD_DEVICE void ldmatrix(uint32_t (&r)[kCount], const void* row) {
   static_assert(kCount == 2 || kCount == 4, "matrices of one load");
@@ -91,7 +92,7 @@ FRD_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   else
     FRD_MMA("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32");
 }
-// d [16, 8] += a [16, 8] b [8, 8], operands as the bits of float of which the low 13 do not count
+// d [16, 8] += a [16, 8] b [8, 8]; operands are the bits of float, whose low 13 are ignored
 FRD_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   FRD_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32");
 }
@@ -107,7 +108,7 @@ FRD_DEVICE uint32_t pack(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-// The same with a ReLU, which keeps NaN.
+// The same with a ReLU that keeps NaN.
 template <class T>
 FRD_DEVICE uint32_t pack_relu(float low, float high) {
   uint32_t r;

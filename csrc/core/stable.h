@@ -1,8 +1,8 @@
-// The only torch headers a translation unit of this project may include: LibTorch's stable ABI.
+// The only torch headers that the project includes: LibTorch's stable ABI.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>  // STD_CUDA_CHECK: 2.11's library.h does not pull it in
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/Dispatch.h>
@@ -25,7 +25,8 @@ template <typename... Args>
 [[noreturn]] void throw_value_error(const Args&... args) {
   std::ostringstream message;
   (message << ... << args);
-  throw std::invalid_argument(message.str());  // torch turns it into Python's ValueError
+  // torch translates it to Python's ValueError.
+  throw std::invalid_argument(message.str());
 }
 
 #define FRD_CHECK_VALUE(cond, ...)                      \
@@ -33,6 +34,7 @@ template <typename... Args>
     if (!(cond)) ::frd::throw_value_error(__VA_ARGS__); \
   } while (0)
 
+// The dtype of t, the argument `name`.
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

@@ -1,4 +1,5 @@
-// A team: the blocks that work on one item together, a cluster (sm_90 and later) or a single block.
+// A team: the thread blocks that work on one sample of the batch together, which are a thread block cluster
+// (sm_90 and later) or a single block.
 #pragma once
 #include "core/cuda_compat.h"
 #include "core/dtypes.h"
@@ -11,11 +12,12 @@ struct Team {
   static constexpr int blocks = kBlocks;
 
   static __device__ int rank() { return static_cast<int>(blockIdx.x % kBlocks); }
+  // The sample of the batch.
   static __device__ int64_t item() { return blockIdx.x / kBlocks; }
 
-  // All threads of the team; what they wrote before it, to shared or global memory, the others see after it.
-  // A block must neither touch another one's shared memory before the first sync, nor end while others may
-  // still touch its own.
+  // Barrier of all threads of the team; makes their writes to shared and global memory visible to the others.
+  // A block must not access the shared memory of another before the first sync, nor exit while others may
+  // still access its own.
   static __device__ void sync() {
     if constexpr (kBlocks == 1) {
       __syncthreads();
@@ -35,7 +37,7 @@ struct Team {
     }
   }
 
-  // Where memory that this block has at `own`, in shared memory, lies in the block of that rank.
+  // Address in the block of that rank of the shared memory that is at `own` in this block.
   template <class T>
   static __device__ T* peer(T* own, int rank) {
     if constexpr (kBlocks == 1) return own;

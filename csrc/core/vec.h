@@ -1,11 +1,15 @@
-// Vectors of the instruction set that a kernel file is compiled for. For *kernel.cpp only: everything here
-// has internal linkage, so that no build's code can stand in for another's.
+// Vectors of the instruction set that a kernel file is compiled for. Only for *kernel.cpp: everything here
+// has internal linkage, so that the linker cannot use one instruction set's code for another.
 #pragma once
 #include <cstdint>
 
 #include "dtypes.h"
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX2__) && defined(__GNUC__) && !defined(__clang__)
+// GCC 12 warns inside its own AVX-512 intrinsics.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
 namespace frd {
@@ -38,7 +42,8 @@ struct Vec {
     return reinterpret_cast<type>(__builtin_convertvector(*reinterpret_cast<const half*>(p), word) << 16);
   }
 
-  FRD_INLINE void store(bf16* p, type v) {  // as store() of dtypes.h: round to nearest even, NaN stays NaN
+  // Rounds to nearest even and keeps NaN, like store() of dtypes.h.
+  FRD_INLINE void store(bf16* p, type v) {
     typedef uint16_t half __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
     typedef uint32_t word __attribute__((vector_size(kVecBytes)));
     const word bits = reinterpret_cast<word>(v);
@@ -48,7 +53,8 @@ struct Vec {
   }
 
   FRD_INLINE type load(const f16* p) {
-#if defined(__AVX512F__)  // the masked forms: GCC 12 warns inside the plain ones
+#if defined(__AVX512F__)
+    // The masked intrinsics, as GCC 12 warns inside the plain ones.
     return reinterpret_cast<type>(
         _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
@@ -73,6 +79,88 @@ struct Vec {
 #endif
   }
 };
+
+#define FRD_LAMBDA_INLINE __attribute__((always_inline))
+
+template <class A>
+using vec_t = typename Vec<A>::type;
+
+template <class A>
+FRD_INLINE vec_t<A> splat(A v) {
+  return vec_t<A>{} + v;
+}
+
+// A whole vector, converted from or to the element type.
+template <class T>
+FRD_INLINE vec_t<compute_t<T>> load_vec(const T* p) {
+  return Vec<compute_t<T>>::load(p);
+}
+template <class T>
+FRD_INLINE void store_vec(T* p, vec_t<compute_t<T>> v) {
+  Vec<compute_t<T>>::store(p, v);
+}
+
+// v in its first n lanes, 0 in the others. n < lanes.
+template <class A>
+FRD_INLINE vec_t<A> first_lanes(vec_t<A> v, int64_t n) {
+  vec_t<A> lane;
+  for (int i = 0; i < Vec<A>::lanes; ++i) lane[i] = static_cast<A>(i);
+  return lane < splat(static_cast<A>(n)) ? v : vec_t<A>{};
+}
+
+// The first n elements: the other lanes load as 0 and are not stored. n < lanes.
+template <class T>
+FRD_INLINE vec_t<compute_t<T>> load_part(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#endif
+  vec_t<compute_t<T>> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = load(p[i]);
+  return v;
+}
+template <class T>
+FRD_INLINE void store_part(T* p, vec_t<compute_t<T>> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#endif
+  for (int64_t i = 0; i < n; ++i) store(p[i], v[i]);
+}
+
+// The first n elements, or if full a whole vector.
+template <bool full, class T>
+FRD_INLINE vec_t<compute_t<T>> load_lanes(const T* p, int64_t n) {
+  if constexpr (full) return load_vec(p);
+  return load_part(p, n);
+}
+template <bool full, class T>
+FRD_INLINE void store_lanes(T* p, vec_t<compute_t<T>> v, int64_t n) {
+  if constexpr (full) return store_vec(p, v);
+  store_part(p, v, n);
+}
+
+// Sum of the lanes, halving the vector at each step.
+FRD_INLINE float sum_lanes(vec_t<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  float part[Vec<float>::lanes];
+  store_vec(part, v);
+  for (int half = Vec<float>::lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+#endif
+}
+FRD_INLINE double sum_lanes(vec_t<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(v);
+#else
+  double part[Vec<double>::lanes];
+  store_vec(part, v);
+  for (int half = Vec<double>::lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) part[i] += part[i + half];
+  return part[0];
+#endif
+}
 
 }  // namespace
 }  // namespace FRD_ISA

@@ -1,5 +1,5 @@
-// Argument checks, geometry and allocation of the difference convolution and of its weight transform, shared
-// by the CPU and the CUDA operators.
+// Argument checks, geometry and allocation of the pixel difference convolution and its weight transform,
+// shared by the CPU and CUDA operators.
 #pragma once
 #include "core/layout.h"
 #include "core/stable.h"
@@ -9,12 +9,14 @@ namespace frd {
 
 using Ints = std::vector<int64_t>;
 
+// The forward convolution along both axes.
 struct PdcGeometry {
   PdcKind kind;
   double theta;
-  PdcAxis y, x;  // of the forward
+  PdcAxis y, x;
 };
 
+// Radial's outer taps reach one dilation step beyond the 3x3 window that `padding` counts for.
 inline PdcAxis checked_axis(const char* name, PdcKind kind, int64_t size, int64_t stride, int64_t padding,
                             int64_t dilation) {
   FRD_CHECK_VALUE(stride >= 1 && dilation >= 1, "pdc2d: stride and dilation must be at least 1, got ", stride,
@@ -51,7 +53,7 @@ inline PdcGeometry checked_pdc(const Tensor& x, const Tensor& weight, const std:
           checked_axis("width", k, x.size(3), stride[1], padding[1], dilation[1])};
 }
 
-// grad [B, C, H', W'] of the output
+// grad [B, C, Ho, Wo], x [B, C, H, W]
 inline void check_pdc_grad(const PdcGeometry& g, const Tensor& grad, const Tensor& x) {
   const bool shaped = grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
                       grad.size(2) == g.y.out && grad.size(3) == g.x.out;
@@ -60,16 +62,17 @@ inline void check_pdc_grad(const PdcGeometry& g, const Tensor& grad, const Tenso
                   g.y.out, ", ", g.x.out, "], and the dtype and device of x");
 }
 
-// The kernels of the GPU count the elements of an image in 32 bits. image [B, C, H, W]
+// The CUDA kernels index the elements of an image [C, H, W] with 32 bits.
 inline void check_image_size(const char* op, const char* name, int64_t channels, int64_t height,
                              int64_t width) {
-  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  constexpr int64_t kMax = (int64_t{1} << 31) - 1;
   const bool fits = channels == 0 || height == 0 || width == 0 ||
-                    (channels <= kMost / height && channels * height <= kMost / width);
+                    (channels <= kMax / height && channels * height <= kMax / width);
   FRD_CHECK_VALUE(fits, op, ": ", name, " must have fewer than 2^31 elements per image, got ", channels,
                   " x ", height, " x ", width);
 }
 
+// A checked call of the weight transform; args points into the tensors.
 struct PdcWeightLaunch {
   Tensor in, out;
   PdcWeightArgs args;
@@ -81,11 +84,13 @@ inline PdcKind checked_kind(int64_t kind) {
   return static_cast<PdcKind>(kind);
 }
 
-// tensor: forward [O, I, 3, 3]; transposed [O, I, side, side]
+// tensor: weight [O, I, 3, 3], or if transposed the gradient of the plain kernel [O, I, side, side]
 inline PdcWeightLaunch prepare_pdc_weight(const Tensor& tensor, int64_t kind_, double theta, ScalarType dtype,
                                           bool transposed) {
   const PdcKind kind = checked_kind(kind_);
-  const int64_t side = kernel_side(kind), in_side = transposed ? side : 3, out_side = transposed ? 3 : side;
+  const int64_t side = kernel_side(kind);
+  const int64_t in_side = transposed ? side : 3;
+  const int64_t out_side = transposed ? 3 : side;
   FRD_CHECK_VALUE(tensor.dim() == 4 && tensor.size(2) == in_side && tensor.size(3) == in_side,
                   "frd: ", transposed ? "grad" : "weight", " must be [O, I, ", in_side, ", ", in_side,
                   "], got ", tensor.dim(), "-D with last size ",

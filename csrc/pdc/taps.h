@@ -1,5 +1,5 @@
-// Pixel difference convolution, stated once for CPU and CUDA: y(p) = sum_k w_k (x(p + plus_k) - theta x(p +
-// minus_k)).
+// Pixel difference convolution, stated once for CPU and CUDA:
+// y(p) = sum_k w_k (x(p + plus_k) - theta x(p + minus_k)).
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,8 @@ namespace frd {
 enum class PdcKind : int { vanilla = 0, central = 1, angular = 2, radial = 3 };
 
 constexpr int kPdcWeights = 9;
-constexpr int kNoTap = 127;  // vanilla subtracts nothing
+// Offset that stands for no tap: vanilla subtracts nothing.
+constexpr int kNoTap = 127;
 
 // Offset of a tap from the output position, in steps of the dilation.
 struct Tap {
@@ -20,8 +21,7 @@ struct Tap {
 // Where weight k (row-major index into the 3x3 parameter) reads its minuend.
 FRD_HD constexpr Tap plus_tap(PdcKind kind, int k) {
   if (kind == PdcKind::radial) {
-    // PiDiNet's order: weights 1..8 walk the outer ring of a 5x5 window row by row, weight 0 sits in the
-    // centre.
+    // PiDiNet's order: weight 0 is the centre, weights 1..8 the outer ring of a 5x5 window row by row.
     constexpr int8_t dy[9] = {0, -2, -2, -2, 0, 0, 2, 2, 2};
     constexpr int8_t dx[9] = {0, -2, 0, 2, -2, 2, -2, 0, 2};
     return {dy[k], dx[k]};
@@ -45,24 +45,25 @@ FRD_HD constexpr Tap minus_tap(PdcKind kind, int k) {
   }
 }
 
-// Side of the equivalent plain kernel, and the index of a tap in it.
+// Side length of the equivalent plain kernel, and the index of a tap in it.
 FRD_HD constexpr int kernel_side(PdcKind kind) { return kind == PdcKind::radial ? 5 : 3; }
 FRD_HD constexpr int tap_index(PdcKind kind, Tap t) {
   const int side = kernel_side(kind);
   return (t.dy + side / 2) * side + t.dx + side / 2;
 }
 
-// Output q reads, at offset o from the first tap of its window, element (q * step + o - lead) / insert of the
-// source where that is whole and inside, else 0. Forward has insert 1; the gradient of x has step 1 and
-// insert = stride: it reads dy with zeros between.
+// One axis of a stencil from `in` to `out` elements. Output q reads, at offset o from the first tap of its
+// window, input element (q * stride + o - padding) / upsample if that is an integer within the input, else 0.
+// The forward has upsample 1. The gradient of x has stride 1 and upsample = the forward's stride: it reads dy
+// with zeros inserted between its elements, like a transposed convolution.
 struct PdcAxis {
-  int64_t source, out, lead, step, insert, dilation;
+  int64_t in, out, padding, stride, upsample, dilation;
 };
 
-// The axis of the gradient of x, a stencil over dy with the window turned by 180 degrees.
-inline PdcAxis turned(const PdcAxis& a, PdcKind kind) {
-  const int64_t span = 2 * (kernel_side(kind) / 2) * a.dilation;
-  return {a.out, a.source, span - a.lead, 1, a.step, a.dilation};
+// The axis of the gradient of x, which is a stencil over dy with the window rotated by 180 degrees.
+inline PdcAxis input_grad_axis(const PdcAxis& a, PdcKind kind) {
+  const int64_t extent = 2 * (kernel_side(kind) / 2) * a.dilation;
+  return {a.out, a.in, extent - a.padding, 1, a.stride, a.dilation};
 }
 
 template <PdcKind k>
@@ -70,7 +71,7 @@ struct KindTag {
   static constexpr PdcKind value = k;
 };
 
-// f(KindTag<kind>{}).
+// Calls f(KindTag<kind>{}), so that the kind is a compile-time constant in f.
 template <typename F>
 inline void with_kind(PdcKind kind, F f) {
   switch (kind) {

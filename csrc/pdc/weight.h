@@ -1,5 +1,5 @@
-// The transform of a 3x3 parameter into the equivalent plain kernel, its transpose, and rounding to 16 bit
-// that keeps their sum.
+// The transform of a 3x3 parameter into the equivalent plain kernel, its transpose, and a rounding to 16 bits
+// that preserves the sum of the taps.
 #pragma once
 #include <math.h>
 
@@ -8,7 +8,8 @@
 
 namespace frd {
 
-// v[side * side] = the plain kernel that equals the difference convolution by w[9].
+// The plain kernel v [side * side] that is equivalent to the difference convolution by w [9]:
+// v[plus_k] += w_k, v[minus_k] -= theta w_k.
 template <PdcKind kind, typename A>
 FRD_HD inline void transform(const A* w, A theta, A* v) {
   constexpr int taps = kernel_side(kind) * kernel_side(kind);
@@ -18,7 +19,8 @@ FRD_HD inline void transform(const A* w, A theta, A* v) {
     for (int k = 0; k < kPdcWeights; ++k) v[tap_index(kind, minus_tap(kind, k))] -= theta * w[k];
 }
 
-// w[9] = transposed transform of v: the gradient of the parameter from the gradient of the plain kernel.
+// The transpose of transform(), w_k = v[plus_k] - theta v[minus_k]: from the gradient of the plain kernel
+// v [side * side] to that of the parameter w [9].
 template <PdcKind kind, typename A>
 FRD_HD inline void transform_transposed(const A* v, A theta, A* w) {
   for (int k = 0; k < kPdcWeights; ++k) {
@@ -27,10 +29,10 @@ FRD_HD inline void transform_transposed(const A* v, A theta, A* w) {
   }
 }
 
-// w[9] in place -> the weights of the gradient of the input, a stencil over dy with the window turned by 180
-// degrees. The 3x3 kinds become plain; radial stays a sum of differences.
+// Replaces w [9] by the weights of the gradient of the input, a stencil over dy with the window rotated by
+// 180 degrees. The 3x3 kinds become a plain kernel; radial stays a sum of differences.
 template <PdcKind kind, typename A>
-FRD_HD inline void turn(A* w, A theta) {
+FRD_HD inline void input_grad_weights(A* w, A theta) {
   A v[kPdcWeights];
   if constexpr (kind == PdcKind::radial) {
     v[0] = w[0];
@@ -45,44 +47,53 @@ FRD_HD inline void turn(A* w, A theta) {
 
 FRD_HD inline double magnitude(double v) { return v < 0 ? -v : v; }
 FRD_HD inline double larger(double a, double b) { return a > b ? a : b; }
-// Half away from zero. Not by way of an integer: 0 is 2^100 of its own ulps away from a tap.
+// Rounds half away from zero. Not through an integer, which could overflow: 0 is 2^100 of its own ulps away
+// from a typical tap.
 FRD_HD inline double nearest(double v) { return trunc(v < 0 ? v - 0.5 : v + 0.5); }
 
-// Distance to the next 16-bit value away from zero; the bits of a float order like sign and magnitude.
+// Distance to the next 16-bit value away from zero, which has the next larger bit pattern.
 template <typename T>
 FRD_HD inline double spacing(T v) {
   return magnitude(static_cast<double>(load(T{static_cast<uint16_t>(v.bits + 1)})) -
                    static_cast<double>(load(v)));
 }
 
-// Rounds v[n] to a 16-bit type T so that the taps sum to `target`: independent rounding leaves a residue of
-// about an ulp, which multiplies the mean of the input (a DC leak). One tap at a time moves by whole ulps,
-// the one that leaves the smallest residue first, and none strays further than one and a half ulps of the
-// largest tap.
+// Rounds v [n] to a 16-bit type T so that the taps sum to `target`. Rounding each tap on its own would leave
+// a residue of about one ulp, which multiplies the mean of the input (a DC leak). Greedy: each step moves the
+// tap that leaves the smallest residue, by whole ulps; no tap ends more than one and a half ulps of the
+// largest tap away from v.
 template <int n, typename T>
 FRD_HD inline void round_to_sum(const float* v, double target, T* out) {
-  constexpr int kMostMoves = 9;
-  double residue = -target, limit = 0;
+  constexpr int kMaxMoves = 9;
+  double residue = -target;
+  double limit = 0;
   for (int i = 0; i < n; ++i) {
     store(out[i], v[i]);
     residue += load(out[i]);
     limit = larger(limit, spacing(out[i]));
   }
-  if (!(residue - residue == 0)) return;  // infinite or NaN taps: nothing to balance
-  for (int count = 0; count < kMostMoves && residue != 0; ++count) {
+  // Infinite or NaN taps cannot be balanced.
+  if (!(residue - residue == 0)) return;
+  for (int count = 0; count < kMaxMoves && residue != 0; ++count) {
     double best = residue;
     int move = -1;
     T moved_to{};
-    FRD_UNROLL  // v stays in registers on a GPU
-        for (int i = 0; i < n; ++i) {
-      const double now = load(out[i]), ulp = spacing(out[i]);
+    // Unrolled on a GPU, so that v stays in registers.
+    FRD_UNROLL
+    for (int i = 0; i < n; ++i) {
+      const double now = load(out[i]);
+      const double ulp = spacing(out[i]);
       double wanted = now - residue;
       if (wanted > v[i] + limit) wanted = v[i] + limit;
       if (wanted < v[i] - limit) wanted = v[i] - limit;
       T candidate;
       store(candidate, static_cast<float>(now + ulp * nearest((wanted - now) / ulp)));
       const double left = residue + (load(candidate) - now);
-      if (magnitude(left) < magnitude(best)) best = left, move = i, moved_to = candidate;
+      if (magnitude(left) < magnitude(best)) {
+        best = left;
+        move = i;
+        moved_to = candidate;
+      }
     }
     if (move < 0) return;
     out[move] = moved_to;
@@ -90,12 +101,13 @@ FRD_HD inline void round_to_sum(const float* v, double target, T* out) {
   }
 }
 
-// v[n] -> out[n] in the storage type: balanced where a difference convolution is rounded to 16 bit.
+// Rounds the plain kernel v [side * side] to its storage type; in 16 bits a difference keeps its sum.
 template <PdcKind kind, typename T>
 FRD_HD inline void round_taps(const compute_t<T>* v, double theta, T* out) {
   constexpr int n = kernel_side(kind) * kernel_side(kind);
   if constexpr (sizeof(T) == 2 && kind != PdcKind::vanilla) {
-    double target = 0;  // of a pure difference exactly, whatever float32 made of it
+    // A pure difference sums to exactly zero, whatever float32 arithmetic made of it.
+    double target = 0;
     if (theta != 1)
       for (int i = 0; i < n; ++i) target += v[i];
     round_to_sum<n>(v, target, out);
@@ -104,10 +116,12 @@ FRD_HD inline void round_taps(const compute_t<T>* v, double theta, T* out) {
   }
 }
 
-// One transform of all [3, 3] slices, for the kernels of every device.
+// Arguments of the weight transform on any device; a pair is one (output, input) channel.
 struct PdcWeightArgs {
-  const void* in;  // forward: w [pairs, 9]; transposed: gradient of the plain kernel [pairs, side * side]
-  void* out;       // forward: v [pairs, side * side]; transposed: gradient of w [pairs, 9]
+  // forward: w [pairs, 9]; transposed: gradient of the plain kernel [pairs, side * side]
+  const void* in;
+  // forward: v [pairs, side * side]; transposed: gradient of w [pairs, 9]
+  void* out;
   DType in_dtype, out_dtype;
   PdcKind kind;
   double theta;

@@ -33,12 +33,21 @@ inline PdcBlockGeometry checked_pdc_block(const Tensor& x, const Tensor& pdc_wei
                     "pdc_block: pdc_weight, pdc_bias and point_weight must have the dtype and device of x");
   PdcBlockGeometry a{};
   a.dtype = dtype_of(x, "x");
-  a.kind = static_cast<PdcKind>(kind), a.pure = theta == 1, a.theta = theta;
+  a.kind = static_cast<PdcKind>(kind);
+  a.pure = theta == 1;
+  a.theta = theta;
   a.channels_last = layout_of(x) == MemoryFormat::ChannelsLast;
-  a.batch = x.size(0), a.channels = channels, a.height = x.size(2), a.width = x.size(3);
-  a.stride_y = stride[0], a.stride_x = stride[1], a.dilation_y = dilation[0], a.dilation_x = dilation[1];
+  a.batch = x.size(0);
+  a.channels = channels;
+  a.height = x.size(2);
+  a.width = x.size(3);
+  a.stride_y = stride[0];
+  a.stride_x = stride[1];
+  a.dilation_y = dilation[0];
+  a.dilation_x = dilation[1];
   a.out_channels = point_weight.size(0);
-  a.out_height = (a.height - 1) / a.stride_y + 1, a.out_width = (a.width - 1) / a.stride_x + 1;
+  a.out_height = (a.height - 1) / a.stride_y + 1;
+  a.out_width = (a.width - 1) / a.stride_x + 1;
   return a;
 }
 

@@ -13,8 +13,8 @@
 #define __forceinline__ inline
 
 #include "pdc/cuda/gather.cu"
-#include "pdc/cuda/pixels.cu"
-#include "pdc/cuda/planes.cu"
+#include "pdc/cuda/channels_last.cu"
+#include "pdc/cuda/nchw.cu"
 
 using namespace frd;
 
@@ -53,11 +53,11 @@ struct Run {
   Case c;
   PdcKind kind;
   double theta;
-  bool pixels;
+  bool channels_last;
   PdcAxis y, x;
 
-  Run(const Case& c_, PdcKind kind_, double theta_, bool pixels_)
-      : c(c_), kind(kind_), theta(theta_), pixels(pixels_) {
+  Run(const Case& c_, PdcKind kind_, double theta_, bool channels_last_)
+      : c(c_), kind(kind_), theta(theta_), channels_last(channels_last_) {
     const auto axis = [&](int64_t size) {
       const int64_t extra = kind == PdcKind::radial ? c.dilation : 0;
       return PdcAxis{size,
@@ -72,7 +72,7 @@ struct Run {
   int64_t inputs() const { return int64_t{c.batch} * c.channels * c.height * c.width; }
   int64_t outputs() const { return c.batch * c.channels * y.out * x.out; }
   int64_t index(int b, int ch, int64_t row, int64_t column, int64_t height, int64_t width) const {
-    return pixels ? ((b * height + row) * width + column) * c.channels + ch
+    return channels_last ? ((b * height + row) * width + column) * c.channels + ch
                   : ((int64_t{b} * c.channels + ch) * height + row) * width + column;
   }
 
@@ -128,7 +128,7 @@ int64_t forward_errors(const Run& r, PdcProblem p, const Numbers<T>& x, const Nu
   p.out = out.data, p.bias = r.c.bias ? bias.data : nullptr;
   std::vector<double> want(r.outputs(), 0), size(r.outputs(), 0);
   for (int64_t i = 0; i < r.outputs(); ++i) {
-    const int64_t ch = r.pixels ? i % r.c.channels : i / (r.y.out * r.x.out) % r.c.channels;
+    const int64_t ch = r.channels_last ? i % r.c.channels : i / (r.y.out * r.x.out) % r.c.channels;
     want[i] = r.c.bias ? bias.value[ch] : 0;
     size[i] = std::fabs(want[i]);
   }
@@ -162,7 +162,7 @@ int64_t backward_errors(const Run& r, PdcProblem p, const Numbers<T>& x, const N
     want_w[ch * kPdcWeights + k] += weight, size_w[ch * kPdcWeights + k] += std::fabs(weight);
   });
   for (int64_t i = 0; i < r.outputs(); ++i) {
-    const int64_t ch = r.pixels ? i % channels : i / (r.y.out * r.x.out) % channels;
+    const int64_t ch = r.channels_last ? i % channels : i / (r.y.out * r.x.out) % channels;
     want_b[ch] += grad.value[i], size_b[ch] += std::fabs(grad.value[i]);
   }
   pdc_backward_cuda(p, nullptr);
@@ -176,30 +176,30 @@ int64_t total = 0;
 
 // Weights that no gradient reaches (x - x at theta 1) get exactly 0 from the loops above too.
 template <class T>
-void check(const Case& c, DType dtype, PdcKind kind, double theta, bool pixels, bool need_dx = true,
+void check(const Case& c, DType dtype, PdcKind kind, double theta, bool channels_last, bool need_dx = true,
            bool need_dw = true) {
-  const Run r(c, kind, theta, pixels);
+  const Run r(c, kind, theta, channels_last);
   const Numbers<T> x(r.inputs(), c.odd), w(c.channels * kPdcWeights), bias(c.channels);
   PdcProblem p{};
   p.y = r.y, p.x = r.x, p.batch = c.batch, p.channels = c.channels;
-  p.kind = kind, p.theta = theta, p.dtype = dtype, p.pixels = pixels;
+  p.kind = kind, p.theta = theta, p.dtype = dtype, p.channels_last = channels_last;
   p.source = x.data, p.weight = w.data;
   const int64_t bad = forward_errors<T>(r, p, x, w, bias) + backward_errors<T>(r, p, x, w, need_dx, need_dw);
   if (bad) {
     std::printf(
         "%ld wrong: [%d, %d, %d, %d] kind %d theta %g dtype %d %s stride %d padding %d dilation %d%s\n",
         static_cast<long>(bad), c.batch, c.channels, c.height, c.width, static_cast<int>(kind), theta,
-        static_cast<int>(dtype), pixels ? "channels_last" : "contiguous", c.stride, c.padding, c.dilation,
+        static_cast<int>(dtype), channels_last ? "channels_last" : "contiguous", c.stride, c.padding, c.dilation,
         c.odd ? " odd" : "");
   }
   total += bad;
 }
 
 template <class T>
-void check_kinds(const Case& c, DType dtype, bool pixels) {
+void check_kinds(const Case& c, DType dtype, bool channels_last) {
   for (int kind = 0; kind < 4; ++kind) {
-    check<T>(c, dtype, static_cast<PdcKind>(kind), 1, pixels);
-    if (kind > 0) check<T>(c, dtype, static_cast<PdcKind>(kind), 0.7, pixels);
+    check<T>(c, dtype, static_cast<PdcKind>(kind), 1, channels_last);
+    if (kind > 0) check<T>(c, dtype, static_cast<PdcKind>(kind), 0.7, channels_last);
   }
 }
 
@@ -213,13 +213,13 @@ void check_dtype(DType dtype) {
   check_kinds<T>({1, 2, 9, 11}, dtype, false);
   const PdcKind some[] = {PdcKind::central, PdcKind::angular, PdcKind::radial};
   int turn = 0;
-  for (const bool pixels : {true, false}) {
+  for (const bool channels_last : {true, false}) {
     for (const Case& c :
          {Case{1, 6, 12, 10, 1, 2, 2}, Case{1, 6, 6, 16, 1, 0, 1}, Case{2, 4, 5, 8, 1, 3, 1},
           Case{1, 4, 9, 8, 2, 1, 1}, Case{1, 5, 8, 9, 3, 2, 2, false, false}, Case{1, 8, 6, 8, 1, 1, 1, true},
           Case{3, 1, 3, 3, 1, 1, 1}, Case{1, 4, 3, 8, 1, 5, 5}, Case{1, 33, 1, 1, 1, 1, 1}}) {
       const double theta = ++turn % 2 ? 1 : 0.7;
-      check<T>(c, dtype, some[turn % 3], theta, pixels, turn % 4 != 1, turn % 4 != 2);
+      check<T>(c, dtype, some[turn % 3], theta, channels_last, turn % 4 != 1, turn % 4 != 2);
     }
   }
 }

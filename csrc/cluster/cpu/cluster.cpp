@@ -29,7 +29,8 @@ Round<A> make_round(const Tensor& k, const Tensor& v, const Tensor& alpha, const
 
 // Labels the tokens that take no part -1, the others 0. mask [B, N] bool, labels [B, N] contiguous
 void mark(const Tensor& mask, Tensor& labels) {
-  const int64_t batch = labels.size(0), tokens = labels.size(1);
+  const int64_t batch = labels.size(0);
+  const int64_t tokens = labels.size(1);
   check_mask(mask, batch, tokens);
   const bool* in = static_cast<const bool*>(mask.const_data_ptr());
   int32_t* out = static_cast<int32_t*>(labels.mutable_data_ptr());
@@ -54,7 +55,8 @@ std::vector<Tensor> forward(const Tensor& k, const Tensor& v, const std::optiona
                             const Tensor& alpha, const Tensor& beta, const Sizes& grid, const Sizes& hw,
                             int64_t aggregate) {
   Round<A> r = make_round<A>(k, v, alpha, beta, grid, hw, aggregate);
-  const int64_t batch = r.batch, tokens = r.tokens();
+  const int64_t batch = r.batch;
+  const int64_t tokens = r.tokens();
   Tensor centres = torch::stable::new_empty(v, Sizes{batch, r.centres(), r.channels});
   Tensor labels = torch::stable::new_empty(k, Sizes{batch, tokens}, ScalarType::Int);
   Tensor similarity = torch::stable::new_empty(k, Sizes{batch, tokens}, kScalarType<A>);
@@ -101,14 +103,15 @@ std::vector<Tensor> backward(const Tensor& grad_centres, const Tensor& grad_simi
   const Tensor of_similarity = in_layout(torch::stable::to(grad_similarity, kScalarType<A>));
   g.result_grad = {const_cast<A*>(of_centres.const_data_ptr<A>()), r.centres() * r.channels};
   g.similarity_grad = {const_cast<A*>(of_similarity.const_data_ptr<A>()), r.tokens()};
-  Tensor grad_k = new_like_tokens(k), grad_v = new_like_tokens(v);
+  Tensor grad_k = new_like_tokens(k);
+  Tensor grad_v = new_like_tokens(v);
   g.keys_grad = view_of(grad_k);
   g.values_grad = view_of(grad_v);
   g.groups = group_count(r.batch, r.chunks);
   run_round_grad(r, g);
 
-  Tensor grad_alpha = torch::stable::new_empty(alpha, Sizes{1}),
-         grad_beta = torch::stable::new_empty(beta, Sizes{1});
+  Tensor grad_alpha = torch::stable::new_empty(alpha, Sizes{1});
+  Tensor grad_beta = torch::stable::new_empty(beta, Sizes{1});
   *grad_alpha.mutable_data_ptr<A>() = sum_gate_grad(g.gate_grad, r.batch, r.chunks, 0);
   *grad_beta.mutable_data_ptr<A>() = sum_gate_grad(g.gate_grad, r.batch, r.chunks, 1);
   return {grad_k, grad_v, grad_alpha, grad_beta};

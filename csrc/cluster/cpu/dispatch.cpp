@@ -14,7 +14,8 @@ const ClusterDispatchOps<double>& cluster_dispatch_ops(double) { return cluster_
 // labels [B, N], contiguous: they index memory
 void check_range(const Tensor& labels, int64_t centres) {
   const int32_t* at = static_cast<const int32_t*>(labels.const_data_ptr());
-  int32_t low = -1, high = -1;
+  int32_t low = -1;
+  int32_t high = -1;
   for (int64_t i = 0; i < labels.numel(); ++i) {
     low = std::min(low, at[i]);
     high = std::max(high, at[i]);

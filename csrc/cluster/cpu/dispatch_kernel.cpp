@@ -15,7 +15,8 @@ const A* load_centres(const ClusterDispatch<A>& d, int64_t b, A* buffer) {
 template <class A>
 void forward(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
   const int64_t channels = d.channels;
-  Scratch<A> buffer(d.centres * channels), tile(kTile * channels);
+  Scratch<A> buffer(d.centres * channels);
+  Scratch<A> tile(kTile * channels);
   const A* rows = nullptr;
   int64_t item = -1;
   for (int64_t u = begin; u < end; ++u) {
@@ -43,12 +44,15 @@ void forward(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
 
 template <class A>
 void sum(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
-  const int64_t channels = d.channels, size = d.centres * channels;
-  Scratch<A> buffer(size), tile(kTile * channels);
+  const int64_t channels = d.channels;
+  const int64_t size = d.centres * channels;
+  Scratch<A> buffer(size);
+  Scratch<A> tile(kTile * channels);
   const A* rows = nullptr;
   int64_t item = -1;
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / d.chunks, chunk = u % d.chunks;
+    const int64_t b = u / d.chunks;
+    const int64_t chunk = u % d.chunks;
     if (b != item) rows = load_centres<A>(d, b, buffer);
     item = b;
     A* sums = d.sums[b] + chunk * size;
@@ -74,7 +78,8 @@ void rows_grad(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
   const int64_t channels = d.channels;
   Scratch<A> block(kCentreBlock * channels);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / d.blocks(), first = u % d.blocks() * kCentreBlock;
+    const int64_t b = u / d.blocks();
+    const int64_t first = u % d.blocks() * kCentreBlock;
     const int64_t m = d.centres - first < kCentreBlock ? d.centres - first : kCentreBlock;
     fill<A>(block, m * channels, A(0));
     for (int64_t k = 0; k < d.chunks; ++k)

@@ -25,8 +25,8 @@ struct Icm {
         offset(in.count()),
         product(in.count()) {
     const int64_t gates = in.variant == kPaper ? 1 : in.count();
-    const Tensor alpha = check_gate(in.alpha, in.x, gates, "alpha"),
-                 beta = check_gate(in.beta, in.x, gates, "beta");
+    const Tensor alpha = check_gate(in.alpha, in.x, gates, "alpha");
+    const Tensor beta = check_gate(in.beta, in.x, gates, "beta");
     for (int64_t t = 0; t < in.count(); ++t) {
       Round<A>& r = rounds[t];
       r.batch = in.x.size(0);
@@ -146,7 +146,8 @@ class Packer {
 template <class A>
 std::vector<Tensor> forward(const IcmInputs& in) {
   Icm<A> icm(in);
-  const int64_t batch = in.x.size(0), count = in.count();
+  const int64_t batch = in.x.size(0);
+  const int64_t count = in.count();
   Tensor out = new_like_tokens(in.x);
   Tensor labels = torch::stable::new_empty(in.x, Sizes{batch, icm.label_count()}, ScalarType::Int);
   Tensor saved = torch::stable::new_empty(in.x, Sizes{batch, icm.saved_size()}, kScalarType<A>);
@@ -279,8 +280,8 @@ class Backward {
     }
     if (!in_.projected(t)) return;
     for (int which = 0; which < 2; ++which) {
-      const Tensor &weight = out_.projections[4 * t + 2 * which],
-                   &bias = out_.projections[4 * t + 2 * which + 1];
+      const Tensor& weight = out_.projections[4 * t + 2 * which];
+      const Tensor& bias = out_.projections[4 * t + 2 * which + 1];
       const DType dtype = dtype_of(weight, "projections");
       g.weight_grad[which] = {weight.mutable_data_ptr(), dtype, 0, r.channels, 1};
       g.bias_grad[which] = {bias.mutable_data_ptr(), dtype, 0, r.channels, 1};

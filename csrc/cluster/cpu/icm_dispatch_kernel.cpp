@@ -65,8 +65,11 @@ void queries(const Dispatch<A>& d, int64_t begin, int64_t end) {
 template <class A>
 void dense(const Dispatch<A>& d, int64_t begin, int64_t end) {
   const Round<A>& r = d.rounds[0];
-  const int64_t channels = r.channels, columns = d.dense.columns;
-  Scratch<A> buffer(kTile * channels), out(kTile * channels), product(kTile * columns);
+  const int64_t channels = r.channels;
+  const int64_t columns = d.dense.columns;
+  Scratch<A> buffer(kTile * channels);
+  Scratch<A> out(kTile * channels);
+  Scratch<A> product(kTile * columns);
   for (int64_t u = begin; u < end; ++u) {
     const int64_t b = u / r.chunks;
     const Span span = chunk_span(r.tokens(), r.chunks, u % r.chunks);
@@ -87,11 +90,16 @@ void dense(const Dispatch<A>& d, int64_t begin, int64_t end) {
 template <class A>
 void dense_sums(const Dispatch<A>& d, int64_t begin, int64_t end) {
   const Round<A>& r = d.rounds[0];
-  const int64_t channels = r.channels, columns = d.dense.columns;
-  Scratch<A> tokens_buffer(kTile * channels), grad_buffer(kTile * channels);
-  Scratch<A> product(kTile * columns), gate(kTile * columns), argument(kTile * columns);
+  const int64_t channels = r.channels;
+  const int64_t columns = d.dense.columns;
+  Scratch<A> tokens_buffer(kTile * channels);
+  Scratch<A> grad_buffer(kTile * channels);
+  Scratch<A> product(kTile * columns);
+  Scratch<A> gate(kTile * columns);
+  Scratch<A> argument(kTile * columns);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.chunks, chunk = u % r.chunks;
+    const int64_t b = u / r.chunks;
+    const int64_t chunk = u % r.chunks;
     A* sums = d.sums[b] + chunk * columns * channels;
     A* query_sums = d.query_sums[b] + chunk * columns * channels;
     A* query_pulls = d.query_pulls[b] + chunk * columns;
@@ -136,7 +144,9 @@ void lift_query_grad(const Round<A>& r, const A* sums, const A* pulls, int64_t c
 
 template <class A>
 void item_dense_centres(const Dispatch<A>& d, int64_t b, A* sums, A* pulls, A* query_grad) {
-  const int64_t columns = last_centres(d), channels = d.rounds[0].channels, size = columns * channels;
+  const int64_t columns = last_centres(d);
+  const int64_t channels = d.rounds[0].channels;
+  const int64_t size = columns * channels;
   A* last_grad = d.gradients[d.count - 1].result_grad[b];
   fill(last_grad, size, A(0));
   fill(sums, size, A(0));
@@ -178,8 +188,11 @@ void item_dense_centres(const Dispatch<A>& d, int64_t b, A* sums, A* pulls, A* q
 
 template <class A>
 void dense_centres(const Dispatch<A>& d, int64_t begin, int64_t end) {
-  const int64_t columns = last_centres(d), channels = d.rounds[0].channels;
-  Scratch<A> sums(columns * channels), pulls(columns), query_grad(columns * channels);
+  const int64_t columns = last_centres(d);
+  const int64_t channels = d.rounds[0].channels;
+  Scratch<A> sums(columns * channels);
+  Scratch<A> pulls(columns);
+  Scratch<A> query_grad(columns * channels);
   for (int64_t b = begin; b < end; ++b) item_dense_centres<A>(d, b, sums, pulls, query_grad);
 }
 
@@ -205,7 +218,8 @@ template <class A>
 void masked(const Dispatch<A>& d, int64_t begin, int64_t end) {
   const Round<A>& r = d.rounds[0];
   const int64_t channels = r.channels;
-  Scratch<A> out(kTile * channels), chain(r.centres());
+  Scratch<A> out(kTile * channels);
+  Scratch<A> chain(r.centres());
   Scratch<int32_t> last(r.centres());
   for (int64_t u = begin; u < end; ++u) {
     const int64_t b = u / r.chunks;
@@ -229,10 +243,12 @@ template <class A>
 void masked_sums(const Dispatch<A>& d, int64_t begin, int64_t end) {
   const Round<A>& r = d.rounds[0];
   const int64_t channels = r.channels;
-  Scratch<A> buffer(kTile * channels), chain(r.centres());
+  Scratch<A> buffer(kTile * channels);
+  Scratch<A> chain(r.centres());
   Scratch<int32_t> last(r.centres());
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.chunks, chunk = u % r.chunks;
+    const int64_t b = u / r.chunks;
+    const int64_t chunk = u % r.chunks;
     follow_chains<A>(d, b, chain, last);
     const A* centres = d.rounds[d.count - 1].result[b];
     A* sums = d.sums[b] + chunk * r.centres() * channels;
@@ -255,11 +271,16 @@ void masked_sums(const Dispatch<A>& d, int64_t begin, int64_t end) {
 template <class A>
 void masked_centres(const Dispatch<A>& d, int64_t begin, int64_t end) {
   const Round<A>& first = d.rounds[0];
-  const int64_t channels = first.channels, columns = last_centres(d);
+  const int64_t channels = first.channels;
+  const int64_t columns = last_centres(d);
   int64_t most = first.centres();
   for (int64_t t = 1; t < d.count; ++t)
     if (d.rounds[t].centres() > most) most = d.rounds[t].centres();
-  Scratch<A> chain(first.centres()), sum(channels), grad(most), next(most), tail(most);
+  Scratch<A> chain(first.centres());
+  Scratch<A> sum(channels);
+  Scratch<A> grad(most);
+  Scratch<A> next(most);
+  Scratch<A> tail(most);
   Scratch<int32_t> last(first.centres());
   for (int64_t b = begin; b < end; ++b) {
     follow_chains<A>(d, b, chain, last);

@@ -35,7 +35,8 @@ class Arena {
 
  private:
   A* base_;
-  int64_t stride_, used_ = 0;
+  int64_t stride_;
+  int64_t used_ = 0;
 };
 
 template <class A, class Layout>
@@ -76,10 +77,15 @@ void bind_saved(Round<A>& r, const SavedRound& at, const Tensor& saved) {
   const auto part = [&](int64_t offset) {
     return PerItem<A>{static_cast<A*>(const_cast<void*>(saved.const_data_ptr())) + offset, saved.size(1)};
   };
-  r.cosine = part(at.cosine), r.scale = part(at.scale);
-  r.pooled = part(at.pooled), r.unit = part(at.unit);
-  r.mean = part(at.mean), r.result = part(at.result);
-  r.unit_scale = part(at.unit_scale), r.mass = part(at.mass), r.share = part(at.share);
+  r.cosine = part(at.cosine);
+  r.scale = part(at.scale);
+  r.pooled = part(at.pooled);
+  r.unit = part(at.unit);
+  r.mean = part(at.mean);
+  r.result = part(at.result);
+  r.unit_scale = part(at.unit_scale);
+  r.mass = part(at.mass);
+  r.share = part(at.share);
 }
 
 // What a round needs during the call.

@@ -8,9 +8,11 @@ namespace {
 
 template <class A>
 void mean_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t end) {
-  const int64_t channels = r.channels, centres = r.centres();
+  const int64_t channels = r.channels;
+  const int64_t centres = r.centres();
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.blocks(), first = u % r.blocks() * kCentreBlock;
+    const int64_t b = u / r.blocks();
+    const int64_t first = u % r.blocks() * kCentreBlock;
     const int64_t m = centres - first < kCentreBlock ? centres - first : kCentreBlock;
     const A* result_grad = g.result_grad[b] + first * channels;
     A* out = g.mean_grad[b] + first * channels;
@@ -32,7 +34,8 @@ A cosine_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64_t n, co
   const A similarity_grad = g.similarity_grad[b][n];
   if (!r.weighted) return similarity_grad;
   const int32_t label = r.labels[b][n];
-  const A cosine = r.cosine[b][n], weight = token_weight(r, cosine);
+  const A cosine = r.cosine[b][n];
+  const A weight = token_weight(r, cosine);
   const A pulled = dot(value, g.mean_grad[b] + label * r.channels, r.channels) - g.mean_dot[b][label];
   const A argument_grad = (similarity_grad + pulled) * weight * (A(1) - weight);
   gate_grad[0] += argument_grad * cosine;
@@ -42,10 +45,13 @@ A cosine_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64_t n, co
 
 template <class A>
 void pulls(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t end) {
-  const int64_t channels = r.channels, centres = r.centres();
-  Scratch<A> values_buffer(kTile * channels), keys_buffer(kTile * channels);
+  const int64_t channels = r.channels;
+  const int64_t centres = r.centres();
+  Scratch<A> values_buffer(kTile * channels);
+  Scratch<A> keys_buffer(kTile * channels);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.chunks, chunk = u % r.chunks;
+    const int64_t b = u / r.chunks;
+    const int64_t chunk = u % r.chunks;
     A* sums = g.sums[b] + chunk * centres * channels;
     A* pulls = g.pulls[b] + chunk * centres;
     A* gate_grad = g.gate_grad[b] + chunk * 2;
@@ -79,7 +85,8 @@ void pulls(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t end)
 template <class A>
 void gather_unit_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64_t first, int64_t m, A* sums,
                       A* unit_grad) {
-  const int64_t channels = r.channels, centres = r.centres();
+  const int64_t channels = r.channels;
+  const int64_t centres = r.centres();
   for (int64_t i = 0; i < m; ++i) {
     A* sum = sums + i * channels;
     A pull = 0;
@@ -97,10 +104,13 @@ void gather_unit_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64
 
 template <class A>
 void centre_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t end) {
-  const int64_t channels = r.channels, centres = r.centres();
-  Scratch<A> sums(kCentreBlock * channels), gathered(kCentreBlock * channels);
+  const int64_t channels = r.channels;
+  const int64_t centres = r.centres();
+  Scratch<A> sums(kCentreBlock * channels);
+  Scratch<A> gathered(kCentreBlock * channels);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.blocks(), first = u % r.blocks() * kCentreBlock;
+    const int64_t b = u / r.blocks();
+    const int64_t first = u % r.blocks() * kCentreBlock;
     const int64_t m = centres - first < kCentreBlock ? centres - first : kCentreBlock;
     const A* unit_grad = gathered;
     if (g.dense)
@@ -131,7 +141,8 @@ template <class A>
 void add_pooled_grad(const Round<A>& r, int64_t b, const A* bins, int64_t first, int64_t m, A* rows) {
   for (int64_t n = first; n < first + m; ++n) {
     if (!r.takes_part(b, n)) continue;
-    const int64_t y = n / r.width, x = n % r.width;
+    const int64_t y = n / r.width;
+    const int64_t x = n % r.width;
     for (int64_t i = first_bin(y, r.height, r.rows); i <= last_bin(y, r.height, r.rows); ++i)
       for (int64_t j = first_bin(x, r.width, r.columns); j <= last_bin(x, r.width, r.columns); ++j) {
         const int64_t bin = i * r.columns + j;
@@ -159,7 +170,8 @@ struct TokenBuffers {
 template <class A>
 void dense_key_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64_t first, int64_t m,
                     const A* tokens, const A* keys, TokenBuffers<A>& buffers) {
-  const int64_t channels = r.channels, columns = g.columns;
+  const int64_t channels = r.channels;
+  const int64_t columns = g.columns;
   const A* scale = r.scale[b] + first;
   const A *product, *product_grad;
   if (g.dispatch != nullptr) {
@@ -253,7 +265,8 @@ void chunk_token_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t b, int64
 template <class A>
 void token_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t end) {
   TokenBuffers<A> buffers(r, g);
-  const int64_t pieces = r.batch * r.chunks, channels = r.channels;
+  const int64_t pieces = r.batch * r.chunks;
+  const int64_t channels = r.channels;
   for (int64_t u = begin; u < end; ++u) {
     A* weight_sums = g.weight_sums + u * channels * channels;
     A* bias_sums = g.bias_sums + u * channels;
@@ -278,7 +291,8 @@ void pack_means(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t
 template <class A>
 void weight_grad_rows(const Round<A>& r, const RoundGrad<A>& g, int which, int64_t first, int64_t m, A* rows,
                       A* bias) {
-  const int64_t channels = r.channels, centres = r.centres();
+  const int64_t channels = r.channels;
+  const int64_t centres = r.centres();
   const PerItem<A>& left = which == 0 ? g.centre_grad : g.result_grad;
   const PerItem<A>& right = which == 0 ? g.pooled_packed : g.mean_packed;
   fill(rows, m * channels, A(0));
@@ -295,8 +309,10 @@ void weight_grad_rows(const Round<A>& r, const RoundGrad<A>& g, int which, int64
 
 template <class A>
 void weight_grad(const Round<A>& r, const RoundGrad<A>& g, int64_t begin, int64_t end) {
-  const int64_t channels = r.channels, blocks = (channels + kCentreBlock - 1) / kCentreBlock;
-  Scratch<A> rows(kCentreBlock * channels), bias(kCentreBlock);
+  const int64_t channels = r.channels;
+  const int64_t blocks = (channels + kCentreBlock - 1) / kCentreBlock;
+  Scratch<A> rows(kCentreBlock * channels);
+  Scratch<A> bias(kCentreBlock);
   for (int64_t u = begin; u < end; ++u) {
     const int which = static_cast<int>(u / blocks);
     const int64_t first = u % blocks * kCentreBlock;

@@ -20,10 +20,12 @@ int64_t bin_tokens(const Round<A>& r, int64_t b, int64_t top, int64_t bottom, in
 template <class A>
 void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t row, A* buffer, A* out,
                   A* share) {
-  const int64_t top = bin_begin(row, r.height, r.rows), bottom = bin_end(row, r.height, r.rows);
+  const int64_t top = bin_begin(row, r.height, r.rows);
+  const int64_t bottom = bin_end(row, r.height, r.rows);
   fill(out, r.columns * r.channels, A(0));
   for (int64_t first = top * r.width; first < bottom * r.width; first += kTile) {
-    const int64_t left = bottom * r.width - first, m = left < kTile ? left : kTile;
+    const int64_t left = bottom * r.width - first;
+    const int64_t m = left < kTile ? left : kTile;
     const A* tokens = load_tile(view, b, first, m, r.channels, buffer);
     for (int64_t i = 0; i < m; ++i) {
       if (!r.takes_part(b, first + i)) continue;
@@ -33,7 +35,8 @@ void pool_bin_row(const Round<A>& r, const TokenView& view, int64_t b, int64_t r
     }
   }
   for (int64_t j = 0; j < r.columns; ++j) {
-    const int64_t left = bin_begin(j, r.width, r.columns), right = bin_end(j, r.width, r.columns);
+    const int64_t left = bin_begin(j, r.width, r.columns);
+    const int64_t right = bin_end(j, r.width, r.columns);
     const int64_t count = bin_tokens(r, b, top, bottom, left, right);
     share[j] = count > 0 ? A(1) / static_cast<A>(count) : A(0);
     if (count == 0) continue;
@@ -45,7 +48,8 @@ template <class A>
 void pool(const Round<A>& r, int64_t begin, int64_t end) {
   Scratch<A> buffer(kTile * r.channels);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.rows, bin = u % r.rows * r.columns;
+    const int64_t b = u / r.rows;
+    const int64_t bin = u % r.rows * r.columns;
     const auto mean = [&](const TokenView& view, const PerItem<A>& out) {
       pool_bin_row<A>(r, view, b, u % r.rows, buffer, out[b] + bin * r.channels, r.share[b] + bin);
     };
@@ -62,10 +66,13 @@ int64_t key_panels(int64_t centres) {
 template <class A>
 void centre_keys(const Round<A>& r, int64_t begin, int64_t end) {
   const GemmOps<A>& gemm = gemm_of(A());
-  const int64_t panels = key_panels<A>(r.centres()), channels = r.channels;
+  const int64_t panels = key_panels<A>(r.centres());
+  const int64_t channels = r.channels;
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / panels, first = u % panels * gemm.panel;
-    const int64_t left = r.centres() - first, m = left < gemm.panel ? left : gemm.panel;
+    const int64_t b = u / panels;
+    const int64_t first = u % panels * gemm.panel;
+    const int64_t left = r.centres() - first;
+    const int64_t m = left < gemm.panel ? left : gemm.panel;
     const A* pooled = r.pooled_keys[b] + first * channels;
     A* unit = r.unit[b] + first * channels;
     if (r.key_packed != nullptr) project(pooled, r.key_packed, r.key_bias, m, channels, unit);
@@ -83,7 +90,8 @@ void centre_keys(const Round<A>& r, int64_t begin, int64_t end) {
 template <class A>
 int32_t best_score(const A* scores, int32_t n, A sign) {
   A best = -__builtin_inf();
-  int32_t nan = 0, index = n;
+  int32_t nan = 0;
+  int32_t index = n;
 #pragma omp simd reduction(max : best) reduction(| : nan)
   for (int32_t i = 0; i < n; ++i) {
     const A v = sign * scores[i];
@@ -107,7 +115,8 @@ int32_t best_score(const A* scores, int32_t n, A sign) {
 template <class A>
 void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* keys_buffer, A* scores,
                   A* unit) {
-  const int64_t channels = r.channels, centres = r.centres();
+  const int64_t channels = r.channels;
+  const int64_t centres = r.centres();
   // The arg-max does not see a positive factor, so neither the token's norm nor the sigmoid; a negative alpha
   // flips it, and zero ties all.
   const A sign = r.order > 0 ? A(1) : r.order < 0 ? A(-1) : r.order;
@@ -138,7 +147,8 @@ void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* key
         factor = 1;
       }
       const int32_t label = best_score(row, static_cast<int32_t>(centres), sign);
-      const A cosine = row[label] * factor, weight = token_weight(r, cosine);
+      const A cosine = row[label] * factor;
+      const A weight = token_weight(r, cosine);
       r.labels[b][first + i] = label;
       r.cosine[b][first + i] = cosine;
       r.scale[b][first + i] = scale;
@@ -150,7 +160,9 @@ void assign_chunk(const Round<A>& r, int64_t b, int64_t chunk, A* buffer, A* key
 
 template <class A>
 void assign(const Round<A>& r, int64_t begin, int64_t end) {
-  Scratch<A> buffer(kTile * r.channels), keys(kTile * r.channels), scores(kTile * r.centres());
+  Scratch<A> buffer(kTile * r.channels);
+  Scratch<A> keys(kTile * r.channels);
+  Scratch<A> scores(kTile * r.centres());
   Scratch<A> unit(r.channels);
   for (int64_t u = begin; u < end; ++u)
     assign_chunk<A>(r, u / r.chunks, u % r.chunks, buffer, keys, scores, unit);
@@ -158,9 +170,11 @@ void assign(const Round<A>& r, int64_t begin, int64_t end) {
 
 template <class A>
 void finish(const Round<A>& r, int64_t begin, int64_t end) {
-  const int64_t channels = r.channels, centres = r.centres();
+  const int64_t channels = r.channels;
+  const int64_t centres = r.centres();
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / r.blocks(), first = u % r.blocks() * kCentreBlock;
+    const int64_t b = u / r.blocks();
+    const int64_t first = u % r.blocks() * kCentreBlock;
     const int64_t m = centres - first < kCentreBlock ? centres - first : kCentreBlock;
     A* mean = r.mean[b] + first * channels;
     for (int64_t i = 0; i < m; ++i) {

@@ -93,7 +93,8 @@ void gather_rows(const T* in, int64_t token, int64_t channel, int64_t m, int64_t
       for (int64_t c = 0; c < channels; ++c) out[i * channels + c] = load(in[i * token + c * channel]);
     return;
   }
-  const int64_t whole_m = m - m % side, whole_c = channels - channels % side;
+  const int64_t whole_m = m - m % side;
+  const int64_t whole_c = channels - channels % side;
   A block[side * side];
   for (int64_t i = 0; i < whole_m; i += side)
     for (int64_t c = 0; c < whole_c; c += side) {
@@ -115,7 +116,8 @@ void scatter_rows(const A* in, int64_t m, int64_t channels, T* out, int64_t toke
       for (int64_t c = 0; c < channels; ++c) store(out[i * token + c * channel], in[i * channels + c]);
     return;
   }
-  const int64_t whole_m = m - m % side, whole_c = channels - channels % side;
+  const int64_t whole_m = m - m % side;
+  const int64_t whole_c = channels - channels % side;
   A block[side * side];
   for (int64_t i = 0; i < whole_m; i += side)
     for (int64_t c = 0; c < whole_c; c += side) {

@@ -1,7 +1,8 @@
+// Selects the instantiation of a kernel by kind, theta == 1 and dtype.
 #include "pdc/cpu/kernel.h"
 
-#include "pdc/cpu/pixels.h"
-#include "pdc/cpu/planes.h"
+#include "pdc/cpu/channels_last.h"
+#include "pdc/cpu/nchw.h"
 
 namespace frd {
 namespace FRD_ISA {
@@ -17,19 +18,22 @@ int64_t strips(const PdcStencil& s) {
   return s.dtype == DType::f64 ? strips_of<double>(s) : strips_of<float>(s);
 }
 
-int64_t strip_elements(const PdcStencil& s, int64_t count) {
-  return s.dtype == DType::f64 ? strip_elements_of<double>(s, count) : strip_elements_of<float>(s, count);
+int64_t strip_elements(const PdcStencil& s, int64_t strips_per_plane) {
+  return s.dtype == DType::f64 ? strip_elements_of<double>(s, strips_per_plane)
+                               : strip_elements_of<float>(s, strips_per_plane);
 }
 
-void run_stencil_strips(const PdcStencil& s, void* scratch, int64_t count, int64_t first, int64_t last) {
+void run_stencil_strips(const PdcStencil& s, void* scratch, int64_t strips_per_plane, int64_t first,
+                        int64_t last) {
   dispatch(s, [&](auto which, auto element) {
-    stencil_strips<decltype(which), decltype(element)>(s, scratch, count, first, last);
+    stencil_strips<decltype(which), decltype(element)>(s, scratch, strips_per_plane, first, last);
   });
 }
 
-void run_sums_strips(const PdcStencil& s, void* scratch, int64_t count, int64_t first, int64_t last) {
+void run_weight_grad_strips(const PdcStencil& s, void* scratch, int64_t strips_per_plane, int64_t first,
+                            int64_t last) {
   dispatch(s, [&](auto which, auto element) {
-    sums_strips<decltype(which), decltype(element)>(s, scratch, count, first, last);
+    weight_grad_strips<decltype(which), decltype(element)>(s, scratch, strips_per_plane, first, last);
   });
 }
 
@@ -39,18 +43,19 @@ void run_stencil_rows(const PdcStencil& s, const void* zeros, int64_t image, int
   });
 }
 
-void run_sums_rows(const PdcStencil& s, const void* zeros, int64_t image, int64_t begin, int64_t end,
-                   int64_t item) {
+void run_weight_grad_rows(const PdcStencil& s, const void* zeros, int64_t image, int64_t begin, int64_t end,
+                          int64_t part) {
   dispatch(s, [&](auto which, auto element) {
-    sums_rows<decltype(which), decltype(element)>(s, zeros, image, begin, end, item);
+    weight_grad_rows<decltype(which), decltype(element)>(s, zeros, image, begin, end, part);
   });
 }
 
 }  // namespace
 
 const PdcKernels& pdc_kernels() {
-  static const PdcKernels table{strips,          strip_elements,   run_stencil_strips,
-                                run_sums_strips, run_stencil_rows, run_sums_rows};
+  static const PdcKernels table{
+      strips,           strip_elements,      run_stencil_strips, run_weight_grad_strips,
+      run_stencil_rows, run_weight_grad_rows};
   return table;
 }
 

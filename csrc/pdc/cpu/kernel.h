@@ -1,5 +1,6 @@
-// CPU kernels of the depthwise pixel difference convolution (y, and by the same code dx; and dw) and of the
-// weight transform.
+// CPU kernels of the depthwise pixel difference convolution and of its weight transform:
+// y = bias + sum_k w_k (x[plus_k] - theta x[minus_k]); dx by the same kernels over dy;
+// dw_k = sum dy (x[plus_k] - theta x[minus_k]), db = sum dy.
 #pragma once
 #include "core/isa.h"
 #include "pdc/taps.h"
@@ -7,41 +8,48 @@
 
 namespace frd {
 
-constexpr int kPdcRows = kPdcWeights + 1;  // of a packed weight: the 9 weights, then the bias
+// Rows of a packed weight: the nine weights, then the bias.
+constexpr int kPdcRows = kPdcWeights + 1;
 
+// Images are NCHW or channels_last as the kernel that takes them. A below is the compute type.
 struct PdcStencil {
   PdcAxis y, x;
   int64_t batch, channels;
-  int64_t pitch;  // of the packed weights: channels, rounded up so that whole vectors can be read
+  // Row stride of the packed weights: channels, rounded up so that whole vectors can be read.
+  int64_t pitch;
   PdcKind kind;
-  bool pure;  // theta == 1: the weight of x - x is skipped
+  // theta == 1: the term x - x is skipped.
+  bool pure;
   double theta;
   DType dtype;
-  const void* source;   // planes: [B, C, source.y, source.x]; pixels: [B, source.y, source.x, C]
-  const void* weights;  // compute type, [10, pitch]
-  void* out;            // planes: [B, C, out.y, out.x]; pixels: [B, out.y, out.x, C]
-  const void* grad;     // laid out as out
-  void* sums;           // compute type; planes: [items, 10]; pixels: [items, 10, pitch], zeroed by the caller
+  const void* source;   // [B, C, y.in, x.in] or [B, y.in, x.in, C]
+  const void* weights;  // A [10, pitch]
+  void* out;            // [B, C, y.out, x.out] or [B, y.out, x.out, C]
+  const void* grad;     // dy, of the shape of out
+  void* sums;           // A; NCHW: [strips, 10]; channels_last: [parts, 10, pitch], zeroed by the caller
 };
 
-// A stencil reads source and weights and writes out; sums read source and grad and write the parts of dw and
-// db that belong to an item. An item of the planes is a strip of rows of a plane, one of the pixels a run of
-// rows of an image; what is computed for it does not depend on the thread.
+// stencil_* read source and weights and write out. weight_grad_* read source and grad and write partial sums
+// of dw and db. NCHW work is cut into strips, runs of rows of one plane; channels_last work into runs of rows
+// of one image. Results do not depend on how strips and rows are shared out among threads.
 struct PdcKernels {
-  int64_t (*strips)(const PdcStencil& s);  // per plane, so that a strip stays in cache
-  int64_t (*strip_elements)(const PdcStencil& s, int64_t strips);  // of scratch in the compute type
-  // items [first, last); scratch: strip_elements, zeroed by the caller before the first of its items
+  // Strips per plane, so that one fits the cache.
+  int64_t (*strips)(const PdcStencil& s);
+  // Elements of A that the scratch of a strip takes.
+  int64_t (*strip_elements)(const PdcStencil& s, int64_t strips);
+  // NCHW, strips [first, last) of all planes; scratch [strip_elements], zeroed before its first strip.
   void (*stencil_strips)(const PdcStencil& s, void* scratch, int64_t strips, int64_t first, int64_t last);
-  void (*sums_strips)(const PdcStencil& s, void* scratch, int64_t strips, int64_t first, int64_t last);
-  // zeros: [C] of the dtype; rows [begin, end) of out, or of grad
+  void (*weight_grad_strips)(const PdcStencil& s, void* scratch, int64_t strips, int64_t first, int64_t last);
+  // channels_last, rows [begin, end) of out or grad of one image; zeros [C] in the dtype.
   void (*stencil_rows)(const PdcStencil& s, const void* zeros, int64_t image, int64_t begin, int64_t end);
-  void (*sums_rows)(const PdcStencil& s, const void* zeros, int64_t image, int64_t begin, int64_t end,
-                    int64_t item);
+  void (*weight_grad_rows)(const PdcStencil& s, const void* zeros, int64_t image, int64_t begin, int64_t end,
+                           int64_t part);
 };
 
+// Pairs begin <= i < end of the weight transform.
 struct PdcWeightKernels {
-  void (*forward)(const PdcWeightArgs& args, int64_t begin, int64_t end);     // pairs begin <= i < end
-  void (*transposed)(const PdcWeightArgs& args, int64_t begin, int64_t end);  // likewise
+  void (*forward)(const PdcWeightArgs& args, int64_t begin, int64_t end);
+  void (*transposed)(const PdcWeightArgs& args, int64_t begin, int64_t end);
 };
 
 }  // namespace frd

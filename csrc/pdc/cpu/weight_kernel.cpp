@@ -7,7 +7,8 @@ namespace frd {
 namespace FRD_ISA {
 namespace {
 
-// Computing in double only where the source is double: a float32 master is transformed in float32.
+// v[plus_k] += w_k, v[minus_k] -= theta w_k, then rounded to Out. Computes in double only if the source is
+// double: a float32 master weight is transformed in float32.
 template <PdcKind kind, typename In, typename Out>
 void forward_pairs(const PdcWeightArgs& a, int64_t begin, int64_t end) {
   constexpr int taps = kernel_side(kind) * kernel_side(kind);
@@ -23,6 +24,7 @@ void forward_pairs(const PdcWeightArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// w_k = v[plus_k] - theta v[minus_k].
 template <PdcKind kind, typename In, typename Out>
 void transposed_pairs(const PdcWeightArgs& a, int64_t begin, int64_t end) {
   constexpr int taps = kernel_side(kind) * kernel_side(kind);

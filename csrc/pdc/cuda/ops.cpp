@@ -1,3 +1,4 @@
+// CUDA operators of the pixel difference convolution: checks, memory, stream and registration.
 #include "pdc/cuda/launch.h"
 
 #include <tuple>
@@ -9,29 +10,35 @@
 namespace frd {
 namespace {
 
-// x in the layout `format`, weight contiguous
+// x [B, C, H, W] in the layout `format`; weight [C, 1, 3, 3], contiguous
 PdcProblem problem_of(const PdcGeometry& g, const Tensor& x, const Tensor& weight, MemoryFormat format) {
-  check_image_size("pdc2d", "x", x.size(1), g.y.source, g.x.source);
+  check_image_size("pdc2d", "x", x.size(1), g.y.in, g.x.in);
   check_image_size("pdc2d", "the output", x.size(1), g.y.out, g.x.out);
   FRD_CHECK_VALUE(x.size(0) < (int64_t{1} << 31) - 1, "pdc2d: x must have fewer than 2^31 - 1 images, got ",
                   x.size(0));
   PdcProblem p{};
-  p.y = g.y, p.x = g.x;
-  p.batch = x.size(0), p.channels = x.size(1);
-  p.kind = g.kind, p.theta = g.theta;
+  p.y = g.y;
+  p.x = g.x;
+  p.batch = x.size(0);
+  p.channels = x.size(1);
+  p.kind = g.kind;
+  p.theta = g.theta;
   p.dtype = dtype_of(x, "x");
-  p.pixels = format == MemoryFormat::ChannelsLast;
-  p.source = x.const_data_ptr(), p.weight = weight.const_data_ptr();
+  p.channels_last = format == MemoryFormat::ChannelsLast;
+  p.source = x.const_data_ptr();
+  p.weight = weight.const_data_ptr();
   return p;
 }
 
+// x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> y [B, C, Ho, Wo]
 Tensor pdc2d_depthwise(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
                        int64_t kind, double theta, const Ints& stride, const Ints& padding,
                        const Ints& dilation) {
   const CudaScope scope(x_);
   const PdcGeometry g = checked_pdc(x_, weight_, bias_, kind, theta, stride, padding, dilation);
   const MemoryFormat format = layout_of(x_);
-  const Tensor x = in_layout(x_, format), weight = in_layout(weight_);
+  const Tensor x = in_layout(x_, format);
+  const Tensor weight = in_layout(weight_);
   const std::optional<Tensor> bias = bias_ ? std::optional(in_layout(*bias_)) : std::nullopt;
   PdcProblem p = problem_of(g, x, weight, format);
   Tensor y = empty_images(x, p.channels, g.y.out, g.x.out, format);
@@ -42,7 +49,8 @@ Tensor pdc2d_depthwise(const Tensor& x_, const Tensor& weight_, const std::optio
   return y;
 }
 
-// grad [B, C, H', W'] -> dx [B, C, H, W], dw [C, 1, 3, 3], db [C]; what is not needed comes back as [0]
+// grad [B, C, Ho, Wo], x [B, C, H, W], weight [C, 1, 3, 3] -> dx [B, C, H, W], dw [C, 1, 3, 3], db [C]; each
+// that is not needed is [0]
 std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad_, const Tensor& x_,
                                                             const Tensor& weight_, int64_t kind, double theta,
                                                             const Ints& stride, const Ints& padding,
@@ -52,17 +60,18 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad_,
   const PdcGeometry g = checked_pdc(x_, weight_, std::nullopt, kind, theta, stride, padding, dilation);
   check_pdc_grad(g, grad_, x_);
   const MemoryFormat format = layout_of(x_);
-  const Tensor x = in_layout(x_, format), grad = in_layout(grad_, format);
+  const Tensor x = in_layout(x_, format);
+  const Tensor grad = in_layout(grad_, format);
   const Tensor weight = in_layout(weight_);
   PdcProblem p = problem_of(g, x, weight, format);
-  Tensor dx = need_dx ? empty_images(x, p.channels, g.y.source, g.x.source, format)
-                      : torch::stable::new_empty(x, {0});
+  Tensor dx =
+      need_dx ? empty_images(x, p.channels, g.y.in, g.x.in, format) : torch::stable::new_empty(x, {0});
   const bool empty = p.batch == 0 || p.channels == 0;
-  const auto fresh = [&](std::vector<int64_t> size) {
+  const auto new_output = [&](std::vector<int64_t> size) {
     return empty ? torch::stable::new_zeros(weight, size) : torch::stable::new_empty(weight, size);
   };
-  Tensor dw = need_dw ? fresh({p.channels, 1, 3, 3}) : torch::stable::new_empty(weight, {0});
-  Tensor db = fresh({need_dw ? p.channels : 0});
+  Tensor dw = need_dw ? new_output({p.channels, 1, 3, 3}) : torch::stable::new_empty(weight, {0});
+  Tensor db = new_output({need_dw ? p.channels : 0});
   if (empty || !(need_dx || need_dw)) return {dx, dw, db};
 
   p.grad = grad.const_data_ptr();
@@ -71,7 +80,9 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad_,
   if (need_dw) {
     const ScalarType compute = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
     sums = torch::stable::new_empty(weight, {pdc_parts_cuda(p), 10, p.channels}, compute);
-    p.dw = dw.mutable_data_ptr(), p.db = db.mutable_data_ptr(), p.sums = sums.mutable_data_ptr();
+    p.dw = dw.mutable_data_ptr();
+    p.db = db.mutable_data_ptr();
+    p.sums = sums.mutable_data_ptr();
   }
   STD_CUDA_CHECK(pdc_backward_cuda(p, scope.stream()));
   return {dx, dw, db};

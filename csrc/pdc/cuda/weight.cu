@@ -1,4 +1,4 @@
-// The weight transform. No torch header here: it compiles in a second.
+// The weight transform v[plus_k] += w_k, v[minus_k] -= theta w_k and its transpose.
 #include "core/cuda_compat.h"
 #include "pdc/cuda/launch.h"
 
@@ -7,37 +7,38 @@ namespace {
 
 constexpr int kPdcWeightThreads = 128;
 
-// One thread transforms one (o, i) pair. A block's pairs are contiguous in memory, so they travel through
-// shared memory in coalesced order; the odd strides 9 and 25 keep the per-thread reads free of bank
-// conflicts.
+// in [pairs, 9 or side * side] -> out. One thread transforms one pair of channels. The pairs of a block are
+// contiguous, so they pass through shared memory to be read and written coalesced; the odd strides 9 and 25
+// keep the threads' accesses there free of bank conflicts.
 template <PdcKind kind, typename In, typename Out, bool kTransposed>
 __global__ void __launch_bounds__(kPdcWeightThreads)
     pdc_weight_kernel(const In* __restrict__ in, Out* __restrict__ out, int64_t pairs, double theta) {
-  constexpr int taps = kernel_side(kind) * kernel_side(kind);
-  constexpr int n_in = kTransposed ? taps : kPdcWeights, n_out = kTransposed ? kPdcWeights : taps;
+  constexpr int kTaps = kernel_side(kind) * kernel_side(kind);
+  constexpr int kIn = kTransposed ? kTaps : kPdcWeights;
+  constexpr int kOut = kTransposed ? kPdcWeights : kTaps;
   using A = compute_t<In>;
-  __shared__ In staged_in[kPdcWeightThreads * n_in];
-  __shared__ Out staged_out[kPdcWeightThreads * n_out];
+  __shared__ In staged_in[kPdcWeightThreads * kIn];
+  __shared__ Out staged_out[kPdcWeightThreads * kOut];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPdcWeightThreads;
   const int count = static_cast<int>(pairs - first < kPdcWeightThreads ? pairs - first : kPdcWeightThreads);
-  for (int i = threadIdx.x; i < count * n_in; i += kPdcWeightThreads) staged_in[i] = in[first * n_in + i];
+  for (int i = threadIdx.x; i < count * kIn; i += kPdcWeightThreads) staged_in[i] = in[first * kIn + i];
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < count) {
-    A source[n_in], result[n_out];
-    for (int i = 0; i < n_in; ++i) source[i] = load(staged_in[threadIdx.x * n_in + i]);
-    Out* target = staged_out + threadIdx.x * n_out;
+    A source[kIn], result[kOut];
+    for (int i = 0; i < kIn; ++i) source[i] = load(staged_in[threadIdx.x * kIn + i]);
+    Out* target = staged_out + threadIdx.x * kOut;
     if constexpr (kTransposed) {
       transform_transposed<kind>(source, static_cast<A>(theta), result);
-      for (int i = 0; i < n_out; ++i) store(target[i], static_cast<compute_t<Out>>(result[i]));
+      for (int i = 0; i < kOut; ++i) store(target[i], static_cast<compute_t<Out>>(result[i]));
     } else {
       transform<kind>(source, static_cast<A>(theta), result);
-      compute_t<Out> rounded[n_out];
-      for (int i = 0; i < n_out; ++i) rounded[i] = static_cast<compute_t<Out>>(result[i]);
+      compute_t<Out> rounded[kOut];
+      for (int i = 0; i < kOut; ++i) rounded[i] = static_cast<compute_t<Out>>(result[i]);
       round_taps<kind, Out>(rounded, theta, target);
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < count * n_out; i += kPdcWeightThreads) out[first * n_out + i] = staged_out[i];
+  for (int i = threadIdx.x; i < count * kOut; i += kPdcWeightThreads) out[first * kOut + i] = staged_out[i];
 }
 
 template <bool kTransposed>

@@ -1,6 +1,6 @@
-// Arithmetic on a window of x in registers, all indices known at compile time. Of every pair of pixels only
-// one difference is formed, first pixel minus second in row-major order, whichever of the two a weight
-// subtracts: so neighbouring outputs share it, and the sign goes into the multiply-add.
+// Arithmetic on a window of x in registers, with all indices known at compile time. For every pair of pixels
+// only one difference is computed, the first pixel minus the second in row-major order, whichever of the two
+// a weight subtracts. So neighbouring outputs share it, and the sign moves into the multiply-add.
 #pragma once
 #include "core/cuda_compat.h"
 #include "pdc/taps.h"
@@ -8,24 +8,27 @@
 
 namespace frd {
 
-constexpr int kPdcSums = kPdcWeights + 1;  // dw and db
+// Sums per channel of the weight's gradient: dw [9] and db.
+constexpr int kPdcSums = kPdcWeights + 1;
 
 FRD_HD constexpr int pdc_reach(PdcKind kind) { return kernel_side(kind) / 2; }
 
-// The kind of the stencil over dy that gives dx: plain with transformed weights, radial stays a difference.
-FRD_HD constexpr PdcKind turned_kind(PdcKind kind) {
+// The kind of the stencil over dy that gives dx: plain with transformed weights, but radial stays radial.
+FRD_HD constexpr PdcKind input_grad_kind(PdcKind kind) {
   return kind == PdcKind::radial ? PdcKind::radial : PdcKind::vanilla;
 }
 
 template <PdcKind kind, bool pure, int k>
 struct PdcTerm {
-  static constexpr Tap plus = plus_tap(kind, k), minus = minus_tap(kind, k);
+  static constexpr Tap plus = plus_tap(kind, k);
+  static constexpr Tap minus = minus_tap(kind, k);
   static constexpr bool plain = kind == PdcKind::vanilla;
-  static constexpr bool zero = pure && plus.dy == minus.dy && plus.dx == minus.dx;  // x - x, whatever x
-  static constexpr bool flipped =
+  // The term is x - x for every x.
+  static constexpr bool is_zero = pure && plus.dy == minus.dy && plus.dx == minus.dx;
+  static constexpr bool negated =
       pure && !plain && (minus.dy < plus.dy || (minus.dy == plus.dy && minus.dx < plus.dx));
 
-  // x_plus - theta x_minus around x[r + reach][c + reach], negated if `flipped`.
+  // x[plus] - theta x[minus] around x[r + reach][c + reach], with the opposite sign if `negated`.
   template <class A, int rows, int columns>
   static __device__ __forceinline__ A difference(const A (&x)[rows][columns], int r, int c, A theta) {
     constexpr int reach = pdc_reach(kind);
@@ -35,58 +38,58 @@ struct PdcTerm {
     } else {
       const A b = x[r + reach + minus.dy][c + reach + minus.dx];
       if constexpr (!pure) return a - theta * b;
-      return flipped ? b - a : a - b;
+      return negated ? b - a : a - b;
     }
   }
 };
 
-// acc + sum_k w_k (x_plus - theta x_minus), k ascending.
+// sum + sum_k w_k (x[plus_k] - theta x[minus_k]), k ascending, for the output at (r, c) of the window.
 template <PdcKind kind, bool pure, int k = 0, class A, int rows, int columns>
-__device__ __forceinline__ A pdc_combine(A acc, const A (&x)[rows][columns], int r, int c,
+__device__ __forceinline__ A pdc_combine(A sum, const A (&x)[rows][columns], int r, int c,
                                          const A (&w)[kPdcWeights], A theta) {
   if constexpr (k < kPdcWeights) {
     using Term = PdcTerm<kind, pure, k>;
-    if constexpr (!Term::zero) {
+    if constexpr (!Term::is_zero) {
       const A d = Term::difference(x, r, c, theta);
-      acc = Term::flipped ? acc - w[k] * d : acc + w[k] * d;
+      sum = Term::negated ? sum - w[k] * d : sum + w[k] * d;
     }
-    return pdc_combine<kind, pure, k + 1>(acc, x, r, c, w, theta);
+    return pdc_combine<kind, pure, k + 1>(sum, x, r, c, w, theta);
   } else {
-    return acc;
+    return sum;
   }
 }
 
-// sums_k += g (x_plus - theta x_minus); the last of them += g.
+// dw_k += dy (x[plus_k] - theta x[minus_k]), db += dy; sums [10] ends in db.
 template <PdcKind kind, bool pure, int k = 0, class A, int rows, int columns>
 __device__ __forceinline__ void pdc_correlate(A (&sums)[kPdcSums], const A (&x)[rows][columns], int r, int c,
-                                              A g, A theta) {
+                                              A dy, A theta) {
   if constexpr (k < kPdcWeights) {
     using Term = PdcTerm<kind, pure, k>;
-    if constexpr (!Term::zero) {
+    if constexpr (!Term::is_zero) {
       const A d = Term::difference(x, r, c, theta);
-      sums[k] = Term::flipped ? sums[k] - g * d : sums[k] + g * d;
+      sums[k] = Term::negated ? sums[k] - dy * d : sums[k] + dy * d;
     }
-    pdc_correlate<kind, pure, k + 1>(sums, x, r, c, g, theta);
+    pdc_correlate<kind, pure, k + 1>(sums, x, r, c, dy, theta);
   } else {
-    sums[kPdcWeights] += g;
+    sums[kPdcWeights] += dy;
   }
 }
 
-// The same where `inside`, without a branch that would keep neighbouring outputs from sharing differences.
+// The same if `inside`, without a branch that would keep neighbouring outputs from sharing differences.
 template <PdcKind kind, bool pure, class A, int rows, int columns>
 __device__ __forceinline__ void pdc_correlate_if(bool inside, A (&sums)[kPdcSums],
-                                                 const A (&x)[rows][columns], int r, int c, A g, A theta) {
+                                                 const A (&x)[rows][columns], int r, int c, A dy, A theta) {
   A added[kPdcSums];
 #pragma unroll
   for (int k = 0; k < kPdcSums; ++k) added[k] = sums[k];
-  pdc_correlate<kind, pure>(added, x, r, c, g, theta);
+  pdc_correlate<kind, pure>(added, x, r, c, dy, theta);
 #pragma unroll
   for (int k = 0; k < kPdcSums; ++k) sums[k] = inside ? added[k] : sums[k];
 }
 
-// The weights of the stencil over dy, in place.
+// input_grad_weights() of pdc/weight.h with all indices known at compile time.
 template <PdcKind kind, class A>
-__device__ __forceinline__ void pdc_turn(A (&w)[kPdcWeights], A theta) {
+__device__ __forceinline__ void pdc_input_grad_weights(A (&w)[kPdcWeights], A theta) {
   A v[kPdcWeights];
   if constexpr (kind == PdcKind::radial) {
 #pragma unroll

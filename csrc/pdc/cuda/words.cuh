@@ -1,4 +1,4 @@
-// 32-bit words of one or two elements, and the copies that need an instruction of their own.
+// 32-bit words of one float32 or two 16-bit elements, and predicated loads, stores and asynchronous copies.
 #pragma once
 #include "core/cuda_compat.h"
 #include "core/dtypes.h"
@@ -51,8 +51,8 @@ uint32_t pack(const float (&v)[2], T) {
 }
 #endif
 
-// Asynchronous copy of 4, 8 or 16 bytes into shared memory; zeros, and nothing is read, where `inside` is
-// false. With a predicate instead of cp_async's count of bytes it takes no instruction to select that count.
+// Asynchronous copy of 4, 8 or 16 bytes into shared memory; if not `inside` it writes zeros and reads
+// nothing. The predicate saves the instruction that would select cp.async's byte count.
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
 #if defined(__CUDACC__)
@@ -77,8 +77,8 @@ __device__ __forceinline__ void wait_async() {
   cp_async_wait<0>();
 }
 
-// Loads of what the kernel does not write; 0 where not `inside`. A predicate rather than a branch, into which
-// the compiler would move the address arithmetic that neighbouring loads share.
+// Read-only loads; 0 if not `inside`. A predicate rather than a branch, into which the compiler would move
+// the address arithmetic that neighbouring loads share.
 __device__ __forceinline__ uint4 load_words_if(bool inside, const void* from) {
   uint4 v{0, 0, 0, 0};
 #if defined(__CUDACC__)
@@ -114,7 +114,8 @@ __device__ __forceinline__ float load_element_if(bool inside, const T* from) {
   return load(v);
 }
 
-// Streaming store of what no later block reads, without a branch around the arithmetic before it.
+// Streaming stores (evict first), as no later block reads the data. Predicated, without a branch around the
+// arithmetic before them.
 __device__ __forceinline__ void store_word_if(bool inside, void* to, uint32_t word) {
 #if defined(__CUDACC__)
   asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p st.global.cs.u32 [%0], %1;}" ::"l"(to), "r"(word),

@@ -1,10 +1,37 @@
 // relu(stencil(x)) of one tile, in the compute type. For kernel.cpp only.
 #pragma once
 #include "core/vec.h"
-#include "pdc/stencil.h"
+#include "pdc/taps.h"
 #include "pdc_block/cpu/kernel.h"
 
 namespace frd {
+
+template <PdcKind kind, bool pure, int k, class V, class Weight, class At>
+static inline __attribute__((always_inline)) void add_pdc_terms(V& sum, V theta, const Weight& weight,
+                                                                const At& at) {
+  if constexpr (k < kPdcWeights) {
+    constexpr Tap plus = plus_tap(kind, k);
+    constexpr Tap minus = minus_tap(kind, k);
+    if constexpr (kind == PdcKind::vanilla) {
+      sum += weight(k) * at(plus);
+    } else if constexpr (!pure) {
+      sum += weight(k) * (at(plus) - theta * at(minus));
+    } else if constexpr (plus.dy != minus.dy || plus.dx != minus.dx) {  // else x - x: the unused weight
+      sum += weight(k) * (at(plus) - at(minus));
+    }
+    add_pdc_terms<kind, pure, k + 1>(sum, theta, weight, at);
+  }
+}
+
+// start + sum_k weight(k) (at(plus_k) - theta at(minus_k)), the difference first, k ascending; `pure`: theta
+// is 1. V: float, double or a vector of them; weight(int) and at(Tap) give a V. With at(t) reading the
+// gradient at -t this is also the gradient of the input (stride 1).
+template <PdcKind kind, bool pure, class V, class Weight, class At>
+static inline __attribute__((always_inline)) V pdc_sum(V start, V theta, const Weight& weight, const At& at) {
+  add_pdc_terms<kind, pure, 0>(start, theta, weight, at);
+  return start;
+}
+
 namespace FRD_ISA {
 namespace {
 
@@ -29,7 +56,8 @@ struct Tile {
 };
 
 Tile tile_at(const PdcBlockArgs& a, int64_t index) {
-  const int64_t tx = index % a.tiles_x, ty = index / a.tiles_x % a.tiles_y;
+  const int64_t tx = index % a.tiles_x;
+  const int64_t ty = index / a.tiles_x % a.tiles_y;
   Tile t{index / a.tiles_x / a.tiles_y, ty * a.tile_rows, tx * a.tile_columns, a.tile_rows, a.tile_columns};
   if (t.rows > a.out_height - t.y) t.rows = a.out_height - t.y;
   if (t.columns > a.out_width - t.x) t.columns = a.out_width - t.x;
@@ -68,7 +96,8 @@ void stencil_line(const PdcBlockArgs& a, const A* staged, int64_t pitch, const A
                   int64_t n) {
   typedef typename Vec<A>::type V;
   const V bias = V{} + weights[kPdcWeights], theta = V{} + static_cast<A>(a.theta);
-  const int64_t step_y = pitch * a.dilation_y, step_x = a.dilation_x;
+  const int64_t step_y = pitch * a.dilation_y;
+  const int64_t step_x = a.dilation_x;
   const A* centre = staged + kernel_side(kind) / 2 * (step_y + step_x);
   for (int64_t i = 0; i < n; i += Vec<A>::lanes) {
     const auto weight = [&](int k) __attribute__((always_inline)) { return V{} + weights[k]; };

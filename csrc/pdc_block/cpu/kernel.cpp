@@ -42,7 +42,8 @@ struct ForwardScratch {
   A *staged, *line, *hidden, *packed, *strip;
   int64_t elements;
   ForwardScratch(const PdcBlockArgs& a, A* base) {
-    const int64_t lanes = Vec<A>::lanes, ld = tile_ld<A>(a);
+    const int64_t lanes = Vec<A>::lanes;
+    const int64_t ld = tile_ld<A>(a);
     Pieces<A> pieces{base};
     staged = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
     line = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
@@ -79,7 +80,9 @@ void finish_row(const compute_t<T>* sums, const compute_t<T>* bias, bool bias_ea
 template <class T>
 void forward_planes(const PdcBlockArgs& a, const Tile& t, const ForwardScratch<compute_t<T>>& s) {
   typedef compute_t<T> A;
-  const int64_t pixels = t.pixels(), ld = tile_ld<A>(a), plane = a.out_height * a.out_width;
+  const int64_t pixels = t.pixels();
+  const int64_t ld = tile_ld<A>(a);
+  const int64_t plane = a.out_height * a.out_width;
   hidden_planes<T>(a, t, s.staged, s.line, s.hidden, ld);
   gemm<A>().pack(s.hidden, ld, 1, a.channels, pixels, s.packed);
   const A* point = static_cast<const A*>(a.point);
@@ -99,7 +102,8 @@ void forward_planes(const PdcBlockArgs& a, const Tile& t, const ForwardScratch<c
 template <class T>
 void forward_pixels(const PdcBlockArgs& a, const Tile& t, const ForwardScratch<compute_t<T>>& s) {
   typedef compute_t<T> A;
-  const int64_t first = (t.image * a.out_height + t.y) * a.out_width + t.x, pixels = t.pixels();
+  const int64_t first = (t.image * a.out_height + t.y) * a.out_width + t.x;
+  const int64_t pixels = t.pixels();
   hidden_pixels<T>(a, t, s.hidden);
   for (int64_t p = 0; p < pixels; p += kStrip) {
     const int64_t rows = pixels - p < kStrip ? pixels - p : kStrip;
@@ -126,7 +130,9 @@ struct BackwardScratch {
   A *staged, *line, *hidden, *grad, *packed_grad, *packed_hidden, *product;
   int64_t elements;
   BackwardScratch(const PdcBlockArgs& a, A* base) {
-    const int64_t lanes = Vec<A>::lanes, ld = tile_ld<A>(a), pixels = tile_pixels(a);
+    const int64_t lanes = Vec<A>::lanes;
+    const int64_t ld = tile_ld<A>(a);
+    const int64_t pixels = tile_pixels(a);
     Pieces<A> pieces{base};
     staged = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
     line = pieces.take(a.channels_last ? 0 : staged_elements(a, lanes));
@@ -169,7 +175,9 @@ void backward_planes(const PdcBlockArgs& a, const Tile& t, const BackwardScratch
                      compute_t<T>* sums, bool accumulate) {
   typedef compute_t<T> A;
   typedef Vec<A> V;
-  const int64_t pixels = t.pixels(), ld = tile_ld<A>(a), plane = a.out_height * a.out_width;
+  const int64_t pixels = t.pixels();
+  const int64_t ld = tile_ld<A>(a);
+  const int64_t plane = a.out_height * a.out_width;
   const int64_t offset = t.y * a.out_width + t.x;
   int64_t grad_ld = ld;
   const T* from = static_cast<const T*>(a.grad) + t.image * a.out_channels * plane + offset;
@@ -200,7 +208,8 @@ template <class T>
 void backward_pixels(const PdcBlockArgs& a, const Tile& t, const BackwardScratch<compute_t<T>>& s,
                      compute_t<T>* sums, bool accumulate) {
   typedef compute_t<T> A;
-  const int64_t first = (t.image * a.out_height + t.y) * a.out_width + t.x, pixels = t.pixels();
+  const int64_t first = (t.image * a.out_height + t.y) * a.out_width + t.x;
+  const int64_t pixels = t.pixels();
   int64_t grad_ld = a.out_channels;
   const T* from = static_cast<const T*>(a.grad) + first * a.out_channels;
   const A* grad = converted(from, a.out_channels, 1, pixels * a.out_channels, s.grad, &grad_ld);

@@ -48,14 +48,18 @@ Prepared prepare(PdcBlockArgs& a, const Tensor& pdc_weight, const OptionalTensor
   const OptionalTensor shift = pdc_bias ? OptionalTensor(in_layout(*pdc_bias)) : std::nullopt;
   const OptionalTensor bias = point_bias ? OptionalTensor(in_layout(*point_bias)) : std::nullopt;
   Prepared p{in_layout(pdc_weight), in_layout(point_weight), Tensor()};
-  const int64_t c = a.channels, co = a.out_channels, k = backward ? co : c, n = backward ? c : co;
+  const int64_t c = a.channels;
+  const int64_t co = a.out_channels;
+  const int64_t k = backward ? co : c;
+  const int64_t n = backward ? c : co;
   const GemmKernels& gemm = gemm_kernels();
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
     constexpr bool same = sizeof(T) == sizeof(A);
     const auto whole_lines = [](int64_t elements) { return ceil_div(elements, 16) * 16; };
-    const int64_t stencil_size = whole_lines(c * kStencilRow), bias_size = bias ? whole_lines(co) : 0;
+    const int64_t stencil_size = whole_lines(c * kStencilRow);
+    const int64_t bias_size = bias ? whole_lines(co) : 0;
     int64_t point_size = same ? 0 : co * c;
     if (a.channels_last)
       point_size = sizeof(A) == 8 ? gemm.f64.packed_size(k, n) : gemm.f32.packed_size(k, n);
@@ -64,7 +68,8 @@ Prepared prepare(PdcBlockArgs& a, const Tensor& pdc_weight, const OptionalTensor
     A* stencil = static_cast<A*>(p.work.mutable_data_ptr());
     const T* weights = static_cast<const T*>(p.pdc_weight.const_data_ptr());
     const T* shifts = shift ? static_cast<const T*>(shift->const_data_ptr()) : nullptr;
-    const int64_t of_channel = a.channels_last ? 1 : kStencilRow, of_weight = a.channels_last ? c : 1;
+    const int64_t of_channel = a.channels_last ? 1 : kStencilRow;
+    const int64_t of_weight = a.channels_last ? c : 1;
     for (int64_t i = 0; i < c; ++i) {
       A* to = stencil + i * of_channel;
       for (int j = 0; j < kPdcWeights; ++j) to[j * of_weight] = load(weights[i * kPdcWeights + j]);
@@ -79,7 +84,8 @@ Prepared prepare(PdcBlockArgs& a, const Tensor& pdc_weight, const OptionalTensor
     const T* point = static_cast<const T*>(p.point_weight.const_data_ptr());
     A* to = stencil + stencil_size + bias_size;
     a.point = to;
-    const int64_t rs = backward ? c : 1, cs = backward ? 1 : c;
+    const int64_t rs = backward ? c : 1;
+    const int64_t cs = backward ? 1 : c;
     if (!a.channels_last) {
       if constexpr (same) {
         a.point = point;
@@ -157,7 +163,8 @@ Tensor pdc_block(const Tensor& x_, const Tensor& pdc_weight, const OptionalTenso
 
 // sums [groups, Co * C + Co] -> d_point [Co, C, 1, 1], d_bias [Co]: group after group
 void reduce(const PdcBlockArgs& a, const Tensor& sums, int64_t groups, Tensor& d_point, Tensor& d_bias) {
-  const int64_t weights = a.out_channels * a.channels, row = weights + a.out_channels;
+  const int64_t weights = a.out_channels * a.channels;
+  const int64_t row = weights + a.out_channels;
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -207,12 +214,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     torch::stable::zero_(d_point_bias);
   } else {
     const Prepared prepared = prepare(a, pdc_weight, pdc_bias, point_weight, std::nullopt, true);
-    const int64_t tiles = cut(a, kBackwardTile), wanted = ceil_div(tiles, kTilesPerGroup);
+    const int64_t tiles = cut(a, kBackwardTile);
+    const int64_t wanted = ceil_div(tiles, kTilesPerGroup);
     const int64_t groups = wanted < kMaxGroups ? wanted : kMaxGroups;
     const int64_t row = a.out_channels * a.channels + a.out_channels;
     Tensor sums = torch::stable::new_empty(prepared.work, {groups, row});
     char* partial = static_cast<char*>(sums.mutable_data_ptr());
-    a.x = x.const_data_ptr(), a.grad = grad.const_data_ptr(), a.hidden_grad = hidden_grad.mutable_data_ptr();
+    a.x = x.const_data_ptr();
+    a.grad = grad.const_data_ptr();
+    a.hidden_grad = hidden_grad.mutable_data_ptr();
     const PdcBlockKernels& kernels = pdc_block_kernels();
     run(groups, kernels.backward_scratch(a) * compute_size(a),
         [&](void* scratch, int64_t begin, int64_t end) {

@@ -20,8 +20,10 @@ __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) pdc_block_ke
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_groups);
   uint32_t* point = shared + 2 * S::kHiddenWords;
   uint32_t* stages = point + a.point_slots * S::kPointWords;
-  const int stride = static_cast<int>(gridDim.x), first_out = static_cast<int>(blockIdx.y) * Tile::kOuts;
-  const int first_tile = static_cast<int>(blockIdx.x), slabs = a.slabs.divisor;
+  const int stride = static_cast<int>(gridDim.x);
+  const int first_out = static_cast<int>(blockIdx.y) * Tile::kOuts;
+  const int first_tile = static_cast<int>(blockIdx.x);
+  const int slabs = a.slabs.divisor;
   const int steps = (a.tiles - first_tile + stride - 1) / stride * slabs;
   const bool keep_point = a.point_slots >= slabs;  // the whole weight fits: it is read once
   const bool multiply_first = threadIdx.x / 128 % 2;

@@ -29,14 +29,17 @@ BlockProduct prepare(const BlockProductArgs& args, const CudaLimits& limits) {
   BlockProduct a{};
   static_cast<BlockProductArgs&>(a) = args;
   a.extra = a.gate ? a.gate : a.residual;
-  a.reach = reach_of(a.prologue), a.lead = S::lead(a.reach);
+  a.reach = reach_of(a.prologue);
+  a.lead = S::lead(a.reach);
   a.slabs = Divider(blocks_of(a.channels, S::kSlab));
   a.point_slots = point_slots<S>(a.slabs.divisor, a.reach, limits);
-  a.halo_rows = S::halo_rows(a.reach), a.halo_columns = Divider(S::halo_columns(a.reach));
+  a.halo_rows = S::halo_rows(a.reach);
+  a.halo_columns = Divider(S::halo_columns(a.reach));
   a.stage_words = S::stage_words(a.reach);
-  const int tiles_x = blocks_of(a.out_width, S::Tile::kColumns),
-            tiles_y = blocks_of(a.out_height, S::Tile::kRows);
-  a.tiles_x = Divider(tiles_x), a.tiles_of_image = Divider(tiles_x * tiles_y);
+  const int tiles_x = blocks_of(a.out_width, S::Tile::kColumns);
+  const int tiles_y = blocks_of(a.out_height, S::Tile::kRows);
+  a.tiles_x = Divider(tiles_x);
+  a.tiles_of_image = Divider(tiles_x * tiles_y);
   a.tiles = static_cast<int>(a.batch * tiles_x * tiles_y);
   const bool whole_channels = a.channels * kSize % 16 == 0;
   a.wide_x =
@@ -54,7 +57,8 @@ template <class T, bool kPixels, class Tile>
 cudaError_t launch_product(const BlockProductArgs& args, const CudaLimits& limits, cudaStream_t stream) {
   using S = BlockShape<T, kPixels, Tile>;
   const BlockProduct a = prepare<S>(args, limits);
-  const int shared = S::shared_bytes(a.reach, a.point_slots), outs = blocks_of(a.out_channels, Tile::kOuts);
+  const int shared = S::shared_bytes(a.reach, a.point_slots);
+  const int outs = blocks_of(a.out_channels, Tile::kOuts);
   const auto kernel = pdc_block_kernel<T, kPixels, Tile>;
   if (const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared))

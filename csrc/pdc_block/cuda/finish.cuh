@@ -80,8 +80,10 @@ struct TileFinish {
   // Columns `column` on of row `row` of the product: loads what they need, so that several are under way at
   // once.
   __device__ __forceinline__ Pending<T, kVector> fetch(int row, int column) const {
-    const int pixel = S::kPixels ? row : column, channel = first_out + (S::kPixels ? column : row);
-    const int y = y0 + pixel / S::Tile::kColumns, x = x0 + pixel % S::Tile::kColumns;
+    const int pixel = S::kPixels ? row : column;
+    const int channel = first_out + (S::kPixels ? column : row);
+    const int y = y0 + pixel / S::Tile::kColumns;
+    const int x = x0 + pixel % S::Tile::kColumns;
     Pending<T, kVector> p{-1, kVector, {}};
     if (y >= a.out_height || x >= a.out_width || channel >= a.out_channels) return p;
     p.at = S::kPixels ? (y * a.out_width + x) * a.out_channels + channel

@@ -63,7 +63,9 @@ struct PointGradArgs {
 // Parts of the sum over all pixels: enough to fill a card, few enough that they stay far below the images in
 // size. They follow the shapes alone, so that the result does.
 inline int point_grad_parts(int64_t batch, int64_t pixels) {
-  constexpr int64_t kPixelsOfPart = 256, kFew = 16, kMost = 64;
+  constexpr int64_t kPixelsOfPart = 256;
+  constexpr int64_t kFew = 16;
+  constexpr int64_t kMost = 64;
   const int64_t runs = (batch * pixels + kPixelsOfPart / 4 - 1) / (kPixelsOfPart / 4);
   if (runs <= kFew) return static_cast<int>(runs);
   const int64_t parts = runs / 4 < kFew ? kFew : runs / 4;

@@ -20,13 +20,18 @@ FRD_DEVICE uint32_t gathered_word(const T* p, int at, bool there, int next, bool
 template <class S, bool kWide>
 FRD_DEVICE void load_pixels(const BlockProduct& a, const TilePlace& place, int c0, uint32_t* halo) {
   using T = typename S::T;
-  constexpr int kGroups = kWide ? 8 : 32, kWords = 32 / kGroups;  // of a pixel, of a group
+  constexpr int kGroups = kWide ? 8 : 32;
+  constexpr int kWords = 32 / kGroups;  // of a pixel, of a group
   const T* image = static_cast<const T*>(a.x) + place.image * a.height * a.width * a.channels;
-  const int columns = a.halo_columns.divisor, count = a.halo_rows * columns;
-  const int group = threadIdx.x % kGroups, c = c0 + group * kWords * S::kUnit;
+  const int columns = a.halo_columns.divisor;
+  const int count = a.halo_rows * columns;
+  const int group = threadIdx.x % kGroups;
+  const int c = c0 + group * kWords * S::kUnit;
   for (int pixel = threadIdx.x / kGroups; pixel < count; pixel += S::kThreads / kGroups) {
-    const int row = a.halo_columns.quotient(pixel), column = pixel - row * columns;
-    const int y = place.y - a.reach + row, x = place.x - a.lead + column;
+    const int row = a.halo_columns.quotient(pixel);
+    const int column = pixel - row * columns;
+    const int y = place.y - a.reach + row;
+    const int x = place.x - a.lead + column;
     const bool inside = static_cast<unsigned>(y) < static_cast<unsigned>(a.height) &&
                         static_cast<unsigned>(x) < static_cast<unsigned>(a.width) && c < a.channels;
     const int at = (y * a.width + x) * a.channels + c;
@@ -42,12 +47,17 @@ FRD_DEVICE void load_pixels(const BlockProduct& a, const TilePlace& place, int c
 template <class S>
 FRD_DEVICE void load_planes(const BlockProduct& a, const TilePlace& place, int c0, uint32_t* halo) {
   using T = typename S::T;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, plane = a.height * a.width;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int plane = a.height * a.width;
   const T* image = static_cast<const T*>(a.x) + place.image * plane * a.channels;
-  const int columns = a.halo_columns.divisor, count = a.halo_rows * columns;
+  const int columns = a.halo_columns.divisor;
+  const int count = a.halo_rows * columns;
   for (int i = lane; i < count; i += 32) {
-    const int row = a.halo_columns.quotient(i), column = i - row * columns;
-    const int y = place.y - a.reach + row, x = place.x - a.lead + column * (S::kPaired ? 2 : 1);
+    const int row = a.halo_columns.quotient(i);
+    const int column = i - row * columns;
+    const int y = place.y - a.reach + row;
+    const int x = place.x - a.lead + column * (S::kPaired ? 2 : 1);
     const bool row_inside = static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
     const bool inside = row_inside && static_cast<unsigned>(x) < static_cast<unsigned>(a.width);
     const bool next_inside = row_inside && static_cast<unsigned>(x + 1) < static_cast<unsigned>(a.width);
@@ -68,14 +78,16 @@ FRD_DEVICE void load_planes(const BlockProduct& a, const TilePlace& place, int c
 template <class S>
 FRD_DEVICE void load_stencil(const BlockProduct& a, int c0, uint32_t* to) {
   using T = typename S::T;
-  const int channels = a.channels - c0, weights = channels * kPdcWeights,
-            biases = a.stencil_bias ? channels : 0;
+  const int channels = a.channels - c0;
+  const int weights = channels * kPdcWeights;
+  const int biases = a.stencil_bias ? channels : 0;
   const T* weight = static_cast<const T*>(a.stencil) + static_cast<int64_t>(c0) * kPdcWeights;
   const T* bias = a.stencil_bias ? static_cast<const T*>(a.stencil_bias) + c0 : weight;
   const int width = a.wide_stencil ? 4 : 1;
   for (int i = threadIdx.x * width; i < S::kStencilWords + 32; i += S::kThreads * width) {
     const bool is_bias = i >= S::kStencilWords;
-    const int at = (is_bias ? i - S::kStencilWords : i) * S::kUnit, left = (is_bias ? biases : weights) - at;
+    const int at = (is_bias ? i - S::kStencilWords : i) * S::kUnit;
+    const int left = (is_bias ? biases : weights) - at;
     const T* from = is_bias ? bias : weight;
     if (a.wide_stencil) {
       const int bytes = left * static_cast<int>(sizeof(T));
@@ -109,7 +121,9 @@ FRD_DEVICE void load_point(const BlockProduct& a, int first_out, int slab, uint3
   const int c0 = slab * S::kSlab;
   if (a.wide_point) {
     for (int i = threadIdx.x; i < S::Tile::kOuts * 8; i += S::kThreads) {
-      const int row = i >> 3, group = i & 7, c = c0 + group * 4 * S::kUnit;
+      const int row = i >> 3;
+      const int group = i & 7;
+      const int c = c0 + group * 4 * S::kUnit;
       const bool there = first_out + row < a.out_channels && c < a.channels;
       cp_async_16(to + row * 32 + permuted<T>(row, group) * 4,
                   there ? point + static_cast<int64_t>(first_out + row) * a.channels + c : point,
@@ -117,7 +131,9 @@ FRD_DEVICE void load_point(const BlockProduct& a, int first_out, int slab, uint3
     }
   } else {
     for (int i = threadIdx.x; i < S::Tile::kOuts * 32; i += S::kThreads) {
-      const int row = i >> 5, unit = i & 31, c = c0 + unit * S::kUnit;
+      const int row = i >> 5;
+      const int unit = i & 31;
+      const int c = c0 + unit * S::kUnit;
       const bool there = first_out + row < a.out_channels;
       const T* from = point + static_cast<int64_t>(there ? first_out + row : 0) * a.channels;
       to[row * 32 + permuted<T>(row, unit >> 2) * 4 + (unit & 3)] =

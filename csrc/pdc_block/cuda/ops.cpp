@@ -53,14 +53,20 @@ PdcBlockGeometry checked(const Tensor& x, const Tensor& pdc_weight, const Option
 // The forward product's shape; tensors are left to the caller.
 BlockProductArgs product_of(const PdcBlockGeometry& g) {
   BlockProductArgs a{};
-  a.dtype = g.dtype, a.channels_last = g.channels_last;
-  a.kind = g.kind, a.pure = g.pure, a.theta = static_cast<float>(g.theta);
+  a.dtype = g.dtype;
+  a.channels_last = g.channels_last;
+  a.kind = g.kind;
+  a.pure = g.pure;
+  a.theta = static_cast<float>(g.theta);
   a.batch = g.batch;
-  a.channels = static_cast<int>(g.channels), a.out_channels = static_cast<int>(g.out_channels);
-  a.height = static_cast<int>(g.height), a.width = static_cast<int>(g.width);
-  a.out_height = static_cast<int>(g.out_height), a.out_width = static_cast<int>(g.out_width);
+  a.channels = static_cast<int>(g.channels);
+  a.out_channels = static_cast<int>(g.out_channels);
+  a.height = static_cast<int>(g.height);
+  a.width = static_cast<int>(g.width);
+  a.out_height = static_cast<int>(g.out_height);
+  a.out_width = static_cast<int>(g.out_width);
   // Steps beyond the image all lead outside.
-  a.stride_y = static_cast<int>(std::min(g.stride_y, g.height)),
+  a.stride_y = static_cast<int>(std::min(g.stride_y, g.height));
   a.stride_x = static_cast<int>(std::min(g.stride_x, g.width));
   a.dilation_y = static_cast<int>(std::min(g.dilation_y, g.height));
   a.dilation_x = static_cast<int>(std::min(g.dilation_x, g.width));
@@ -86,16 +92,22 @@ Tensor pdc_block(const Tensor& x_, const Tensor& pdc_weight, const OptionalTenso
   const CudaScope scope(x_);
   const PdcBlockGeometry g = checked(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation);
   check_point_bias(g, point_bias, x_);
-  const Tensor x = in_layout(x_, format_of(g)), stencil = in_layout(pdc_weight),
-               point = in_layout(point_weight);
-  const OptionalTensor stencil_bias = contiguous(pdc_bias), bias = contiguous(point_bias);
+  const Tensor x = in_layout(x_, format_of(g));
+  const Tensor stencil = in_layout(pdc_weight);
+  const Tensor point = in_layout(point_weight);
+  const OptionalTensor stencil_bias = contiguous(pdc_bias);
+  const OptionalTensor bias = contiguous(point_bias);
   const OptionalTensor residual =
       residual_ ? OptionalTensor(matching(g, "residual", *residual_, x, g.out_channels)) : std::nullopt;
   Tensor out = empty_images(x, g.out_channels, g.out_height, g.out_width, format_of(g));
   if (g.batch == 0) return out;
   BlockProductArgs a = product_of(g);
-  a.x = x.const_data_ptr(), a.stencil = stencil.const_data_ptr(), a.point = point.const_data_ptr();
-  a.stencil_bias = data_of(stencil_bias), a.point_bias = data_of(bias), a.residual = data_of(residual);
+  a.x = x.const_data_ptr();
+  a.stencil = stencil.const_data_ptr();
+  a.point = point.const_data_ptr();
+  a.stencil_bias = data_of(stencil_bias);
+  a.point_bias = data_of(bias);
+  a.residual = data_of(residual);
   a.out = out.mutable_data_ptr();
   STD_CUDA_CHECK(launch(a, scope.stream()));
   return out;
@@ -133,9 +145,13 @@ Tensor hidden_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tens
   const Tensor transposed = in_layout(torch::stable::transpose(point_weight, 0, 1));
   BlockProductArgs a = product_of(g);
   a.prologue = Prologue::copy;
-  a.channels = static_cast<int>(g.out_channels), a.out_channels = static_cast<int>(g.channels);
-  a.height = a.out_height, a.width = a.out_width;
-  a.x = grad.const_data_ptr(), a.point = transposed.const_data_ptr(), a.gate = hidden.const_data_ptr();
+  a.channels = static_cast<int>(g.out_channels);
+  a.out_channels = static_cast<int>(g.channels);
+  a.height = a.out_height;
+  a.width = a.out_width;
+  a.x = grad.const_data_ptr();
+  a.point = transposed.const_data_ptr();
+  a.gate = hidden.const_data_ptr();
   a.out = out.mutable_data_ptr();
   STD_CUDA_CHECK(launch(a, stream));
   return out;
@@ -145,15 +161,20 @@ Tensor hidden_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tens
 void point_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tensor& hidden, Tensor& d_point,
                     Tensor& d_bias, cudaStream_t stream) {
   PointGradArgs a{};
-  a.dtype = g.dtype, a.channels_last = g.channels_last;
-  a.batch = g.batch, a.pixels = g.out_height * g.out_width;
-  a.channels = static_cast<int>(g.channels), a.out_channels = static_cast<int>(g.out_channels);
+  a.dtype = g.dtype;
+  a.channels_last = g.channels_last;
+  a.batch = g.batch;
+  a.pixels = g.out_height * g.out_width;
+  a.channels = static_cast<int>(g.channels);
+  a.out_channels = static_cast<int>(g.out_channels);
   a.parts = point_grad_parts(a.batch, a.pixels);
   Tensor partial =
       torch::stable::new_empty(grad, {a.parts, g.out_channels * (g.channels + 1)}, ScalarType::Float);
-  a.grad = grad.const_data_ptr(), a.hidden = hidden.const_data_ptr();
+  a.grad = grad.const_data_ptr();
+  a.hidden = hidden.const_data_ptr();
   a.partial = static_cast<float*>(partial.mutable_data_ptr());
-  a.d_point = d_point.mutable_data_ptr(), a.d_bias = d_bias.mutable_data_ptr();
+  a.d_point = d_point.mutable_data_ptr();
+  a.d_bias = d_bias.mutable_data_ptr();
   STD_CUDA_CHECK(launch(a, stream));
 }
 

@@ -8,10 +8,22 @@ namespace frd {
 
 // kM output channels by kN channels of a block of threads; kStages runs of pixels are in flight.
 struct LargeGradTile {
-  static constexpr int kM = 128, kN = 128, kWarps = 8, kWarpM = 32, kWarpN = 64, kStages = 2, kBlocks = 2;
+  static constexpr int kM = 128;
+  static constexpr int kN = 128;
+  static constexpr int kWarps = 8;
+  static constexpr int kWarpM = 32;
+  static constexpr int kWarpN = 64;
+  static constexpr int kStages = 2;
+  static constexpr int kBlocks = 2;
 };
 struct SmallGradTile {
-  static constexpr int kM = 64, kN = 64, kWarps = 4, kWarpM = 32, kWarpN = 32, kStages = 3, kBlocks = 3;
+  static constexpr int kM = 64;
+  static constexpr int kN = 64;
+  static constexpr int kWarps = 4;
+  static constexpr int kWarpM = 32;
+  static constexpr int kWarpN = 32;
+  static constexpr int kStages = 3;
+  static constexpr int kBlocks = 3;
 };
 
 struct PointGrad : PointGradArgs {
@@ -36,10 +48,15 @@ struct PointGradShape {
 template <class T, int kThreads, int kCount>
 FRD_DEVICE void load_run_across(const T* pixels, int64_t left, int c0, int channels, bool wide,
                                 uint32_t* to) {
-  constexpr int kUnit = 4 / static_cast<int>(sizeof(T)), kRow = kCount / kUnit, kRun = 32 * kUnit;
-  const int groups = kRow / (wide ? 4 : 1), width = kUnit * (wide ? 4 : 1);
+  constexpr int kUnit = 4 / static_cast<int>(sizeof(T));
+  constexpr int kRow = kCount / kUnit;
+  constexpr int kRun = 32 * kUnit;
+  const int groups = kRow / (wide ? 4 : 1);
+  const int width = kUnit * (wide ? 4 : 1);
   for (int i = threadIdx.x; i < kRun * groups; i += kThreads) {
-    const int pixel = i / groups, group = i % groups, c = c0 + group * width;
+    const int pixel = i / groups;
+    const int group = i % groups;
+    const int c = c0 + group * width;
     const T* from = pixels + static_cast<int64_t>(pixel) * channels;
     const bool inside = pixel < left;
     const int flip = sizeof(T) == 2 ? pixel & 7 : 0;
@@ -58,9 +75,12 @@ template <class T, int kThreads, int kCount>
 FRD_DEVICE void load_run_along(const T* planes, int64_t plane, int64_t left, int c0, int channels, bool wide,
                                uint32_t* to) {
   constexpr int kUnit = 4 / static_cast<int>(sizeof(T));
-  const int shift = wide ? 3 : 5, width = kUnit * (wide ? 4 : 1);
+  const int shift = wide ? 3 : 5;
+  const int width = kUnit * (wide ? 4 : 1);
   for (int i = threadIdx.x; i < kCount << shift; i += kThreads) {
-    const int row = i >> shift, group = i & ((1 << shift) - 1), pixel = group * width;
+    const int row = i >> shift;
+    const int group = i & ((1 << shift) - 1);
+    const int pixel = group * width;
     const bool there = c0 + row < channels;
     const T* from = planes + (there ? (c0 + row) * plane : 0);
     if (wide)
@@ -76,8 +96,8 @@ template <class T, bool kPixels, class Tile>
 FRD_DEVICE void load_run(const PointGrad& a, int run, int first_out, int first_channel, uint32_t* stage) {
   using S = PointGradShape<T, kPixels, Tile>;
   const int image = a.runs_of_image.quotient(run);
-  const int64_t first = static_cast<int64_t>(run - image * a.runs_of_image.divisor) * S::kRun,
-                left = a.plane - first;
+  const int64_t first = static_cast<int64_t>(run - image * a.runs_of_image.divisor) * S::kRun;
+  const int64_t left = a.plane - first;
   const T* grad = static_cast<const T*>(a.grad) + image * a.image_grad;
   const T* hidden = static_cast<const T*>(a.hidden) + image * a.image_hidden;
   uint32_t* columns = stage + 32 * Tile::kM;
@@ -103,7 +123,8 @@ struct PartialSums {
   __device__ __forceinline__ Nothing fetch(int, int) const { return {}; }
   template <int kVector>
   __device__ __forceinline__ void give(int row, int column, const float (&v)[kVector], Nothing) const {
-    const int out = first_out + row, c = first_channel + column;
+    const int out = first_out + row;
+    const int c = first_channel + column;
     if (out >= a.out_channels) return;
     float* to = partial + static_cast<int64_t>(out) * a.channels + c;
     if (a.wide_partial && c < a.channels) {
@@ -127,11 +148,11 @@ __global__ void __launch_bounds__(Tile::kWarps * 32, sizeof(T) == 4 ? 1 : Tile::
   constexpr Operands kOperands = kPixels ? Operands::across_k : Operands::along_k;
   FRD_DYNAMIC_SHARED(uint4, shared_groups);  // aligned for vectors
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_groups);
-  const int first_out = static_cast<int>(blockIdx.y) * Tile::kM,
-            first_channel = static_cast<int>(blockIdx.z) * Tile::kN;
+  const int first_out = static_cast<int>(blockIdx.y) * Tile::kM;
+  const int first_channel = static_cast<int>(blockIdx.z) * Tile::kN;
   const int64_t runs = a.runs;
-  const int begin = static_cast<int>(runs * blockIdx.x / a.parts),
-            end = static_cast<int>(runs * (blockIdx.x + 1) / a.parts);
+  const int begin = static_cast<int>(runs * blockIdx.x / a.parts);
+  const int end = static_cast<int>(runs * (blockIdx.x + 1) / a.parts);
   TileProduct<T, Tile::kM, Tile::kN, Tile::kWarpM, Tile::kWarpN, true> product;
   product.clear();
 #pragma unroll 1
@@ -163,7 +184,8 @@ constexpr int kReduceThreads = 256;
 // partial [parts, Co * C + Co] -> d_point [Co, C], d_bias [Co], part after part
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads) point_grad_reduce_kernel(const PointGradArgs a) {
-  const int64_t weights = static_cast<int64_t>(a.out_channels) * a.channels, row = weights + a.out_channels;
+  const int64_t weights = static_cast<int64_t>(a.out_channels) * a.channels;
+  const int64_t row = weights + a.out_channels;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kReduceThreads + threadIdx.x;
   if (i >= row) return;
   float sum = 0;

@@ -12,7 +12,8 @@ cudaError_t launch_point_grad(const PointGradArgs& args, cudaStream_t stream) {
   static_cast<PointGradArgs&>(a) = args;
   const int64_t images = kPixels ? 1 : args.batch;
   a.plane = kPixels ? args.batch * args.pixels : args.pixels;
-  a.image_grad = a.plane * a.out_channels, a.image_hidden = a.plane * a.channels;
+  a.image_grad = a.plane * a.out_channels;
+  a.image_hidden = a.plane * a.channels;
   a.runs_of_image = Divider(blocks_of(a.plane, S::kRun));
   a.runs = static_cast<int>(images * a.runs_of_image.divisor);
   constexpr int64_t kSize = sizeof(T);

@@ -14,7 +14,8 @@ enum class Operands { along_k, across_k };
 // 16 bit, by the tensor cores.
 template <class T, int kM, int kN, int kWarpM, int kWarpN, bool kRowSums = false>
 class TileProduct {
-  static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+  static constexpr int kTilesM = kWarpM / 16;
+  static constexpr int kTilesN = kWarpN / 8;
 
  public:
   // Consecutive columns of the result that finish() hands out at once.
@@ -70,7 +71,10 @@ class TileProduct {
   // to.give(row, column, float (&)[kVector], to.fetch(row, column)) for every vector of this thread
   template <class To>
   __device__ __forceinline__ void finish(const To& to) {
-    const int lane = threadIdx.x % 32, t = lane % 4, row0 = first_row() + lane / 4, column0 = first_column();
+    const int lane = threadIdx.x % 32;
+    const int t = lane % 4;
+    const int row0 = first_row() + lane / 4;
+    const int column0 = first_column();
     constexpr int kVectors = kVector == 2 ? 1 : kTilesN / 4;  // of a row
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
@@ -86,7 +90,8 @@ class TileProduct {
         for (int j = 0; j < kVectors; ++j) {
           float v[kVector];
           if constexpr (kVector == 2) {
-            v[0] = sum_[i][0][2 * half], v[1] = sum_[i][0][2 * half + 1];
+            v[0] = sum_[i][0][2 * half];
+            v[1] = sum_[i][0][2 * half + 1];
           } else {
 #pragma unroll
             for (int n = 0; n < 4; ++n)
@@ -125,7 +130,10 @@ class TileProduct {
   struct Reader {
     int row_offset, column_offset;
     __device__ __forceinline__ Reader() {
-      const int lane = threadIdx.x % 32, in_matrix = lane & 7, low = lane / 8 % 2, high = lane / 16;
+      const int lane = threadIdx.x % 32;
+      const int in_matrix = lane & 7;
+      const int low = lane / 8 % 2;
+      const int high = lane / 16;
       row_offset = (first_row() + low * 8 + in_matrix) * 32 + (high ^ in_matrix) * 4;
       column_offset =
           (first_column() + (kTilesN == 1 ? 0 : high * 8) + in_matrix) * 32 + (low ^ in_matrix) * 4;
@@ -142,7 +150,10 @@ class TileProduct {
   struct Reader<Operands::across_k, Unused> {
     int row_offset, column_offset;
     __device__ __forceinline__ Reader() {
-      const int lane = threadIdx.x % 32, in_matrix = lane & 7, low = lane / 8 % 2, high = lane / 16;
+      const int lane = threadIdx.x % 32;
+      const int in_matrix = lane & 7;
+      const int low = lane / 8 % 2;
+      const int high = lane / 16;
       row_offset = (high * 8 + in_matrix) * (kM / 2) + ((first_row() / 8 + low) ^ in_matrix) * 4;
       column_offset = (low * 8 + in_matrix) * (kN / 2) + ((first_column() / 8 + high) ^ in_matrix) * 4;
     }
@@ -185,7 +196,8 @@ class TileProduct {
 // infinities turned to NaN.
 template <int kM, int kN, int kWarpM, int kWarpN, bool kRowSums>
 class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
-  static constexpr int kRowsOfThread = kWarpM / 4, kColumnsOfThread = kWarpN / 8;
+  static constexpr int kRowsOfThread = kWarpM / 4;
+  static constexpr int kColumnsOfThread = kWarpN / 8;
 
  public:
   static constexpr int kVector = kColumnsOfThread >= 4 ? 4 : 1;

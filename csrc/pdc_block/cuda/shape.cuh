@@ -10,22 +10,44 @@ namespace frd {
 // them. kStages slabs of the input are in flight. The large tile reads least (each pixel's stencil is taken
 // once up to 256 output channels); the small one serves images that would leave most of a card idle.
 struct LargeTile {
-  static constexpr int kRows = 8, kColumns = 16, kOuts = 256, kWarps = 16, kWarpM = 32, kWarpN = 64;
-  static constexpr int kStages = 2, kBlocks = 1, kStripRows = 4;
+  static constexpr int kRows = 8;
+  static constexpr int kColumns = 16;
+  static constexpr int kOuts = 256;
+  static constexpr int kWarps = 16;
+  static constexpr int kWarpM = 32;
+  static constexpr int kWarpN = 64;
+  static constexpr int kStages = 2;
+  static constexpr int kBlocks = 1;
+  static constexpr int kStripRows = 4;
 };
 struct MediumTile {
-  static constexpr int kRows = 8, kColumns = 8, kOuts = 128, kWarps = 8, kWarpM = 32, kWarpN = 32;
-  static constexpr int kStages = 2, kBlocks = 2, kStripRows = 4;
+  static constexpr int kRows = 8;
+  static constexpr int kColumns = 8;
+  static constexpr int kOuts = 128;
+  static constexpr int kWarps = 8;
+  static constexpr int kWarpM = 32;
+  static constexpr int kWarpN = 32;
+  static constexpr int kStages = 2;
+  static constexpr int kBlocks = 2;
+  static constexpr int kStripRows = 4;
 };
 struct SmallTile {
-  static constexpr int kRows = 2, kColumns = 8, kOuts = 32, kWarps = 4, kWarpM = 16, kWarpN = 8;
-  static constexpr int kStages = 4, kBlocks = 4, kStripRows = 2;
+  static constexpr int kRows = 2;
+  static constexpr int kColumns = 8;
+  static constexpr int kOuts = 32;
+  static constexpr int kWarps = 4;
+  static constexpr int kWarpM = 16;
+  static constexpr int kWarpN = 8;
+  static constexpr int kStages = 4;
+  static constexpr int kBlocks = 4;
+  static constexpr int kStripRows = 2;
 };
 
 // n / divisor by a multiplication, for 0 <= n < 2^31 and a divisor below 2^31.
 struct Divider {
   uint32_t multiplier = 0;
-  int divisor = 1, shift = 0;
+  int divisor = 1;
+  int shift = 0;
   Divider() = default;
   explicit Divider(int by) : divisor(by) {
     while ((int64_t{1} << shift) < by) ++shift;
@@ -69,7 +91,8 @@ struct BlockShape {
   static constexpr int kStripChannels = kPaired ? 1 : kUnit;
   static constexpr int kStripRows =
       kPaired && Tile::kRows >= 2 * Tile::kStripRows ? 2 * Tile::kStripRows : Tile::kStripRows;
-  static constexpr int kStripsX = Tile::kColumns / 2, kStripsY = Tile::kRows / kStripRows;
+  static constexpr int kStripsX = Tile::kColumns / 2;
+  static constexpr int kStripsY = Tile::kRows / kStripRows;
   static constexpr int kStrips = kStripsX * kStripsY * (kPaired ? 2 : 1);  // of 32 lanes
   static_assert(kStrips % Tile::kWarps == 0, "every warp takes as many strips");
 
@@ -113,8 +136,10 @@ struct TilePlace {
 };
 template <class S>
 FRD_DEVICE TilePlace place_of(const BlockProduct& a, int tile) {
-  const int image = a.tiles_of_image.quotient(tile), rest = tile - image * a.tiles_of_image.divisor;
-  const int row = a.tiles_x.quotient(rest), column = rest - row * a.tiles_x.divisor;
+  const int image = a.tiles_of_image.quotient(tile);
+  const int rest = tile - image * a.tiles_of_image.divisor;
+  const int row = a.tiles_x.quotient(rest);
+  const int column = rest - row * a.tiles_x.divisor;
   return {image, row * S::Tile::kRows, column * S::Tile::kColumns};
 }
 

@@ -11,7 +11,8 @@ struct TapDifference {
   bool flipped;
 };
 FRD_HD constexpr TapDifference difference_of(PdcKind kind, int k) {
-  const Tap plus = plus_tap(kind, k), minus = minus_tap(kind, k);
+  const Tap plus = plus_tap(kind, k);
+  const Tap minus = minus_tap(kind, k);
   const bool before = plus.dy < minus.dy || (plus.dy == minus.dy && plus.dx < minus.dx);
   return before ? TapDifference{plus, minus, false} : TapDifference{minus, plus, true};
 }
@@ -129,7 +130,8 @@ FRD_DEVICE void load_weights(const uint32_t* weights, int channel, float (&w)[kP
 template <class S, PdcKind kind, int kChannels, class Give>
 FRD_DEVICE void strip_sums(const uint32_t* halo, const uint32_t* weights, const StripPlace<S>& at, int half,
                            const Give& give) {
-  constexpr int reach = kernel_side(kind) / 2, columns = S::halo_columns(reach);
+  constexpr int reach = kernel_side(kind) / 2;
+  constexpr int columns = S::halo_columns(reach);
   float weight[kPdcWeights][kChannels], bias[kChannels];
   load_weights<S>(weights, at.unit * S::kStripChannels + half, weight, bias);
   const uint32_t* corner =
@@ -195,14 +197,16 @@ FRD_DEVICE float gathered(const BlockProduct& a, const typename S::T* image, int
   const int pixel = S::kPixels ? a.channels : 1;
   const typename S::T* channel = image + c * (S::kPixels ? 1 : a.height * a.width);
   const auto at = [&](Tap t) {
-    const int row = y + t.dy * a.dilation_y, column = x + t.dx * a.dilation_x;
+    const int row = y + t.dy * a.dilation_y;
+    const int column = x + t.dx * a.dilation_x;
     const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(a.height) &&
                         static_cast<unsigned>(column) < static_cast<unsigned>(a.width);
     return inside ? load(channel[(row * a.width + column) * pixel]) : 0.f;
   };
 #pragma unroll
   for (int k = 0; k < kPdcWeights; ++k) {
-    const Tap plus = plus_tap(a.kind, k), minus = minus_tap(a.kind, k);
+    const Tap plus = plus_tap(a.kind, k);
+    const Tap minus = minus_tap(a.kind, k);
     if (a.kind == PdcKind::vanilla)
       sum += load(weight[k]) * at(plus);
     else if (!a.pure || plus.dy != minus.dy || plus.dx != minus.dx)
@@ -221,7 +225,8 @@ FRD_DEVICE void gather_hidden(const BlockProduct& a, const TilePlace& place, int
   for (int i = threadIdx.x; i < S::kPixelCount * S::kSlab; i += S::kThreads) {
     const int pixel = S::kPixels ? i / S::kSlab : i % S::kPixelCount;
     const int c = S::kPixels ? i % S::kSlab : i / S::kPixelCount;
-    const int y = place.y + pixel / S::Tile::kColumns, x = place.x + pixel % S::Tile::kColumns;
+    const int y = place.y + pixel / S::Tile::kColumns;
+    const int x = place.x + pixel % S::Tile::kColumns;
     float sum = 0;
     if (y < a.out_height && x < a.out_width && c0 + c < a.channels)
       sum = gathered<S>(a, image, y * a.stride_y, x * a.stride_x, c0 + c, weight + c * kPdcWeights,
@@ -236,12 +241,15 @@ FRD_DEVICE void gather_hidden(const BlockProduct& a, const TilePlace& place, int
 template <class S>
 FRD_DEVICE void make_hidden(const BlockProduct& a, const TilePlace& place, int slab, const uint32_t* stage,
                             uint32_t* hidden) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   const uint32_t* weights = stage + a.stage_words - 32 - S::kStencilWords;
   if (a.prologue == Prologue::gather) return gather_hidden<S>(a, place, slab * S::kSlab, weights, hidden);
 #pragma unroll
   for (int i = 0; i < S::kStrips; i += S::Tile::kWarps) {
-    const int strip = i + warp, column = strip % S::kStripsX, rest = strip / S::kStripsX;
+    const int strip = i + warp;
+    const int column = strip % S::kStripsX;
+    const int rest = strip / S::kStripsX;
     const StripPlace<S> at{rest / S::kStripsY * 32 + lane, column * 2, rest % S::kStripsY * S::kStripRows};
     switch (a.prologue) {
       case Prologue::vanilla:
