@@ -1,4 +1,4 @@
-// What the operators of the clustering check and allocate alike on every device.
+// Argument checks and allocation of the clustering, shared by the CPU and CUDA operators.
 #pragma once
 #include <array>
 #include <optional>
@@ -25,13 +25,13 @@ inline TokenView view_of(const Tensor& t) {
           t.stride(2)};
 }
 
-// Whether a permuted image [B, C, H * W] lies under tokens [B, N, C].
+// Whether tokens [B, N, C] are a permuted image [B, C, H * W].
 inline bool is_channel_major(const Tensor& t) {
   return t.size(1) > 1 && t.stride(1) == 1 && t.stride(2) >= t.size(1);
 }
 
-// Uninitialised [B, N, C], its memory [B, C, N] where channel_major. Not the transpose of a contiguous
-// tensor: autograd lets nobody write in place into a view that an operator returned.
+// Uninitialised [B, N, C]; if channel_major its memory is [B, C, N]. Not a transposed contiguous tensor, as
+// autograd forbids writing in place to a view that an operator returned.
 inline Tensor new_tokens(const Tensor& like, int64_t batch, int64_t tokens, int64_t channels,
                          bool channel_major) {
   using torch::stable::detail::from;
@@ -50,11 +50,12 @@ inline Tensor new_tokens(const Tensor& like, int64_t batch, int64_t tokens, int6
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Uninitialised, in the layout of t.
+// Uninitialised, with the shape, dtype and layout of t [B, N, C].
 inline Tensor new_like_tokens(const Tensor& t) {
   return new_tokens(t, t.size(0), t.size(1), t.size(2), is_channel_major(t));
 }
 
+// hw (H, W) of the tokens, grid (rows, columns)
 inline void check_grid(const Sizes& hw, const Sizes& grid, int64_t tokens) {
   FRD_CHECK_VALUE(hw.size() == 2 && hw[0] > 0 && hw[1] > 0 && hw[0] * hw[1] == tokens,
                   "frd: hw must be (H, W) with H * W = ", tokens, " tokens");
@@ -62,6 +63,7 @@ inline void check_grid(const Sizes& hw, const Sizes& grid, int64_t tokens) {
                   "frd: a grid must be (rows, columns) of at least 1");
 }
 
+// t [B, N, C]
 inline void check_tokens(const Tensor& t, const char* name) {
   FRD_CHECK_VALUE(t.dim() == 3, "frd: ", name, " must be [B, N, C], got ", t.dim(), "-D");
   FRD_CHECK_VALUE(t.size(1) > 0 && t.size(2) > 0, "frd: ", name,
@@ -69,13 +71,13 @@ inline void check_tokens(const Tensor& t, const char* name) {
   dtype_of(t, name);
 }
 
-inline void check_like(const Tensor& t, const Tensor& model, const char* name) {
-  bool same = t.dim() == model.dim() && t.scalar_type() == model.scalar_type();
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == model.size(i);
+inline void check_like(const Tensor& t, const Tensor& reference, const char* name) {
+  bool same = t.dim() == reference.dim() && t.scalar_type() == reference.scalar_type();
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == reference.size(i);
   FRD_CHECK_VALUE(same, "frd: ", name, " must have the shape and dtype of its input");
 }
 
-// gate: alpha or beta, `count` elements of the compute type
+// gate [count]: alpha or beta, in the compute type
 inline Tensor check_gate(const Tensor& gate, const Tensor& tokens, int64_t count, const char* name) {
   FRD_CHECK_VALUE(gate.dim() == 1 && gate.size(0) == count && gate.scalar_type() == compute_type(tokens),
                   "frd: ", name, " must be [", count,
@@ -115,15 +117,17 @@ inline void check_dispatch(const Tensor& centres, const Tensor& labels, const Te
                   "else float32)");
 }
 
-// The arguments of `icm`.
+// Values of the argument `variant`.
 constexpr int64_t kPaper = 0;
 constexpr int64_t kReleased = 1;
 
+// The arguments of `icm` with T rounds.
 struct IcmInputs {
-  Tensor x;                         // [B, N, C]
-  std::vector<Tensor> projections;  // per round Wk [C, C], bk [C], Wv [C, C], bv [C]; all [0] for none
-  Tensor alpha, beta;               // [1], released [T]
-  Sizes grids, hw;                  // T times (rows, columns); (H, W)
+  Tensor x;  // [B, N, C]
+  // Per round Wk [C, C], bk [C], Wv [C, C], bv [C]; all [0] for a round without projections.
+  std::vector<Tensor> projections;
+  Tensor alpha, beta;  // [1], released [T]
+  Sizes grids, hw;     // T times (rows, columns); (H, W)
   int64_t variant;
 
   int64_t count() const { return static_cast<int64_t>(grids.size()) / 2; }

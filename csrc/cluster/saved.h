@@ -1,20 +1,28 @@
-// Element offsets into the per-sample `saved` buffer of what a round keeps for its backward pass. The one
-// statement of this layout in C++; frd_kernels has the one in Python.
+// Layout of `saved` [B, L]: element offsets, within one sample, of what a round saves for its backward pass.
+// The only definition in C++; that in Python is frd_kernels/cluster/ops.py.
 #pragma once
 #include <cstdint>
 
 namespace frd {
 
 struct SavedRound {
-  int64_t cosine, scale;               // [N]
-  int64_t pooled, unit, mean, result;  // [O, C]
-  int64_t unit_scale, mass, share;     // [O]
-  int64_t query, projected, offset;    // paper only: [J, C], [J, C], [J]
-  int64_t product;                     // paper only, not in round 1: [N, J]
+  int64_t cosine;      // [N] with the own centre
+  int64_t scale;       // [N] 1 / norm of the key
+  int64_t pooled;      // [O, C] bin means
+  int64_t unit;        // [O, C] unit keys of the pooled tokens
+  int64_t mean;        // [O, C] means of the clusters
+  int64_t result;      // [O, C] centres of the round
+  int64_t unit_scale;  // [O] 1 / norm of the pooled key
+  int64_t mass;        // [O] sum of weights
+  int64_t share;       // [O] 1 / tokens of the bin
+  int64_t query;       // [J, C] paper only, as are the following
+  int64_t projected;   // [J, C]
+  int64_t offset;      // [J]
+  int64_t product;     // [N, J] not in round 1
   int64_t end;
 };
 
-// columns: J, centres of the last round; 0 where there is no dense dispatch.
+// columns: J, the centres of the last round; 0 without a dense dispatch.
 inline SavedRound saved_round(int64_t begin, int64_t tokens, int64_t centres, int64_t channels,
                               int64_t columns, bool first) {
   SavedRound s{};

@@ -1,29 +1,31 @@
+// Stages of the operator `cluster_dispatch`, see ClusterDispatchOps.
 #include "cluster/cpu/kernels.h"
 
-#include "cluster/cpu/round_tile.h"
+#include "cluster/cpu/tiles.h"
 
 namespace frd {
 namespace FRD_ISA {
 namespace {
 
-// The centres of item b as rows [O, C] of the compute type; in place where they are that, else in `buffer`.
+// The centres [O, C] of sample b in the compute type: a pointer to them if they have it, else to `buffer`.
 template <class A>
 const A* load_centres(const ClusterDispatch<A>& d, int64_t b, A* buffer) {
-  return load_tile(d.rows, b, 0, d.centres, d.channels, buffer);
+  return load_tile(d.centre_rows, b, 0, d.centres, d.channels, buffer);
 }
 
+// out_n = similarity_n centre[label_n]
 template <class A>
 void forward(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
   const int64_t channels = d.channels;
   Scratch<A> buffer(d.centres * channels);
   Scratch<A> tile(kTile * channels);
   const A* rows = nullptr;
-  int64_t item = -1;
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / d.chunks;
-    if (b != item) rows = load_centres<A>(d, b, buffer);
-    item = b;
-    const Span span = chunk_span(d.tokens, d.chunks, u % d.chunks);
+  int64_t loaded_sample = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / d.chunks;
+    if (b != loaded_sample) rows = load_centres<A>(d, b, buffer);
+    loaded_sample = b;
+    const Span span = chunk_span(d.tokens, d.chunks, task % d.chunks);
     for (int64_t first = span.begin; first < span.end; first += kTile) {
       const int64_t m = span.end - first < kTile ? span.end - first : kTile;
       for (int64_t i = 0; i < m; ++i) {
@@ -42,20 +44,21 @@ void forward(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
   }
 }
 
+// similarity_grad_n = grad_n . centre[label_n], chunk_sums_o = sum of similarity_n grad_n over the cluster.
 template <class A>
-void sum(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
+void grad_sums(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
   const int64_t channels = d.channels;
   const int64_t size = d.centres * channels;
   Scratch<A> buffer(size);
   Scratch<A> tile(kTile * channels);
   const A* rows = nullptr;
-  int64_t item = -1;
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / d.chunks;
-    const int64_t chunk = u % d.chunks;
-    if (b != item) rows = load_centres<A>(d, b, buffer);
-    item = b;
-    A* sums = d.sums[b] + chunk * size;
+  int64_t loaded_sample = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / d.chunks;
+    const int64_t chunk = task % d.chunks;
+    if (b != loaded_sample) rows = load_centres<A>(d, b, buffer);
+    loaded_sample = b;
+    A* sums = d.chunk_sums[b] + chunk * size;
     fill(sums, size, A(0));
     const Span span = chunk_span(d.tokens, d.chunks, chunk);
     for (int64_t first = span.begin; first < span.end; first += kTile) {
@@ -73,24 +76,25 @@ void sum(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
   }
 }
 
+// centre_grad = sum of the chunks' sums, in a fixed order.
 template <class A>
-void rows_grad(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
+void centre_grad(const ClusterDispatch<A>& d, int64_t begin, int64_t end) {
   const int64_t channels = d.channels;
   Scratch<A> block(kCentreBlock * channels);
-  for (int64_t u = begin; u < end; ++u) {
-    const int64_t b = u / d.blocks();
-    const int64_t first = u % d.blocks() * kCentreBlock;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / d.blocks();
+    const int64_t first = task % d.blocks() * kCentreBlock;
     const int64_t m = d.centres - first < kCentreBlock ? d.centres - first : kCentreBlock;
     fill<A>(block, m * channels, A(0));
     for (int64_t k = 0; k < d.chunks; ++k)
-      add_scaled<A>(A(1), d.sums[b] + (k * d.centres + first) * channels, m * channels, block);
-    store_tile<A>(block, d.rows_grad, b, first, m, channels);
+      add_scaled<A>(A(1), d.chunk_sums[b] + (k * d.centres + first) * channels, m * channels, block);
+    store_tile<A>(block, d.centre_grad, b, first, m, channels);
   }
 }
 
 template <class A>
 ClusterDispatchOps<A> table() {
-  return {forward<A>, sum<A>, rows_grad<A>};
+  return {forward<A>, grad_sums<A>, centre_grad<A>};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// All rounds of the ICM and the dispatch back to the tokens.
+// The CPU operator `icm`: all rounds of clustering and the dispatch to the tokens.
 #include <tuple>
 
 #include "cluster/cpu/launch.h"
@@ -7,14 +7,15 @@
 namespace frd {
 namespace {
 
-// The rounds, their gates and projections in the compute type; tensors that must outlive them.
+// The arguments of all rounds, with gates and projections in the compute type.
 template <class A>
 struct Icm {
   const IcmInputs& in;
-  std::vector<Round<A>> rounds;
-  std::vector<SavedRound> saved_at;
-  std::vector<PerItem<A>> query, projected, offset, product;
+  std::vector<ClusterRound<A>> rounds;
+  std::vector<SavedRound> saved_layouts;
+  std::vector<PerSample<A>> query, projected, offset, product;
   DenseDispatch<A> dense{};
+  // Tensors that the rounds point into.
   std::vector<Tensor> alive;
 
   explicit Icm(const IcmInputs& inputs)
@@ -28,13 +29,13 @@ struct Icm {
     const Tensor alpha = check_gate(in.alpha, in.x, gates, "alpha");
     const Tensor beta = check_gate(in.beta, in.x, gates, "beta");
     for (int64_t t = 0; t < in.count(); ++t) {
-      Round<A>& r = rounds[t];
+      ClusterRound<A>& r = rounds[t];
       r.batch = in.x.size(0);
       r.channels = in.x.size(2);
       r.height = t == 0 ? in.hw[0] : in.grids[2 * t - 2];
       r.width = t == 0 ? in.hw[1] : in.grids[2 * t - 1];
-      r.rows = in.grids[2 * t];
-      r.columns = in.grids[2 * t + 1];
+      r.grid_height = in.grids[2 * t];
+      r.grid_width = in.grids[2 * t + 1];
       r.chunks = chunk_count(r.tokens(), r.centres());
       r.shared = true;
       r.weighted = in.variant == kReleased;
@@ -48,24 +49,26 @@ struct Icm {
     }
     dense.alpha = rounds[0].alpha;
     dense.beta = rounds[0].beta;
-    dense.columns = rounds.back().centres();
-    const int64_t columns = in.variant == kPaper ? dense.columns : 0;
-    for (const Round<A>& r : rounds)
-      saved_at.push_back(saved_round(saved_at.empty() ? 0 : saved_size(), r.tokens(), r.centres(), r.channels,
-                                     columns, saved_at.empty()));
+    dense.last_centres = rounds.back().centres();
+    const int64_t last_centres = in.variant == kPaper ? dense.last_centres : 0;
+    for (const ClusterRound<A>& r : rounds)
+      saved_layouts.push_back(saved_round(saved_layouts.empty() ? 0 : saved_size(), r.tokens(), r.centres(),
+                                          r.channels, last_centres, saved_layouts.empty()));
   }
 
+  // t, contiguous and in the compute type.
   const A* rows_of(const Tensor& t) {
     alive.push_back(in_layout(torch::stable::to(t, kScalarType<A>)));
     return alive.back().template const_data_ptr<A>();
   }
 
   // L: elements of `saved` per sample.
-  int64_t saved_size() const { return saved_at.back().end; }
+  int64_t saved_size() const { return saved_layouts.back().end; }
 
+  // Labels of all rounds per sample.
   int64_t label_count() const {
     int64_t sum = 0;
-    for (const Round<A>& r : rounds) sum += r.tokens();
+    for (const ClusterRound<A>& r : rounds) sum += r.tokens();
     return sum;
   }
 
@@ -74,18 +77,18 @@ struct Icm {
     A* const base = static_cast<A*>(const_cast<void*>(saved.const_data_ptr()));
     int32_t* at = static_cast<int32_t*>(const_cast<void*>(labels.const_data_ptr()));
     for (size_t t = 0; t < rounds.size(); ++t) {
-      Round<A>& r = rounds[t];
-      bind_saved(r, saved_at[t], saved);
-      query[t] = {base + saved_at[t].query, saved_size()};
-      projected[t] = {base + saved_at[t].projected, saved_size()};
-      offset[t] = {base + saved_at[t].offset, saved_size()};
-      product[t] = {base + saved_at[t].product, saved_size()};
+      ClusterRound<A>& r = rounds[t];
+      bind_saved(r, saved_layouts[t], saved);
+      query[t] = {base + saved_layouts[t].query, saved_size()};
+      projected[t] = {base + saved_layouts[t].projected, saved_size()};
+      offset[t] = {base + saved_layouts[t].offset, saved_size()};
+      product[t] = {base + saved_layouts[t].product, saved_size()};
       r.labels = {at, label_count()};
       at += r.tokens();
       if (t == 0) {
         r.values = view_of(in.x);
       } else {
-        const PerItem<A>& from = rounds[t - 1].result;
+        const PerSample<A>& from = rounds[t - 1].result;
         r.values = {from.data, kScalarType<A> == ScalarType::Double ? DType::f64 : DType::f32, from.stride,
                     r.channels, 1};
       }
@@ -96,8 +99,8 @@ struct Icm {
     dense.last = rounds.back().result;
   }
 
-  Dispatch<A> dispatch() {
-    Dispatch<A> d{};
+  IcmDispatch<A> dispatch() {
+    IcmDispatch<A> d{};
     d.count = in.count();
     d.rounds = rounds.data();
     d.query = query.data();
@@ -109,7 +112,7 @@ struct Icm {
   }
 };
 
-// Packs [C, C] matrices as the right sides of GEMMs: those added, in one parallel loop.
+// Packs [C, C] matrices for the GEMM: run() packs all that were added, in one parallel loop.
 template <class A>
 class Packer {
  public:
@@ -123,7 +126,7 @@ class Packer {
     return out;
   }
   void run() const {
-    for_units(static_cast<int64_t>(jobs_.size()), [&](int64_t begin, int64_t end) {
+    for_tasks(static_cast<int64_t>(jobs_.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Job& job = jobs_[i];
         round_ops(A()).pack(job.matrix, job.transposed ? 1 : channels_, job.transposed ? channels_ : 1,
@@ -143,8 +146,9 @@ class Packer {
   std::vector<Job> jobs_;
 };
 
+// -> out [B, N, C], labels [B, labels of all rounds], saved [B, L]
 template <class A>
-std::vector<Tensor> forward(const IcmInputs& in) {
+std::tuple<Tensor, Tensor, Tensor> forward(const IcmInputs& in) {
   Icm<A> icm(in);
   const int64_t batch = in.x.size(0);
   const int64_t count = in.count();
@@ -155,47 +159,48 @@ std::vector<Tensor> forward(const IcmInputs& in) {
   Packer<A> packer(in.x, in.x.size(2), 2 * count);
   std::vector<Tensor> workspaces;
   for (int64_t t = 0; t < count; ++t) {
-    Round<A>& r = icm.rounds[t];
+    ClusterRound<A>& r = icm.rounds[t];
     workspaces.push_back(allocate<A>(in.x, batch, [&](Arena<A>& arena) { layout_workspace(r, arena); }));
     if (!in.projected(t)) continue;
     r.key_packed = packer.add(r.key_weight, true);
     r.value_packed = packer.add(icm.rows_of(in.projections[4 * t + 2]), true);
   }
   packer.run();
-  for (const Round<A>& r : icm.rounds) run_round(r);
+  for (const ClusterRound<A>& r : icm.rounds) run_round(r);
 
-  Dispatch<A> d = icm.dispatch();
+  IcmDispatch<A> d = icm.dispatch();
   d.out = view_of(out);
-  const DispatchOps<A>& ops = dispatch_ops(A());
-  const auto stage = [&](typename DispatchOps<A>::Stage run, int64_t units) {
-    for_units(units, [&](int64_t begin, int64_t end) { run(d, begin, end); });
+  const IcmDispatchOps<A>& ops = icm_dispatch_ops(A());
+  const auto stage = [&](typename IcmDispatchOps<A>::Stage run, int64_t tasks) {
+    for_tasks(tasks, [&](int64_t begin, int64_t end) { run(d, begin, end); });
   };
   if (in.variant == kPaper) stage(ops.queries, batch);
   stage(in.variant == kPaper ? ops.dense : ops.masked, batch * icm.rounds[0].chunks);
   return {out, labels, saved};
 }
 
+// Workspace of the dispatch's gradients.
 template <class A>
-void layout_workspace(const Icm<A>& icm, Dispatch<A>& d, Arena<A>& arena) {
-  const Round<A>& r = icm.rounds[0];
-  const int64_t columns = icm.dense.columns;
+void layout_workspace(const Icm<A>& icm, IcmDispatch<A>& d, Arena<A>& arena) {
+  const ClusterRound<A>& r = icm.rounds[0];
+  const int64_t last_centres = icm.dense.last_centres;
   if (icm.in.variant == kReleased) {
-    d.sums = arena.take(r.chunks * r.centres() * r.channels);
+    d.grad_sums = arena.take(r.chunks * r.centres() * r.channels);
     return;
   }
-  d.sums = arena.take(r.chunks * columns * r.channels);
-  d.query_sums = arena.take(r.chunks * columns * r.channels);
-  d.query_pulls = arena.take(r.chunks * columns);
+  d.grad_sums = arena.take(r.chunks * last_centres * r.channels);
+  d.query_sums = arena.take(r.chunks * last_centres * r.channels);
+  d.query_dcos_sums = arena.take(r.chunks * last_centres);
   d.gate_grad = arena.take(r.chunks * 2);
 }
 
-// The gradients of x, of the projections, of alpha and of beta.
 struct Gradients {
   Tensor x;
   std::vector<Tensor> projections;
   Tensor alpha, beta;
 };
 
+// One backward pass; the constructor checks and allocates.
 template <class A>
 class Backward {
  public:
@@ -219,18 +224,18 @@ class Backward {
   }
 
   Gradients run() {
-    const DispatchOps<A>& ops = dispatch_ops(A());
+    const IcmDispatchOps<A>& ops = icm_dispatch_ops(A());
     const bool paper = in_.variant == kPaper;
-    const auto stage = [&](typename DispatchOps<A>::Stage run, int64_t units) {
-      for_units(units, [&](int64_t begin, int64_t end) { run(dispatch_, begin, end); });
+    const auto stage = [&](typename IcmDispatchOps<A>::Stage run, int64_t tasks) {
+      for_tasks(tasks, [&](int64_t begin, int64_t end) { run(dispatch_, begin, end); });
     };
-    stage(paper ? ops.dense_sums : ops.masked_sums, batch_ * icm_.rounds[0].chunks);
-    stage(paper ? ops.dense_centres : ops.masked_centres, batch_);
+    stage(paper ? ops.dense_grad_sums : ops.masked_grad_sums, batch_ * icm_.rounds[0].chunks);
+    stage(paper ? ops.dense_centre_grad : ops.masked_centre_grad, batch_);
     for (int64_t t = count_ - 1; t >= 0; --t) run_round_grad(icm_.rounds[t], gradients_[t]);
     out_.alpha = torch::stable::new_empty(in_.alpha, Sizes{in_.alpha.size(0)});
     out_.beta = torch::stable::new_empty(in_.beta, Sizes{in_.beta.size(0)});
     for (int64_t t = 0; t < in_.alpha.size(0); ++t) {
-      const PerItem<A>& parts = paper ? dispatch_.gate_grad : gradients_[t].gate_grad;
+      const PerSample<A>& parts = paper ? dispatch_.gate_grad : gradients_[t].gate_grad;
       const int64_t chunks = icm_.rounds[t].chunks;
       out_.alpha.template mutable_data_ptr<A>()[t] = sum_gate_grad(parts, batch_, chunks, 0);
       out_.beta.template mutable_data_ptr<A>()[t] = sum_gate_grad(parts, batch_, chunks, 1);
@@ -250,18 +255,19 @@ class Backward {
 
   void keep(const Tensor& t) { alive_.push_back(t); }
 
+  // Arguments and memory of round t.
   void prepare(int64_t t) {
-    Round<A>& r = icm_.rounds[t];
-    RoundGrad<A>& g = gradients_[t];
+    ClusterRound<A>& r = icm_.rounds[t];
+    ClusterRoundGrad<A>& g = gradients_[t];
     g.dense = in_.variant == kPaper;
-    g.columns = icm_.dense.columns;
+    g.last_centres = icm_.dense.last_centres;
     g.query = icm_.query[t];
     g.product = icm_.product[t];
     g.dispatch = t == 0 ? &icm_.dense : nullptr;
     g.groups = group_count(r.batch, r.chunks);
     keep(allocate<A>(in_.x, batch_, [&](Arena<A>& arena) {
       layout_workspace(r, g, arena);
-      g.product_grad = arena.take(g.dense && t > 0 ? r.tokens() * g.columns : 0);
+      g.product_grad = arena.take(g.dense && t > 0 ? r.tokens() * g.last_centres : 0);
       if (in_.projected(t)) {
         g.pooled_packed = arena.take(round_ops(A()).packed_size(r.centres(), r.channels));
         g.mean_packed = arena.take(round_ops(A()).packed_size(r.centres(), r.channels));
@@ -270,7 +276,7 @@ class Backward {
     if (t == 0) {
       g.keys_grad = view_of(out_.x);
     } else {
-      const PerItem<A>& to = gradients_[t - 1].result_grad;
+      const PerSample<A>& to = gradients_[t - 1].result_grad;
       g.keys_grad = {to.data, r.values.dtype, to.stride, r.channels, 1};
     }
     for (int i = 0; i < 4; ++i) {
@@ -287,33 +293,34 @@ class Backward {
       g.bias_grad[which] = {bias.mutable_data_ptr(), dtype, 0, r.channels, 1};
     }
     r.key_packed = packer_.add(r.key_weight, true);
-    g.key_rows = packer_.add(r.key_weight, false);
-    g.value_rows = packer_.add(icm_.rows_of(in_.projections[4 * t + 2]), false);
+    g.key_packed = packer_.add(r.key_weight, false);
+    g.value_packed = packer_.add(icm_.rows_of(in_.projections[4 * t + 2]), false);
     const int64_t size = r.channels * (r.channels + 1);
     keep(torch::stable::new_empty(in_.x, Sizes{g.groups * size}, kScalarType<A>));
-    g.weight_sums = alive_.back().template mutable_data_ptr<A>();
-    g.bias_sums = g.weight_sums + g.groups * r.channels * r.channels;
+    g.key_weight_sums = alive_.back().template mutable_data_ptr<A>();
+    g.key_bias_sums = g.key_weight_sums + g.groups * r.channels * r.channels;
   }
 
   const IcmInputs& in_;
   Icm<A> icm_;
   int64_t count_, batch_;
-  std::vector<RoundGrad<A>> gradients_;
+  std::vector<ClusterRoundGrad<A>> gradients_;
   Packer<A> packer_;
-  Dispatch<A> dispatch_;
+  IcmDispatch<A> dispatch_;
   std::vector<Tensor> alive_;
   Gradients out_;
 };
 
+// x [B, N, C]; projections, alpha, beta, grids, hw as in IcmInputs
 std::tuple<Tensor, Tensor, Tensor> icm(const Tensor& x, const std::vector<Tensor>& projections,
                                        const Tensor& alpha, const Tensor& beta, const Sizes& grids,
                                        const Sizes& hw, int64_t variant) {
   const IcmInputs in{x, projections, alpha, beta, grids, hw, variant};
   check_icm(in);
-  auto out = compute_type(x) == ScalarType::Double ? forward<double>(in) : forward<float>(in);
-  return {out[0], out[1], out[2]};
+  return compute_type(x) == ScalarType::Double ? forward<double>(in) : forward<float>(in);
 }
 
+// grad [B, N, C] of the output -> the gradients of x, projections, alpha and beta
 std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> icm_backward(const Tensor& grad, const Tensor& x,
                                                                      const std::vector<Tensor>& projections,
                                                                      const Tensor& alpha, const Tensor& beta,
