@@ -17,7 +17,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).resolve().parent
-QUICK_ARCHS = "90-real"
 # What CMake prints where something is missing, and the way out.
 PROBLEMS = (
     (
@@ -73,7 +72,7 @@ def find_torch() -> pathlib.Path:
 
 
 def cuda_archs() -> str:
-    """TORCH_CUDA_ARCH_LIST in CMake's words; without it one architecture, so that a build stays quick."""
+    """TORCH_CUDA_ARCH_LIST in CMake's notation; "" if it is not set, for the default of CMakeLists.txt."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
     archs = []
     for entry in filter(None, listed.split(";")):
@@ -82,7 +81,7 @@ def cuda_archs() -> str:
             fail(f'TORCH_CUDA_ARCH_LIST holds entries such as "9.0", "9.0a" or "10.0+PTX", got {entry!r}')
         major, minor, suffix, ptx = match.groups()
         archs.append(f"{major}{minor}{suffix}" + ("" if ptx else "-real"))
-    return ";".join(archs) or QUICK_ARCHS
+    return ";".join(archs)
 
 
 def cmake_executable() -> str:
@@ -141,8 +140,9 @@ class CMakeBuild(build_ext):
         configure = [
             *(cmake_executable(), "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
             *(f"-DFRD_TORCH_DIR={torch_dir}", f"-DFRD_OUTPUT_DIR={out}", f"-DFRD_CUDA={mode}"),
-            *(f"-DPython_EXECUTABLE={sys.executable}", f"-DFRD_CUDA_ARCHS={cuda_archs()}"),
-            f"-DFRD_GIT_REVISION={git_revision()}",
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-DFRD_GIT_REVISION={git_revision()}"),
+            # Without a list the cache must not keep that of an earlier build.
+            f"-DFRD_CUDA_ARCHS={archs}" if (archs := cuda_archs()) else "-UFRD_CUDA_ARCHS",
         ]
         ninja = shutil.which("ninja")
         if ninja:

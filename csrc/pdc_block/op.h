@@ -1,4 +1,4 @@
-// Argument checks of the fused block, shared by the CPU and the CUDA launcher.
+// Argument checks of the fused block, shared by the CPU and CUDA operators.
 #pragma once
 #include "core/layout.h"
 #include "pdc/op.h"
@@ -60,13 +60,14 @@ inline void check_point_bias(const PdcBlockGeometry& a, const std::optional<Tens
       "pdc_block: point_bias must be [", a.out_channels, "] of the dtype and device of x");
 }
 
+// The layout of all images of the block.
 inline MemoryFormat format_of(const PdcBlockGeometry& a) {
   return a.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
 }
 
-// A tensor that the caller gives beside x: [B, channels, Ho, Wo], made dense in the layout of x.
-inline Tensor matching(const PdcBlockGeometry& a, const char* name, const Tensor& t, const Tensor& x,
-                       int64_t channels) {
+// Checks the argument t [B, channels, Ho, Wo] against x [B, C, H, W] and returns it dense in the layout of x.
+inline Tensor checked_images(const PdcBlockGeometry& a, const char* name, const Tensor& t, const Tensor& x,
+                             int64_t channels) {
   FRD_CHECK_VALUE(t.dim() == 4 && t.size(0) == a.batch && t.size(1) == channels &&
                       t.size(2) == a.out_height && t.size(3) == a.out_width,
                   "pdc_block: ", name, " must be [", a.batch, ", ", channels, ", ", a.out_height, ", ",

@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "pdc_block/cuda/block_launch.cuh"
+#include "pdc_block/cuda/block.cuh"
 
 using namespace frd;
 

@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "pdc_block/cuda/point_grad_launch.cuh"
+#include "pdc_block/cuda/point_grad.cuh"
 
 using namespace frd;
 

@@ -1,4 +1,4 @@
-// relu(stencil(x)) of one tile, in the compute type. For kernel.cpp only.
+// The hidden values relu(stencil(x)) of one tile, in the compute type. Only for kernel.cpp.
 #pragma once
 #include "core/vec.h"
 #include "pdc/taps.h"
@@ -16,16 +16,16 @@ static inline __attribute__((always_inline)) void add_pdc_terms(V& sum, V theta,
       sum += weight(k) * at(plus);
     } else if constexpr (!pure) {
       sum += weight(k) * (at(plus) - theta * at(minus));
-    } else if constexpr (plus.dy != minus.dy || plus.dx != minus.dx) {  // else x - x: the unused weight
+    } else if constexpr (plus.dy != minus.dy || plus.dx != minus.dx) {
+      // Otherwise the term is x - x.
       sum += weight(k) * (at(plus) - at(minus));
     }
     add_pdc_terms<kind, pure, k + 1>(sum, theta, weight, at);
   }
 }
 
-// start + sum_k weight(k) (at(plus_k) - theta at(minus_k)), the difference first, k ascending; `pure`: theta
-// is 1. V: float, double or a vector of them; weight(int) and at(Tap) give a V. With at(t) reading the
-// gradient at -t this is also the gradient of the input (stride 1).
+// start + sum_k w_k (x[plus_k] - theta x[minus_k]), the difference first, k ascending; pure: theta == 1. V is
+// float, double or a vector of them; weight(int) and at(Tap) return a V.
 template <PdcKind kind, bool pure, class V, class Weight, class At>
 static inline __attribute__((always_inline)) V pdc_sum(V start, V theta, const Weight& weight, const At& at) {
   add_pdc_terms<kind, pure, 0>(start, theta, weight, at);
@@ -35,7 +35,7 @@ static inline __attribute__((always_inline)) V pdc_sum(V start, V theta, const W
 namespace FRD_ISA {
 namespace {
 
-// As Vec, for a single element.
+// The interface of Vec for a single element.
 template <class A>
 struct Lane {
   static constexpr int lanes = 1;
@@ -50,8 +50,9 @@ struct Lane {
   }
 };
 
+// Pixels of the output.
 struct Tile {
-  int64_t image, y, x, rows, columns;  // of the output
+  int64_t image, y, x, rows, columns;
   int64_t pixels() const { return rows * columns; }
 };
 
@@ -68,7 +69,7 @@ int64_t reach(const PdcBlockArgs& a) { return kernel_side(a.kind) / 2; }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// The part of x that a tile reads, with zeros where it hangs over the edge.
+// The part of x that a tile reads, with zeros outside the image.
 struct Window {
   int64_t rows, pitch;
 };
@@ -83,14 +84,14 @@ int64_t staged_elements(const PdcBlockArgs& a, int64_t lanes) {
   return round_up(w.rows * w.pitch, lanes) + lanes;
 }
 
-// As torch's: NaN stays NaN.
+// Keeps NaN, like torch.
 template <class V>
 FRD_INLINE V relu(V v) {
   return v <= V{} ? V{} : v;
 }
 
-// line[i] = relu of the stencil whose window starts at staged[i], i < n rounded up to whole vectors; weights
-// [10].
+// line[i] = relu(bias + sum_k w_k (x[plus_k] - theta x[minus_k])) of the window that starts at staged[i], for
+// i < n rounded up to whole vectors; weights [10].
 template <PdcKind kind, bool pure, class A>
 void stencil_line(const PdcBlockArgs& a, const A* staged, int64_t pitch, const A* weights, A* line,
                   int64_t n) {
@@ -125,6 +126,7 @@ StencilLine<A> stencil_line_for(PdcKind kind, bool pure) {
   }
 }
 
+// Converts n elements.
 template <class T>
 void copy_row(const T* from, compute_t<T>* to, int64_t n) {
   typedef Vec<compute_t<T>> V;
@@ -133,11 +135,11 @@ void copy_row(const T* from, compute_t<T>* to, int64_t n) {
   for (; i < n; ++i) to[i] = load(from[i]);
 }
 
-// hidden [C, ld], the tile's pixels in their order; each row is written up to a vector beyond its end.
-// staged, line: staged_elements each.
+// NCHW: hidden [C, stride] of the tile's pixels; each row is written up to a vector beyond its end. staged
+// and line have staged_elements() each.
 template <class T>
-void hidden_planes(const PdcBlockArgs& a, const Tile& t, compute_t<T>* staged, compute_t<T>* line,
-                   compute_t<T>* hidden, int64_t ld) {
+void hidden_nchw(const PdcBlockArgs& a, const Tile& t, compute_t<T>* staged, compute_t<T>* line,
+                 compute_t<T>* hidden, int64_t stride) {
   typedef compute_t<T> A;
   const Window w = window_of(a, t.rows, t.columns);
   const int64_t top = t.y * a.stride_y - reach(a) * a.dilation_y;
@@ -154,7 +156,7 @@ void hidden_planes(const PdcBlockArgs& a, const Tile& t, compute_t<T>* staged, c
       if (top + r >= 0 && top + r < a.height)
         copy_row(plane + (top + r) * a.width + first, staged + r * w.pitch + first - left, last - first);
     if (dense) stencil(a, staged, w.pitch, weights, line, (t.rows - 1) * w.pitch + t.columns);
-    A* out = hidden + c * ld;
+    A* out = hidden + c * stride;
     for (int64_t r = 0; r < t.rows; ++r, out += t.columns) {
       if (dense) {
         for (int64_t i = 0; i < t.columns; i += Vec<A>::lanes)
@@ -168,7 +170,7 @@ void hidden_planes(const PdcBlockArgs& a, const Tile& t, compute_t<T>* staged, c
   }
 }
 
-// Channels [c, c + lanes) of hidden [pixels, C].
+// channels_last: channels [c, c + lanes) of hidden [pixels, C].
 template <class L, PdcKind kind, bool pure, class T>
 void hidden_lanes(const PdcBlockArgs& a, const Tile& t, int64_t c, compute_t<T>* hidden) {
   typedef compute_t<T> A;
@@ -184,7 +186,8 @@ void hidden_lanes(const PdcBlockArgs& a, const Tile& t, int64_t c, compute_t<T>*
   A* out = hidden + c;
   for (int64_t r = 0; r < t.rows; ++r) {
     const T* rows[2 * kReach + 1];
-    int64_t steps[2 * kReach + 1];  // from pixel to pixel: none in a row outside the image
+    // From pixel to pixel; 0 in a row outside the image, which reads zeros.
+    int64_t steps[2 * kReach + 1];
     for (int d = -kReach; d <= kReach; ++d) {
       const int64_t y = (t.y + r) * a.stride_y + d * a.dilation_y;
       const bool inside = y >= 0 && y < a.height;
@@ -215,13 +218,14 @@ void hidden_channels(const PdcBlockArgs& a, const Tile& t, compute_t<T>* hidden)
     for (int64_t c = 0; c < a.channels; ++c) hidden_lanes<Lane<compute_t<T>>, kind, pure, T>(a, t, c, hidden);
     return;
   }
-  for (int64_t c = 0; c < a.channels; c += V::lanes)  // the last vector overlaps the one before
+  // The last vector overlaps the one before.
+  for (int64_t c = 0; c < a.channels; c += V::lanes)
     hidden_lanes<V, kind, pure, T>(a, t, c + V::lanes <= a.channels ? c : a.channels - V::lanes, hidden);
 }
 
-// hidden [pixels, C]
+// channels_last: hidden [pixels, C].
 template <class T>
-void hidden_pixels(const PdcBlockArgs& a, const Tile& t, compute_t<T>* hidden) {
+void hidden_channels_last(const PdcBlockArgs& a, const Tile& t, compute_t<T>* hidden) {
   switch (a.kind) {
     case PdcKind::central:
       return a.pure ? hidden_channels<PdcKind::central, true, T>(a, t, hidden)

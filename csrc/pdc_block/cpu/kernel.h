@@ -1,20 +1,23 @@
-// CPU kernels of the fused block: stencil -> ReLU into a cache-resident tile, then the 1x1 as a product of
-// tiles.
+// CPU kernels of the fused block, out = point relu(stencil(x)) (+ bias) (+ residual): the hidden values
+// relu(stencil(x)) of a tile stay in the cache, and the 1x1 convolution is a GEMM over the tile.
 #pragma once
 #include "core/isa.h"
 #include "pdc_block/geometry.h"
 
 namespace frd {
 
-constexpr int kStencilRow = kPdcWeights + 1;  // of the prepared stencil: nine weights, then the bias
+// Values per channel of the prepared stencil: nine weights, then the bias.
+constexpr int kStencilRow = kPdcWeights + 1;
 
-// A is the compute type: double for double, else float. "Planes" is NCHW, "pixels" is channels_last.
+// A below is the compute type: double for double, else float.
 struct PdcBlockArgs : PdcBlockGeometry {
-  // A tile is tile_rows whole rows of the output, or (tile_rows 1) tile_columns of a row: contiguous pixels.
+  // A tile is tile_rows whole rows of the output, or with tile_rows 1 tile_columns of a row: contiguous
+  // pixels.
   int64_t tile_rows, tile_columns, tiles_y, tiles_x;
-  const void* x;           // [B, C, H, W]
-  const void* stencil;     // A; planes [C, 10], pixels [10, C]
-  const void* point;       // A [Co, C]; pixels: packed, forward [C, Co] (its transpose), backward [Co, C]
+  const void* x;        // [B, C, H, W]
+  const void* stencil;  // A; NCHW [C, 10], channels_last [10, C]
+  // A; NCHW [Co, C]; channels_last packed for the GEMM, forward [C, Co] (the transpose), backward [Co, C].
+  const void* point;
   const void* point_bias;  // A [Co] or null
   const void* residual;    // [B, Co, Ho, Wo] or null
   void* out;               // forward: [B, Co, Ho, Wo]
@@ -23,11 +26,13 @@ struct PdcBlockArgs : PdcBlockGeometry {
 };
 
 struct PdcBlockKernels {
-  int64_t (*forward_scratch)(const PdcBlockArgs& a);   // elements of A
-  int64_t (*backward_scratch)(const PdcBlockArgs& a);  // elements of A
-  // tiles [begin, end); scratch aligned to 64 bytes
+  // Elements of A that the scratch takes.
+  int64_t (*forward_scratch)(const PdcBlockArgs& a);
+  int64_t (*backward_scratch)(const PdcBlockArgs& a);
+  // Tiles [begin, end); scratch is aligned to 64 bytes.
   void (*forward)(const PdcBlockArgs& a, void* scratch, int64_t begin, int64_t end);
-  // the same, and the sums over these tiles: sums A [Co, C] (of the 1x1 weight), then [Co] (of its bias)
+  // hidden_grad of the tiles, and their sums of the gradient of the 1x1 weight, sums A [Co, C], and of its
+  // bias [Co].
   void (*backward)(const PdcBlockArgs& a, void* scratch, int64_t begin, int64_t end, void* sums);
 };
 

@@ -1,7 +1,9 @@
+// CPU operators of the fused block: checks, memory, threads and registration.
 #include <array>
 #include <atomic>
 #include <cstdlib>
 #include <tuple>
+#include <type_traits>
 
 #include "core/gemm.h"
 #include "core/layout.h"
@@ -14,15 +16,19 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kForwardTile = 64;    // pixels: the tile and the 1x1 weight share the second cache
-constexpr int64_t kBackwardTile = 128;  // more, as the weight's gradient passes through the cache once a tile
-constexpr int64_t kTilesPerGroup = 2;   // of the backward pass; a group leaves one partial weight gradient
+// Pixels of a tile. A forward tile and the 1x1 weight share the second-level cache; the backward has larger
+// tiles, as the weight's gradient passes through the cache once per tile.
+constexpr int64_t kForwardTile = 64;
+constexpr int64_t kBackwardTile = 128;
+// Groups of tiles in the backward, each of which leaves one partial gradient of the 1x1 weight.
+constexpr int64_t kTilesPerGroup = 2;
 constexpr int64_t kMaxGroups = 16;
 
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-// Tiles of about `target` pixels: whole rows, evenly shared out, or pieces of a row. Set by the shape alone.
-int64_t cut(PdcBlockArgs& a, int64_t target) {
+// Cuts the output into tiles of about `target` pixels, whole rows or parts of a row, and returns their
+// number. Depends on the shape alone, and so does the order of sums.
+int64_t choose_tiles(PdcBlockArgs& a, int64_t target) {
   if (a.out_width <= target) {
     a.tile_columns = a.out_width;
     a.tiles_y = ceil_div(a.out_height, target / a.out_width);
@@ -37,69 +43,86 @@ int64_t cut(PdcBlockArgs& a, int64_t target) {
   return a.batch * a.tiles_y * a.tiles_x;
 }
 
-// The weights as the kernel wants them; `a` points into the tensors, which have to outlive it.
+// weights [C, 9], biases [C] or null -> NCHW [C, 10], channels_last [10, C]
+template <class T>
+void prepare_stencil(const PdcBlockArgs& a, const T* weights, const T* biases, compute_t<T>* out) {
+  const int64_t channel_stride = a.channels_last ? 1 : kStencilRow;
+  const int64_t weight_stride = a.channels_last ? a.channels : 1;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    compute_t<T>* to = out + c * channel_stride;
+    for (int k = 0; k < kPdcWeights; ++k) to[k * weight_stride] = load(weights[c * kPdcWeights + k]);
+    to[kPdcWeights * weight_stride] = biases ? load(biases[c]) : compute_t<T>(0);
+  }
+}
+
+// Packs point [Co, C] for the GEMM: for the forward its transpose, for the backward as it is.
+template <class T>
+void pack_point(const PdcBlockArgs& a, const T* point, bool backward, compute_t<T>* out) {
+  const GemmKernels& gemm = gemm_kernels();
+  const int64_t k = backward ? a.out_channels : a.channels;
+  const int64_t n = backward ? a.channels : a.out_channels;
+  const int64_t rs = backward ? a.channels : 1;
+  const int64_t cs = backward ? 1 : a.channels;
+  if constexpr (std::is_same_v<T, float>) {
+    gemm.f32.pack(point, rs, cs, k, n, out);
+  } else if constexpr (std::is_same_v<T, double>) {
+    gemm.f64.pack(point, rs, cs, k, n, out);
+  } else if constexpr (std::is_same_v<T, bf16>) {
+    gemm.f32_pack_bf16(point, rs, cs, k, n, out);
+  } else {
+    gemm.f32_pack_f16(point, rs, cs, k, n, out);
+  }
+}
+
+// Elements of the 1x1 weight as the kernel takes it; 0 if it takes point_weight [Co, C] as it is.
+template <class T>
+int64_t prepared_point_size(const PdcBlockArgs& a, bool backward) {
+  using A = compute_t<T>;
+  if (!a.channels_last) return sizeof(T) == sizeof(A) ? 0 : a.out_channels * a.channels;
+  const int64_t k = backward ? a.out_channels : a.channels;
+  const int64_t n = backward ? a.channels : a.out_channels;
+  return sizeof(A) == 8 ? gemm_kernels().f64.packed_size(k, n) : gemm_kernels().f32.packed_size(k, n);
+}
+
+// Tensors that the prepared arguments point into.
 struct Prepared {
-  Tensor pdc_weight, point_weight, work;
+  Tensor point_weight, work;
 };
 
-// point_bias [Co] or null
-Prepared prepare(PdcBlockArgs& a, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
-                 const Tensor& point_weight, const OptionalTensor& point_bias, bool backward) {
-  const OptionalTensor shift = pdc_bias ? OptionalTensor(in_layout(*pdc_bias)) : std::nullopt;
-  const OptionalTensor bias = point_bias ? OptionalTensor(in_layout(*point_bias)) : std::nullopt;
-  Prepared p{in_layout(pdc_weight), in_layout(point_weight), Tensor()};
-  const int64_t c = a.channels;
-  const int64_t co = a.out_channels;
-  const int64_t k = backward ? co : c;
-  const int64_t n = backward ? c : co;
-  const GemmKernels& gemm = gemm_kernels();
+// Sets stencil, point and point_bias of the arguments. pdc_weight [C, 1, 3, 3], pdc_bias [C], point_weight
+// [Co, C, 1, 1], point_bias [Co]; the result must outlive the arguments.
+Prepared prepare_weights(PdcBlockArgs& a, const Tensor& pdc_weight_, const OptionalTensor& pdc_bias_,
+                         const Tensor& point_weight, const OptionalTensor& point_bias_, bool backward) {
+  const Tensor pdc_weight = in_layout(pdc_weight_);
+  const OptionalTensor pdc_bias = pdc_bias_ ? OptionalTensor(in_layout(*pdc_bias_)) : std::nullopt;
+  const OptionalTensor point_bias = point_bias_ ? OptionalTensor(in_layout(*point_bias_)) : std::nullopt;
+  Prepared p{in_layout(point_weight), Tensor()};
   with_dtype(a.dtype, [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
-    constexpr bool same = sizeof(T) == sizeof(A);
     const auto whole_lines = [](int64_t elements) { return ceil_div(elements, 16) * 16; };
-    const int64_t stencil_size = whole_lines(c * kStencilRow);
-    const int64_t bias_size = bias ? whole_lines(co) : 0;
-    int64_t point_size = same ? 0 : co * c;
-    if (a.channels_last)
-      point_size = sizeof(A) == 8 ? gemm.f64.packed_size(k, n) : gemm.f32.packed_size(k, n);
+    const int64_t stencil_size = whole_lines(a.channels * kStencilRow);
+    const int64_t bias_size = point_bias ? whole_lines(a.out_channels) : 0;
+    const int64_t point_size = prepared_point_size<T>(a, backward);
     p.work = torch::stable::new_empty(p.point_weight, {stencil_size + bias_size + point_size},
                                       sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
     A* stencil = static_cast<A*>(p.work.mutable_data_ptr());
-    const T* weights = static_cast<const T*>(p.pdc_weight.const_data_ptr());
-    const T* shifts = shift ? static_cast<const T*>(shift->const_data_ptr()) : nullptr;
-    const int64_t of_channel = a.channels_last ? 1 : kStencilRow;
-    const int64_t of_weight = a.channels_last ? c : 1;
-    for (int64_t i = 0; i < c; ++i) {
-      A* to = stencil + i * of_channel;
-      for (int j = 0; j < kPdcWeights; ++j) to[j * of_weight] = load(weights[i * kPdcWeights + j]);
-      to[kPdcWeights * of_weight] = shifts ? load(shifts[i]) : A(0);
-    }
+    const T* biases = pdc_bias ? static_cast<const T*>(pdc_bias->const_data_ptr()) : nullptr;
+    prepare_stencil(a, static_cast<const T*>(pdc_weight.const_data_ptr()), biases, stencil);
     a.stencil = stencil;
-    if (bias) {
-      A* to = stencil + stencil_size;
-      for (int64_t i = 0; i < co; ++i) to[i] = load(static_cast<const T*>(bias->const_data_ptr())[i]);
-      a.point_bias = to;
+    if (point_bias) {
+      A* bias = stencil + stencil_size;
+      const T* from = static_cast<const T*>(point_bias->const_data_ptr());
+      for (int64_t i = 0; i < a.out_channels; ++i) bias[i] = load(from[i]);
+      a.point_bias = bias;
     }
     const T* point = static_cast<const T*>(p.point_weight.const_data_ptr());
-    A* to = stencil + stencil_size + bias_size;
-    a.point = to;
-    const int64_t rs = backward ? c : 1;
-    const int64_t cs = backward ? 1 : c;
-    if (!a.channels_last) {
-      if constexpr (same) {
-        a.point = point;
-      } else {
-        for (int64_t i = 0; i < co * c; ++i) to[i] = load(point[i]);
-      }
-    } else if constexpr (std::is_same_v<T, float>) {
-      gemm.f32.pack(point, rs, cs, k, n, to);
-    } else if constexpr (std::is_same_v<T, double>) {
-      gemm.f64.pack(point, rs, cs, k, n, to);
-    } else if constexpr (std::is_same_v<T, bf16>) {
-      gemm.f32_pack_bf16(point, rs, cs, k, n, to);
-    } else {
-      gemm.f32_pack_f16(point, rs, cs, k, n, to);
+    A* prepared = stencil + stencil_size + bias_size;
+    a.point = point_size > 0 ? static_cast<const void*>(prepared) : point;
+    if (a.channels_last) {
+      pack_point(a, point, backward, prepared);
+    } else if (point_size > 0) {
+      for (int64_t i = 0; i < point_size; ++i) prepared[i] = load(point[i]);
     }
   });
   return p;
@@ -107,8 +130,8 @@ Prepared prepare(PdcBlockArgs& a, const Tensor& pdc_weight, const OptionalTensor
 
 int64_t compute_size(const PdcBlockArgs& a) { return a.dtype == DType::f64 ? 8 : 4; }
 
-// A buffer of this thread that stays for its next calls: fresh pages would cost as much as a small tile.
-// Null when there is no memory.
+// A buffer that this thread keeps for its next calls, as mapping fresh pages would cost as much as a small
+// tile. Null if the allocation failed.
 void* thread_scratch(int64_t bytes) {
   struct Buffer {
     void* data = nullptr;
@@ -124,11 +147,11 @@ void* thread_scratch(int64_t bytes) {
   return buffer.data;
 }
 
-// work(scratch, begin, end) over `items`, shared out among the threads
+// Runs work(scratch, begin, end) over the tasks 0 .. tasks - 1, distributed over threads.
 template <class Work>
-void run(int64_t items, int64_t scratch_bytes, const Work& work) {
+void run_tasks(int64_t tasks, int64_t scratch_bytes, const Work& work) {
   std::atomic<bool> failed{false};
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch(scratch_bytes);
     if (scratch)
       work(scratch, begin, end);
@@ -138,31 +161,35 @@ void run(int64_t items, int64_t scratch_bytes, const Work& work) {
   STD_TORCH_CHECK(!failed, "pdc_block: no memory for a scratch of ", scratch_bytes, " bytes");
 }
 
+// x [B, C, H, W], pdc_weight [C, 1, 3, 3], pdc_bias [C], point_weight [Co, C, 1, 1], point_bias [Co],
 // residual [B, Co, Ho, Wo] -> [B, Co, Ho, Wo]
 Tensor pdc_block(const Tensor& x_, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
                  const Tensor& point_weight, const OptionalTensor& point_bias,
                  const OptionalTensor& residual_, int64_t kind, double theta, const Ints& stride,
                  const Ints& dilation) {
-  PdcBlockArgs a{checked_pdc_block(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation)};
+  PdcBlockArgs a{};
+  static_cast<PdcBlockGeometry&>(a) =
+      checked_pdc_block(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation);
   check_point_bias(a, point_bias, x_);
   const Tensor x = in_layout(x_, format_of(a));
   const OptionalTensor residual =
-      residual_ ? OptionalTensor(matching(a, "residual", *residual_, x, a.out_channels)) : std::nullopt;
+      residual_ ? OptionalTensor(checked_images(a, "residual", *residual_, x, a.out_channels)) : std::nullopt;
   Tensor out = empty_images(x, a.out_channels, a.out_height, a.out_width, format_of(a));
   if (a.batch == 0) return out;
-  const Prepared prepared = prepare(a, pdc_weight, pdc_bias, point_weight, point_bias, false);
-  const int64_t tiles = cut(a, kForwardTile);
+  const Prepared prepared = prepare_weights(a, pdc_weight, pdc_bias, point_weight, point_bias, false);
+  const int64_t tiles = choose_tiles(a, kForwardTile);
   a.x = x.const_data_ptr();
   a.residual = residual ? residual->const_data_ptr() : nullptr;
   a.out = out.mutable_data_ptr();
   const PdcBlockKernels& kernels = pdc_block_kernels();
-  run(tiles, kernels.forward_scratch(a) * compute_size(a),
-      [&](void* scratch, int64_t begin, int64_t end) { kernels.forward(a, scratch, begin, end); });
+  run_tasks(tiles, kernels.forward_scratch(a) * compute_size(a),
+            [&](void* scratch, int64_t begin, int64_t end) { kernels.forward(a, scratch, begin, end); });
   return out;
 }
 
-// sums [groups, Co * C + Co] -> d_point [Co, C, 1, 1], d_bias [Co]: group after group
-void reduce(const PdcBlockArgs& a, const Tensor& sums, int64_t groups, Tensor& d_point, Tensor& d_bias) {
+// sums [groups, Co * C + Co] -> d_point [Co, C, 1, 1], d_bias [Co], added in ascending order.
+void reduce_point_grad(const PdcBlockArgs& a, const Tensor& sums, int64_t groups, Tensor& d_point,
+                       Tensor& d_bias) {
   const int64_t weights = a.out_channels * a.channels;
   const int64_t row = weights + a.out_channels;
   with_dtype(a.dtype, [&](auto element) {
@@ -181,7 +208,8 @@ void reduce(const PdcBlockArgs& a, const Tensor& sums, int64_t groups, Tensor& d
   });
 }
 
-// The gradients of the difference convolution: its own operator, with padding = dilation.
+// Calls the operator for the gradients of the difference convolution. grad [B, C, Ho, Wo], x [B, C, H, W],
+// weight [C, 1, 3, 3] -> dx, dw, db
 std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad, const Tensor& x,
                                                             const Tensor& weight, int64_t kind, double theta,
                                                             const Ints& stride, const Ints& padding,
@@ -197,24 +225,26 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad, 
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
-// grad [B, Co, Ho, Wo] -> dx [B, C, H, W], d_pdc [C, 1, 3, 3], d_pdc_bias [C], d_point [Co, C, 1, 1],
-// d_point_bias [Co]
+// grad [B, Co, Ho, Wo], x [B, C, H, W], pdc_weight [C, 1, 3, 3], pdc_bias [C], point_weight [Co, C, 1, 1] ->
+// dx [B, C, H, W], d_pdc [C, 1, 3, 3], d_pdc_bias [C], d_point [Co, C, 1, 1], d_point_bias [Co]
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     const Tensor& grad_, const Tensor& x_, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
     const Tensor& point_weight, int64_t kind, double theta, const Ints& stride, const Ints& dilation) {
-  PdcBlockArgs a{checked_pdc_block(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation)};
+  PdcBlockArgs a{};
+  static_cast<PdcBlockGeometry&>(a) =
+      checked_pdc_block(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation);
   const Tensor x = in_layout(x_, format_of(a));
-  const Tensor grad = matching(a, "grad", grad_, x, a.out_channels);
+  const Tensor grad = checked_images(a, "grad", grad_, x, a.out_channels);
   Tensor d_point = torch::stable::new_empty(x, {a.out_channels, a.channels, 1, 1});
   Tensor d_point_bias = torch::stable::new_empty(x, {a.out_channels});
-  // What leaves the 1x1 and the ReLU backwards: never larger than x, and read again while still in a cache.
+  // The gradient of the stencil's output. No larger than x, and read again while still in a cache.
   Tensor hidden_grad = empty_images(x, a.channels, a.out_height, a.out_width, format_of(a));
   if (a.batch == 0) {
     torch::stable::zero_(d_point);
     torch::stable::zero_(d_point_bias);
   } else {
-    const Prepared prepared = prepare(a, pdc_weight, pdc_bias, point_weight, std::nullopt, true);
-    const int64_t tiles = cut(a, kBackwardTile);
+    const Prepared prepared = prepare_weights(a, pdc_weight, pdc_bias, point_weight, std::nullopt, true);
+    const int64_t tiles = choose_tiles(a, kBackwardTile);
     const int64_t wanted = ceil_div(tiles, kTilesPerGroup);
     const int64_t groups = wanted < kMaxGroups ? wanted : kMaxGroups;
     const int64_t row = a.out_channels * a.channels + a.out_channels;
@@ -224,13 +254,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     a.grad = grad.const_data_ptr();
     a.hidden_grad = hidden_grad.mutable_data_ptr();
     const PdcBlockKernels& kernels = pdc_block_kernels();
-    run(groups, kernels.backward_scratch(a) * compute_size(a),
-        [&](void* scratch, int64_t begin, int64_t end) {
-          for (int64_t g = begin; g < end; ++g)
-            kernels.backward(a, scratch, tiles * g / groups, tiles * (g + 1) / groups,
-                             partial + g * row * compute_size(a));
-        });
-    reduce(a, sums, groups, d_point, d_point_bias);
+    run_tasks(groups, kernels.backward_scratch(a) * compute_size(a),
+              [&](void* scratch, int64_t begin, int64_t end) {
+                for (int64_t g = begin; g < end; ++g)
+                  kernels.backward(a, scratch, tiles * g / groups, tiles * (g + 1) / groups,
+                                   partial + g * row * compute_size(a));
+              });
+    reduce_point_grad(a, sums, groups, d_point, d_point_bias);
   }
   auto [dx, d_pdc, d_pdc_bias] = pdc2d_depthwise_backward(hidden_grad, x, pdc_weight, kind, theta, stride,
                                                           dilation, dilation, true, true);

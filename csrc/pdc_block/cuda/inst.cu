@@ -1,8 +1,8 @@
 // The block's product and the gradient of its 1x1 weight, compiled once for each FRD_DTYPE: f32, f16, bf16.
-// (In float64 the block is composed of its parts.)
+// In float64 Python composes the block of its parts.
 #include "core/instantiate.h"
-#include "pdc_block/cuda/block_launch.cuh"
-#include "pdc_block/cuda/point_grad_launch.cuh"
+#include "pdc_block/cuda/block.cuh"
+#include "pdc_block/cuda/point_grad.cuh"
 
 namespace frd {
 

@@ -1,4 +1,4 @@
-// Launchers of the fused block on CUDA, without torch.
+// Launchers of the fused block, without torch.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -6,25 +6,30 @@
 
 namespace frd {
 
-// What makes a value of the product's left operand ("hidden", [B, C, Ho, Wo]) from x.
+// How the left operand of the product, the hidden values [B, C, Ho, Wo], is computed from x.
 enum class Prologue : int {
-  copy,  // x itself
+  // x itself.
+  copy,
+  // ReLU of the stencil of that kind with theta 1, stride 1 and dilation 1.
   vanilla,
   central,
   angular,
-  radial,  // ReLU of the stencil with theta 1, stride 1, dilation 1
-  gather   // ReLU of any other stencil
+  radial,
+  // ReLU of any other stencil.
+  gather
 };
 
-// out [B, Co, Ho, Wo] = sum_c hidden[b, c, y, x] point[co, c] (+ point_bias[co]) (+ residual); or, with a
-// gate in place of the residual, 0 where gate <= 0. All of the same dtype and, if an image, of the same
+// out[b, co, y, x] = sum_c hidden[b, c, y, x] point[co, c] (+ point_bias[co]) (+ residual). With a gate
+// instead of the residual, out is 0 where gate <= 0. All tensors have the same dtype, and all images the same
 // layout.
 struct BlockProductArgs {
   DType dtype;
   bool channels_last;
   Prologue prologue;
-  PdcKind kind;  // of a gather
-  bool pure;     // theta is 1
+  // Of a gather.
+  PdcKind kind;
+  // theta == 1.
+  bool pure;
   float theta;
   int64_t batch;
   int channels, height, width, out_channels, out_height, out_width;
@@ -39,37 +44,40 @@ struct BlockProductArgs {
   void* out;                 // [B, Co, Ho, Wo]
 };
 
-// What a card offers. The choice of tiles follows it; the results do not.
+// Resources of the GPU. The choice of tiles depends on them, the results do not.
 struct CudaLimits {
-  int processors, shared_per_block, shared_per_processor;
+  int multiprocessors, shared_per_block, shared_per_multiprocessor;
 };
 
-// Sizes of a tile of the product, as the launcher names them.
+// Sizes of a tile of the product.
 enum class BlockTile : int { small, medium, large };
 
-// d_point [Co, C] = sum over images and pixels of grad[co] relu(hidden[c]), d_bias [Co] = sum of grad[co].
+// d_point[co, c] = sum over images and pixels of grad[co] relu(hidden[c]), d_bias[co] = sum of grad[co].
 struct PointGradArgs {
   DType dtype;
   bool channels_last;
-  int64_t batch, pixels;  // of an image
+  int64_t batch;
+  // Of an image.
+  int64_t pixels;
   int channels, out_channels;
   int parts;           // from point_grad_parts()
   const void* grad;    // [B, Co, Ho, Wo]
   const void* hidden;  // [B, C, Ho, Wo]
-  float* partial;      // [parts, Co * C + Co], to write in
-  void *d_point, *d_bias;
+  float* partial;      // workspace [parts, Co * C + Co]
+  void* d_point;       // [Co, C]
+  void* d_bias;        // [Co]
 };
 
-// Parts of the sum over all pixels: enough to fill a card, few enough that they stay far below the images in
-// size. They follow the shapes alone, so that the result does.
+// Parts of the sum over all pixels: enough to fill a GPU, but much smaller in total than the images. They
+// depend on the shapes alone, and so does the order of the sum.
 inline int point_grad_parts(int64_t batch, int64_t pixels) {
-  constexpr int64_t kPixelsOfPart = 256;
-  constexpr int64_t kFew = 16;
-  constexpr int64_t kMost = 64;
-  const int64_t runs = (batch * pixels + kPixelsOfPart / 4 - 1) / (kPixelsOfPart / 4);
-  if (runs <= kFew) return static_cast<int>(runs);
-  const int64_t parts = runs / 4 < kFew ? kFew : runs / 4;
-  return static_cast<int>(parts < kMost ? parts : kMost);
+  constexpr int64_t kPixelsPerPart = 256;
+  constexpr int64_t kMinParts = 16;
+  constexpr int64_t kMaxParts = 64;
+  const int64_t runs = (batch * pixels + kPixelsPerPart / 4 - 1) / (kPixelsPerPart / 4);
+  if (runs <= kMinParts) return static_cast<int>(runs);
+  const int64_t parts = runs / 4 < kMinParts ? kMinParts : runs / 4;
+  return static_cast<int>(parts < kMaxParts ? parts : kMaxParts);
 }
 
 cudaError_t block_product_bf16(const BlockProductArgs& a, const CudaLimits& limits, cudaStream_t stream);

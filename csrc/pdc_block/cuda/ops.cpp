@@ -1,3 +1,4 @@
+// CUDA operators of the fused block: checks, memory, stream and registration.
 #include "pdc_block/cuda/launch.h"
 
 #include <algorithm>
@@ -17,10 +18,10 @@ CudaLimits limits_of_device() {
   CudaLimits limits{};
   int device = 0;
   STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   STD_CUDA_CHECK(
       cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_per_processor,
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_per_multiprocessor,
                                         cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   return limits;
 }
@@ -50,7 +51,7 @@ PdcBlockGeometry checked(const Tensor& x, const Tensor& pdc_weight, const Option
   return g;
 }
 
-// The forward product's shape; tensors are left to the caller.
+// Arguments of the forward product, without its tensors.
 BlockProductArgs product_of(const PdcBlockGeometry& g) {
   BlockProductArgs a{};
   a.dtype = g.dtype;
@@ -65,7 +66,7 @@ BlockProductArgs product_of(const PdcBlockGeometry& g) {
   a.width = static_cast<int>(g.width);
   a.out_height = static_cast<int>(g.out_height);
   a.out_width = static_cast<int>(g.out_width);
-  // Steps beyond the image all lead outside.
+  // All strides and dilations beyond the size of the image lead outside it, so that int is enough.
   a.stride_y = static_cast<int>(std::min(g.stride_y, g.height));
   a.stride_x = static_cast<int>(std::min(g.stride_x, g.width));
   a.dilation_y = static_cast<int>(std::min(g.dilation_y, g.height));
@@ -98,7 +99,7 @@ Tensor pdc_block(const Tensor& x_, const Tensor& pdc_weight, const OptionalTenso
   const OptionalTensor stencil_bias = contiguous(pdc_bias);
   const OptionalTensor bias = contiguous(point_bias);
   const OptionalTensor residual =
-      residual_ ? OptionalTensor(matching(g, "residual", *residual_, x, g.out_channels)) : std::nullopt;
+      residual_ ? OptionalTensor(checked_images(g, "residual", *residual_, x, g.out_channels)) : std::nullopt;
   Tensor out = empty_images(x, g.out_channels, g.out_height, g.out_width, format_of(g));
   if (g.batch == 0) return out;
   BlockProductArgs a = product_of(g);
@@ -116,7 +117,8 @@ Tensor pdc_block(const Tensor& x_, const Tensor& pdc_weight, const OptionalTenso
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-// The difference convolution, which the backward pass takes once more: the hidden values before their ReLU.
+// Calls the operator for the difference convolution: the backward pass computes the hidden values, before
+// their ReLU, again. x [B, C, H, W], weight [C, 1, 3, 3], bias [C] -> [B, C, Ho, Wo]
 Tensor pdc2d_depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t kind,
                        double theta, const Ints& stride, const Ints& padding, const Ints& dilation) {
   std::array<StableIValue, 8> stack{from(x),     from(weight), from(bias),    from(kind),
@@ -126,6 +128,8 @@ Tensor pdc2d_depthwise(const Tensor& x, const Tensor& weight, const OptionalTens
   return to<Tensor>(stack[0]);
 }
 
+// Calls the operator for the gradients of the difference convolution. grad [B, C, Ho, Wo], x [B, C, H, W],
+// weight [C, 1, 3, 3] -> dx, dw, db
 std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad, const Tensor& x,
                                                             const Tensor& weight, int64_t kind, double theta,
                                                             const Ints& stride, const Ints& padding,
@@ -137,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad, 
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
-// The gradient of the stencil's output, [B, C, Ho, Wo]: the forward product with the transposed weight and
-// the gradient in place of hidden values, gated by the ReLU. grad [B, Co, Ho, Wo], hidden [B, C, Ho, Wo]
+// The gradient [B, C, Ho, Wo] of the stencil's output: the forward product with the transposed 1x1 weight and
+// with grad instead of the hidden values, gated by the ReLU. grad [B, Co, Ho, Wo], hidden [B, C, Ho, Wo]
 Tensor hidden_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tensor& hidden,
                        const Tensor& point_weight, cudaStream_t stream) {
   Tensor out = empty_images(hidden, g.channels, g.out_height, g.out_width, format_of(g));
@@ -157,7 +161,7 @@ Tensor hidden_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tens
   return out;
 }
 
-// d_point [Co, C, 1, 1], d_bias [Co]
+// grad [B, Co, Ho, Wo], hidden [B, C, Ho, Wo] -> d_point [Co, C, 1, 1], d_bias [Co]
 void point_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tensor& hidden, Tensor& d_point,
                     Tensor& d_bias, cudaStream_t stream) {
   PointGradArgs a{};
@@ -178,15 +182,15 @@ void point_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tensor&
   STD_CUDA_CHECK(launch(a, stream));
 }
 
-// grad [B, Co, Ho, Wo] -> dx [B, C, H, W], d_pdc [C, 1, 3, 3], d_pdc_bias [C], d_point [Co, C, 1, 1],
-// d_point_bias [Co]
+// grad [B, Co, Ho, Wo], x [B, C, H, W], pdc_weight [C, 1, 3, 3], pdc_bias [C], point_weight [Co, C, 1, 1] ->
+// dx [B, C, H, W], d_pdc [C, 1, 3, 3], d_pdc_bias [C], d_point [Co, C, 1, 1], d_point_bias [Co]
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     const Tensor& grad_, const Tensor& x_, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
     const Tensor& point_weight, int64_t kind, double theta, const Ints& stride, const Ints& dilation) {
   const CudaScope scope(x_);
   const PdcBlockGeometry g = checked(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation);
   const Tensor x = in_layout(x_, format_of(g));
-  const Tensor grad = matching(g, "grad", grad_, x, g.out_channels);
+  const Tensor grad = checked_images(g, "grad", grad_, x, g.out_channels);
   Tensor d_point = torch::stable::new_empty(x, {g.out_channels, g.channels, 1, 1});
   Tensor d_point_bias = torch::stable::new_empty(x, {g.out_channels});
   Tensor hidden_grad;

@@ -1,9 +1,9 @@
-// A block's matrix product out of shared memory. Every sum is one chain over the reduction, whatever the
-// tile.
+// The matrix product of a thread block, from operands in shared memory. Each result is one chain of
+// multiply-adds over the reduction, whatever the tile.
 //
-// Operands "along k" are [kM or kN, 32 words] of 32 words of the reduction, permuted as block_shape.cuh says.
-// Operands "across k" are [kDepth, kM or kN], kDepth elements being 32 words; in 16 bit the groups of four
-// words of row k are permuted by k & 7.
+// Operands "along k" are [kM or kN, 32 words], each row 32 words of the reduction, swizzled as in shape.cuh.
+// Operands "across k" are [kDepth, kM or kN] with kDepth elements in 32 words; for 16-bit elements the groups
+// of four words of row k are swizzled by k & 7.
 #pragma once
 #include "pdc_block/cuda/shape.cuh"
 
@@ -11,14 +11,15 @@ namespace frd {
 
 enum class Operands { along_k, across_k };
 
-// 16 bit, by the tensor cores.
+// result [kM, kN] = rows columns^T of 16-bit elements, by the tensor cores. kRowSums: also the sums of the
+// rows of the left operand.
 template <class T, int kM, int kN, int kWarpM, int kWarpN, bool kRowSums = false>
 class TileProduct {
   static constexpr int kTilesM = kWarpM / 16;
   static constexpr int kTilesN = kWarpN / 8;
 
  public:
-  // Consecutive columns of the result that finish() hands out at once.
+  // Consecutive columns of the result that finish() passes on at once.
   static constexpr int kVector = kWarpN >= 32 ? 8 : 2;
 
   __device__ __forceinline__ void clear() {
@@ -30,7 +31,7 @@ class TileProduct {
     }
   }
 
-  // kRelu: of the columns
+  // Adds the product of one slab. kRelu: applies a ReLU to the columns first.
   template <Operands kOperands = Operands::along_k, bool kRelu = false>
   __device__ __forceinline__ void add(const uint32_t* rows, const uint32_t* columns) {
     const Reader<kOperands> reader;
@@ -68,22 +69,24 @@ class TileProduct {
     }
   }
 
-  // to.give(row, column, float (&)[kVector], to.fetch(row, column)) for every vector of this thread
+  // Calls to.store(row, column, float (&)[kVector], to.prefetch(row, column)) for every vector of this
+  // thread.
   template <class To>
   __device__ __forceinline__ void finish(const To& to) {
     const int lane = threadIdx.x % 32;
     const int t = lane % 4;
     const int row0 = first_row() + lane / 4;
     const int column0 = first_column();
-    constexpr int kVectors = kVector == 2 ? 1 : kTilesN / 4;  // of a row
+    // Vectors of a row.
+    constexpr int kVectors = kVector == 2 ? 1 : kTilesN / 4;
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
-      decltype(to.fetch(0, 0)) pending[2][kVectors];
+      decltype(to.prefetch(0, 0)) pending[2][kVectors];
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int j = 0; j < kVectors; ++j)
-          pending[half][j] = to.fetch(row0 + i * 16 + half * 8, column0 + (4 * j + t) * kVector);
+          pending[half][j] = to.prefetch(row0 + i * 16 + half * 8, column0 + (4 * j + t) * kVector);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -94,16 +97,18 @@ class TileProduct {
             v[1] = sum_[i][0][2 * half + 1];
           } else {
 #pragma unroll
-            for (int n = 0; n < 4; ++n)
-              v[2 * n] = sum_[i][4 * j + n][2 * half], v[2 * n + 1] = sum_[i][4 * j + n][2 * half + 1];
+            for (int n = 0; n < 4; ++n) {
+              v[2 * n] = sum_[i][4 * j + n][2 * half];
+              v[2 * n + 1] = sum_[i][4 * j + n][2 * half + 1];
+            }
             transpose(v, t);
           }
-          to.give(row0 + i * 16 + half * 8, column0 + (4 * j + t) * kVector, v, pending[half][j]);
+          to.store(row0 + i * 16 + half * 8, column0 + (4 * j + t) * kVector, v, pending[half][j]);
         }
     }
   }
 
-  // f(row, sum of that row of the left operand), once for each row of the tile
+  // Calls f(row, sum of that row of the left operand) once for each row of the tile.
   template <class F>
   __device__ __forceinline__ void finish_row_sums(const F& f) {
     if (first_column() != 0 || threadIdx.x % 4 != 0) return;
@@ -123,9 +128,9 @@ class TileProduct {
     for (float& s : tile) s = 0;
   }
 
-  // Fragments of 16 rows (tile i) and of 8 or 16 columns (tile j on) at elements 16 k of the reduction. The
-  // lanes of a group of eight give the rows of one 8x8 matrix; of a pair of bits (lane / 8 % 2, lane / 16)
-  // one picks the half of the rows or columns and the other that of the reduction.
+  // Loads fragments of 16 rows (tile i) and of 8 or 16 columns (tile j on) at elements 16 k of the reduction.
+  // The lanes of a group of eight pass the rows of one 8x8 matrix. Of the two bits lane / 8 % 2 and lane /
+  // 16, one selects the half of the rows or columns and the other the half of the reduction.
   template <Operands kOperands, class = void>
   struct Reader {
     int row_offset, column_offset;
@@ -166,8 +171,8 @@ class TileProduct {
     }
   };
 
-  // Four lanes hold a pair of columns of each of four tiles; afterwards each holds all eight columns of one
-  // tile.
+  // Before, four lanes each hold two columns of each of four tiles; after, each holds all eight columns of
+  // one tile.
   static __device__ __forceinline__ void transpose(float (&v)[8], int t) {
 #pragma unroll
     for (int bit = 1; bit <= 2; bit *= 2) {
@@ -191,9 +196,8 @@ class TileProduct {
   float row_sum_[kRowSums ? kTilesM : 1][4];
 };
 
-// 32 bit, by multiply-adds: exact products, and an infinity passes as it does in float32. Tensor cores would
-// need each operand split into three products of tf32, at about the same speed without TMA and with
-// infinities turned to NaN.
+// The same for float32, by multiply-adds in float32. Tensor cores would need three products of tf32 for each,
+// at about the same speed without TMA, and would turn infinities into NaN.
 template <int kM, int kN, int kWarpM, int kWarpN, bool kRowSums>
 class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
   static constexpr int kRowsOfThread = kWarpM / 4;
@@ -232,16 +236,16 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
     const int row0 = first_row();
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      decltype(to.fetch(0, 0)) pending[kColumnsOfThread / kVector];
+      decltype(to.prefetch(0, 0)) pending[kColumnsOfThread / kVector];
 #pragma unroll
       for (int j = 0; j < kColumnsOfThread; j += kVector)
-        pending[j / kVector] = to.fetch(row0 + 4 * i, column_of(j));
+        pending[j / kVector] = to.prefetch(row0 + 4 * i, column_of(j));
 #pragma unroll
       for (int j = 0; j < kColumnsOfThread; j += kVector) {
         float v[kVector];
 #pragma unroll
         for (int e = 0; e < kVector; ++e) v[e] = sum_[i][j + e];
-        to.give(row0 + 4 * i, column_of(j), v, pending[j / kVector]);
+        to.store(row0 + 4 * i, column_of(j), v, pending[j / kVector]);
       }
     }
   }
@@ -268,19 +272,22 @@ class TileProduct<float, kM, kN, kWarpM, kWarpN, kRowSums> {
     return *reinterpret_cast<const float4*>(words);
   }
 
-  // Two elements of the reduction: four would not fit the registers beside 64 sums.
+  // Adds two elements of the reduction; four would not fit the registers beside 64 sums.
   template <bool kRelu>
   __device__ __forceinline__ void add_pair(const uint32_t* rows, const uint32_t* columns, int row0,
                                            int group) {
     float2 r[kRowsOfThread];
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      r[i] = two(rows + (row0 + 4 * i) * 32 + permuted<float>(row0 + 4 * i, group) * 4);
-      if constexpr (kRowSums) row_sum_[i] += r[i].x, row_sum_[i] += r[i].y;
+      r[i] = two(rows + (row0 + 4 * i) * 32 + swizzled<float>(row0 + 4 * i, group) * 4);
+      if constexpr (kRowSums) {
+        row_sum_[i] += r[i].x;
+        row_sum_[i] += r[i].y;
+      }
     }
 #pragma unroll
     for (int j = 0; j < kColumnsOfThread; ++j) {
-      float2 c = two(columns + column_of(j) * 32 + permuted<float>(column_of(j), group) * 4);
+      float2 c = two(columns + column_of(j) * 32 + swizzled<float>(column_of(j), group) * 4);
       if constexpr (kRelu) c = {relu(c.x), relu(c.y)};
 #pragma unroll
       for (int i = 0; i < kRowsOfThread; ++i) {

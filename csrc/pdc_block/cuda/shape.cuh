@@ -1,4 +1,4 @@
-// Tiles of the block's product and how they lie in shared memory.
+// Tiles of the block's matrix product and their layout in shared memory.
 #pragma once
 #include "core/cuda_compat.h"
 #include "core/mma.h"
@@ -6,9 +6,15 @@
 
 namespace frd {
 
-// A block of threads makes kRows x kColumns pixels of kOuts output channels; each warp kWarpM x kWarpN of
-// them. kStages slabs of the input are in flight. The large tile reads least (each pixel's stencil is taken
-// once up to 256 output channels); the small one serves images that would leave most of a card idle.
+// ceil(n / by).
+inline int block_count(int64_t n, int64_t by) { return static_cast<int>((n + by - 1) / by); }
+
+inline bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// A thread block computes kRows x kColumns pixels of kOuts output channels, and each warp kWarpM x kWarpN of
+// them. kStages slabs of the input are in flight; kBlocks thread blocks fit a multiprocessor. The large tile
+// reads least, as it computes each pixel's stencil once for up to 256 output channels. The small one is for
+// images that would leave most of the GPU idle.
 struct LargeTile {
   static constexpr int kRows = 8;
   static constexpr int kColumns = 16;
@@ -43,7 +49,7 @@ struct SmallTile {
   static constexpr int kStripRows = 2;
 };
 
-// n / divisor by a multiplication, for 0 <= n < 2^31 and a divisor below 2^31.
+// Division of 0 <= n < 2^31 by a divisor below 2^31, as a multiplication and a shift.
 struct Divider {
   uint32_t multiplier = 0;
   int divisor = 1;
@@ -53,89 +59,101 @@ struct Divider {
     while ((int64_t{1} << shift) < by) ++shift;
     multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + by - 1) / by);
   }
-  FRD_HD int quotient(int n) const {  // the high word of a product of two words, shifted
+  // The high word of a product of two words, shifted.
+  FRD_HD int quotient(int n) const {
     return static_cast<int>(
         static_cast<uint32_t>((static_cast<uint64_t>(multiplier) * (2u * static_cast<uint32_t>(n))) >> 32) >>
         shift);
   }
 };
 
-// The arguments as the kernel wants them.
+// Arguments of the kernel.
 struct BlockProduct : BlockProductArgs {
-  Divider slabs;    // of the reduction
-  int point_slots;  // of shared memory for their weights
-  int reach, lead;  // of the halo: rows above, columns to the left of the tile
+  // Slabs of channels that the product sums over.
+  Divider slabs;
+  // Slots of shared memory for slabs of the 1x1 weight.
+  int point_slots;
+  // Halo of a tile: rows above and below it, columns to the left.
+  int reach, left_halo;
   int halo_rows;
   Divider halo_columns, tiles_x, tiles_of_image;
   int tiles;
   int stage_words;
-  const void* extra;                                // residual or gate
-  bool wide_x, wide_stencil, wide_point, wide_out;  // sizes and addresses allow vectors
+  // residual or gate [B, Co, Ho, Wo], or null.
+  const void* extra;
+  // Whether sizes and addresses allow vector loads and stores.
+  bool vectorized_x, vectorized_stencil, vectorized_point, vectorized_out;
 };
 
-template <class T_, bool kPixels_, class Tile_>
+template <class T_, bool kChannelsLast_, class Tile_>
 struct BlockShape {
   using T = T_;
   using Tile = Tile_;
-  static constexpr bool kPixels = kPixels_;                      // channels_last, else NCHW
-  static constexpr int kUnit = 4 / static_cast<int>(sizeof(T));  // elements of a word
-  static constexpr int kSlab = 32 * kUnit;                       // channels that a step multiplies
+  static constexpr bool kChannelsLast = kChannelsLast_;
+  // Elements of a word.
+  static constexpr int kUnit = 4 / static_cast<int>(sizeof(T));
+  // Channels of a slab, which one step multiplies.
+  static constexpr int kSlab = 32 * kUnit;
   static constexpr int kThreads = Tile::kWarps * 32;
   static constexpr int kPixelCount = Tile::kRows * Tile::kColumns;
 
-  // In NCHW, where rows of 16-bit pixels are copied word by word, a word of the halo holds two pixels of a
-  // channel; else it holds kUnit channels of a pixel. An odd pitch keeps writes across pixels free of bank
-  // conflicts.
-  static constexpr bool kPaired = !kPixels && kUnit == 2;
-  static constexpr int kPitch = kPixels ? 32 : kPaired ? 65 : 33;
+  // A word of the halo holds kUnit channels of a pixel; but kPaired, in NCHW with 16-bit elements, it holds
+  // two pixels of a channel, as rows are copied word by word. An odd pitch keeps writes across pixels free of
+  // bank conflicts.
+  static constexpr bool kPaired = !kChannelsLast && kUnit == 2;
+  static constexpr int kPitch = kChannelsLast ? 32 : kPaired ? 65 : 33;
   static constexpr int kStripChannels = kPaired ? 1 : kUnit;
   static constexpr int kStripRows =
       kPaired && Tile::kRows >= 2 * Tile::kStripRows ? 2 * Tile::kStripRows : Tile::kStripRows;
   static constexpr int kStripsX = Tile::kColumns / 2;
   static constexpr int kStripsY = Tile::kRows / kStripRows;
-  static constexpr int kStrips = kStripsX * kStripsY * (kPaired ? 2 : 1);  // of 32 lanes
-  static_assert(kStrips % Tile::kWarps == 0, "every warp takes as many strips");
+  // Strips of 32 lanes.
+  static constexpr int kStrips = kStripsX * kStripsY * (kPaired ? 2 : 1);
+  static_assert(kStrips % Tile::kWarps == 0, "every warp takes the same number of strips");
 
-  // The product's rows and columns: whichever of pixels and output channels lies contiguous in memory is
+  // The product's rows and columns. Of pixels and output channels, those contiguous in memory are the
   // columns.
-  static constexpr int kM = kPixels ? kPixelCount : Tile::kOuts;
-  static constexpr int kN = kPixels ? Tile::kOuts : kPixelCount;
+  static constexpr int kM = kChannelsLast ? kPixelCount : Tile::kOuts;
+  static constexpr int kN = kChannelsLast ? Tile::kOuts : kPixelCount;
 
-  static FRD_HD constexpr int lead(int reach) { return kPaired && reach > 0 ? 2 : reach; }
+  static FRD_HD constexpr int left_halo(int reach) { return kPaired && reach > 0 ? 2 : reach; }
   static FRD_HD constexpr int halo_rows(int reach) { return Tile::kRows + 2 * reach; }
-  static FRD_HD constexpr int halo_columns(int reach) {  // in words of a row
-    return (Tile::kColumns + 2 * lead(reach)) / (kPaired ? 2 : 1);
+  // Words of a row of the halo.
+  static FRD_HD constexpr int halo_columns(int reach) {
+    return (Tile::kColumns + 2 * left_halo(reach)) / (kPaired ? 2 : 1);
   }
   static constexpr int kStencilWords = kSlab * kPdcWeights / kUnit;
   static FRD_HD constexpr int halo_words(int reach) {
     return (halo_rows(reach) * halo_columns(reach) * kPitch + 3) / 4 * 4;
   }
-  // halo, weights [kSlab, 9], biases [kSlab]
+  // A stage holds the halo, the weights [kSlab, 9] and the biases [kSlab].
   static FRD_HD constexpr int stage_words(int reach) { return halo_words(reach) + kStencilWords + 32; }
   static constexpr int kHiddenWords = kPixelCount * 32;
   static constexpr int kPointWords = Tile::kOuts * 32;
-  // two tiles of hidden values, then `slots` of the 1x1 weight, then the stages
+  // Shared memory holds two tiles of hidden values, `slots` slabs of the 1x1 weight, and the stages.
   static FRD_HD constexpr int shared_bytes(int reach, int slots) {
     return 4 * (2 * kHiddenWords + slots * kPointWords + Tile::kStages * stage_words(reach));
   }
 };
 
-// Both operands of the product are rows of 32 words of which groups of four are permuted, so that a column of
-// groups lies in different banks: in 16 bit for eight consecutive rows (ldmatrix), in 32 bit for every fourth
-// row (a thread's four consecutive columns of the result).
+// Both operands of the product are rows of 32 words, whose groups of four words are swizzled so that a column
+// of groups is in different banks: for 16-bit elements in eight consecutive rows (ldmatrix), for 32-bit
+// elements in every fourth row (a thread's four consecutive columns of the result).
 template <class T>
-FRD_HD constexpr int permuted(int row, int group) {
+FRD_HD constexpr int swizzled(int row, int group) {
   return group ^ ((sizeof(T) == 2 ? row : row >> 2) & 7);
 }
 
-FRD_DEVICE float relu(float v) { return v <= 0 ? 0.f : v; }  // NaN stays NaN
+// Keeps NaN.
+FRD_DEVICE float relu(float v) { return v <= 0 ? 0.f : v; }
 
-struct TilePlace {
+// Of the first output pixel of a tile.
+struct TilePosition {
   int64_t image;
-  int y, x;  // of the first output pixel
+  int y, x;
 };
 template <class S>
-FRD_DEVICE TilePlace place_of(const BlockProduct& a, int tile) {
+FRD_DEVICE TilePosition position_of(const BlockProduct& a, int tile) {
   const int image = a.tiles_of_image.quotient(tile);
   const int rest = tile - image * a.tiles_of_image.divisor;
   const int row = a.tiles_x.quotient(rest);

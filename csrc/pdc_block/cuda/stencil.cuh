@@ -1,11 +1,11 @@
-// From a stage of the input to a tile of hidden values [pixels, kSlab], the left operand of the product.
+// Computes a tile of hidden values [pixels, kSlab], the operand of the product, from a stage of the input.
 #pragma once
 #include "pdc_block/cuda/shape.cuh"
 
 namespace frd {
 
-// A difference of two taps, the first of them earlier in the image: so the two outputs that need it with
-// opposite signs share one subtraction.
+// A difference of two taps, the first of which comes earlier in the image, so that two outputs that need it
+// with opposite signs share one subtraction.
 struct TapDifference {
   Tap first, second;
   bool flipped;
@@ -17,7 +17,7 @@ FRD_HD constexpr TapDifference difference_of(PdcKind kind, int k) {
   return before ? TapDifference{plus, minus, false} : TapDifference{minus, plus, true};
 }
 
-// sum += sum_k weight[k] (at(plus_k) - at(minus_k)), theta 1; at(Tap, channel)
+// sum += sum_k w_k (x[plus_k] - x[minus_k]), theta 1, with at(Tap, channel) reading x.
 template <PdcKind kind, int k, int kChannels, class At>
 FRD_DEVICE void add_differences(float (&sum)[kChannels], const float (&weight)[kPdcWeights][kChannels],
                                 const At& at) {
@@ -56,33 +56,35 @@ FRD_DEVICE uint32_t float_bits(float v) {
   return bits;
 }
 
-// The two pixels (columns 2 j and 2 j + 1) that a lane makes in one row of a strip, and where they go.
+// The two pixels, column and column + 1, that a lane computes in each row of a strip.
 template <class S>
-struct StripPlace {
-  int unit;         // of the slab: a word of channels, or in pairs of pixels a channel
-  int column, row;  // of the tile
+struct StripPosition {
+  // Of the slab: a word of channels, or if kPaired a channel.
+  int unit;
+  // Of the tile.
+  int column, row;
 };
 
 template <class S>
-FRD_DEVICE void store_hidden(uint32_t* hidden, const StripPlace<S>& at, int row, uint32_t left,
+FRD_DEVICE void store_hidden(uint32_t* hidden, const StripPosition<S>& at, int row, uint32_t left,
                              uint32_t right) {
   const int pixel = (at.row + row) * S::Tile::kColumns + at.column;
-  hidden[pixel * 32 + permuted<typename S::T>(pixel, at.unit >> 2) * 4 + (at.unit & 3)] = left;
-  hidden[(pixel + 1) * 32 + permuted<typename S::T>(pixel + 1, at.unit >> 2) * 4 + (at.unit & 3)] = right;
+  hidden[pixel * 32 + swizzled<typename S::T>(pixel, at.unit >> 2) * 4 + (at.unit & 3)] = left;
+  hidden[(pixel + 1) * 32 + swizzled<typename S::T>(pixel + 1, at.unit >> 2) * 4 + (at.unit & 3)] = right;
 }
-// The same for one channel in 16 bit; both: the left pixel in the low half.
+// The same for one 16-bit channel; `both` has the left pixel in its low half.
 template <class S>
-FRD_DEVICE void store_hidden_pair(uint32_t* hidden, const StripPlace<S>& at, int channel, int row,
+FRD_DEVICE void store_hidden_pair(uint32_t* hidden, const StripPosition<S>& at, int channel, int row,
                                   uint32_t both) {
   uint16_t* halves = reinterpret_cast<uint16_t*>(hidden);
   const int pixel = (at.row + row) * S::Tile::kColumns + at.column;
-  halves[pixel * 64 + permuted<typename S::T>(pixel, channel >> 3) * 8 + (channel & 7)] =
+  halves[pixel * 64 + swizzled<typename S::T>(pixel, channel >> 3) * 8 + (channel & 7)] =
       static_cast<uint16_t>(both);
-  halves[(pixel + 1) * 64 + permuted<typename S::T>(pixel + 1, channel >> 3) * 8 + (channel & 7)] =
+  halves[(pixel + 1) * 64 + swizzled<typename S::T>(pixel + 1, channel >> 3) * 8 + (channel & 7)] =
       static_cast<uint16_t>(both >> 16);
 }
 
-// How a strip reads its window: kChannels at once of a word of channels, from its half `half` on.
+// Loads one row of a strip's window: kChannels of a word of channels, from its half `half` on.
 template <class S, int kReach, int kChannels>
 FRD_DEVICE void window_row(const uint32_t* corner, int row, int half,
                            float (&to)[2 + 2 * kReach][kChannels]) {
@@ -105,7 +107,7 @@ FRD_DEVICE void window_row(const uint32_t* corner, int row, int half,
   }
 }
 
-// Weights and bias of kChannels channels from `channel` of the slab on.
+// Loads weights and bias of kChannels channels from `channel` of the slab on.
 template <class S, int kChannels>
 FRD_DEVICE void load_weights(const uint32_t* weights, int channel, float (&w)[kPdcWeights][kChannels],
                              float (&bias)[kChannels]) {
@@ -126,10 +128,10 @@ FRD_DEVICE void load_weights(const uint32_t* weights, int channel, float (&w)[kP
   }
 }
 
-// give(row, sums of its two pixels) for every row of a strip.
-template <class S, PdcKind kind, int kChannels, class Give>
-FRD_DEVICE void strip_sums(const uint32_t* halo, const uint32_t* weights, const StripPlace<S>& at, int half,
-                           const Give& give) {
+// Calls store_row(row, sums of its two pixels) for every row of a strip.
+template <class S, PdcKind kind, int kChannels, class StoreRow>
+FRD_DEVICE void strip_sums(const uint32_t* halo, const uint32_t* weights, const StripPosition<S>& at,
+                           int half, const StoreRow& store_row) {
   constexpr int reach = kernel_side(kind) / 2;
   constexpr int columns = S::halo_columns(reach);
   float weight[kPdcWeights][kChannels], bias[kChannels];
@@ -150,12 +152,12 @@ FRD_DEVICE void strip_sums(const uint32_t* halo, const uint32_t* weights, const 
       add_differences<kind, 0>(sum[i], weight,
                                [&](Tap t, int v) { return window[r + reach + t.dy][i + reach + t.dx][v]; });
     }
-    give(r, sum);
+    store_row(r, sum);
   }
 }
 
 template <class S, PdcKind kind>
-FRD_DEVICE void stencil_strip(const uint32_t* halo, const uint32_t* weights, const StripPlace<S>& at,
+FRD_DEVICE void stencil_strip(const uint32_t* halo, const uint32_t* weights, const StripPosition<S>& at,
                               uint32_t* hidden) {
   using T = typename S::T;
   if constexpr (S::kUnit == 1) {
@@ -163,7 +165,7 @@ FRD_DEVICE void stencil_strip(const uint32_t* halo, const uint32_t* weights, con
       store_hidden<S>(hidden, at, r, float_bits(relu(sum[0][0])), float_bits(relu(sum[1][0])));
     });
   } else if constexpr (S::kPaired || kind == PdcKind::radial) {
-    // radial: its window of five rows of two channels would not fit the registers beside the product's sums
+    // Radial's window of five rows of two channels would not fit the registers beside the product's sums.
 #pragma unroll 1
     for (int half = 0; half < S::kStripChannels; ++half)
       strip_sums<S, kind, 1>(halo, weights, at, half, [&](int r, const float (&sum)[2][1]) {
@@ -178,7 +180,7 @@ FRD_DEVICE void stencil_strip(const uint32_t* halo, const uint32_t* weights, con
 }
 
 template <class S>
-FRD_DEVICE void copy_strip(const uint32_t* halo, const StripPlace<S>& at, uint32_t* hidden) {
+FRD_DEVICE void copy_strip(const uint32_t* halo, const StripPosition<S>& at, uint32_t* hidden) {
   constexpr int columns = S::halo_columns(0);
 #pragma unroll
   for (int r = 0; r < S::kStripRows; ++r) {
@@ -190,12 +192,13 @@ FRD_DEVICE void copy_strip(const uint32_t* halo, const StripPlace<S>& at, uint32
   }
 }
 
-// Any stride, dilation and theta: every tap from global memory.
+// sum + sum_k w_k (x[plus_k] - theta x[minus_k]) for any stride, dilation and theta, every tap from global
+// memory.
 template <class S>
-FRD_DEVICE float gathered(const BlockProduct& a, const typename S::T* image, int y, int x, int c,
-                          const typename S::T* weight, float sum) {
-  const int pixel = S::kPixels ? a.channels : 1;
-  const typename S::T* channel = image + c * (S::kPixels ? 1 : a.height * a.width);
+FRD_DEVICE float gather_value(const BlockProduct& a, const typename S::T* image, int y, int x, int c,
+                              const typename S::T* weight, float sum) {
+  const int pixel = S::kChannelsLast ? a.channels : 1;
+  const typename S::T* channel = image + c * (S::kChannelsLast ? 1 : a.height * a.width);
   const auto at = [&](Tap t) {
     const int row = y + t.dy * a.dilation_y;
     const int column = x + t.dx * a.dilation_x;
@@ -216,41 +219,41 @@ FRD_DEVICE float gathered(const BlockProduct& a, const typename S::T* image, int
 }
 
 template <class S>
-FRD_DEVICE void gather_hidden(const BlockProduct& a, const TilePlace& place, int c0, const uint32_t* weights,
-                              uint32_t* hidden) {
+FRD_DEVICE void gather_hidden(const BlockProduct& a, const TilePosition& position, int c0,
+                              const uint32_t* weights, uint32_t* hidden) {
   using T = typename S::T;
-  const T* image = static_cast<const T*>(a.x) + place.image * a.height * a.width * a.channels;
+  const T* image = static_cast<const T*>(a.x) + position.image * a.height * a.width * a.channels;
   const T* weight = reinterpret_cast<const T*>(weights);
 #pragma unroll 1
   for (int i = threadIdx.x; i < S::kPixelCount * S::kSlab; i += S::kThreads) {
-    const int pixel = S::kPixels ? i / S::kSlab : i % S::kPixelCount;
-    const int c = S::kPixels ? i % S::kSlab : i / S::kPixelCount;
-    const int y = place.y + pixel / S::Tile::kColumns;
-    const int x = place.x + pixel % S::Tile::kColumns;
+    const int pixel = S::kChannelsLast ? i / S::kSlab : i % S::kPixelCount;
+    const int c = S::kChannelsLast ? i % S::kSlab : i / S::kPixelCount;
+    const int y = position.y + pixel / S::Tile::kColumns;
+    const int x = position.x + pixel % S::Tile::kColumns;
     float sum = 0;
     if (y < a.out_height && x < a.out_width && c0 + c < a.channels)
-      sum = gathered<S>(a, image, y * a.stride_y, x * a.stride_x, c0 + c, weight + c * kPdcWeights,
-                        load(weight[S::kSlab * kPdcWeights + c]));
+      sum = gather_value<S>(a, image, y * a.stride_y, x * a.stride_x, c0 + c, weight + c * kPdcWeights,
+                            load(weight[S::kSlab * kPdcWeights + c]));
     constexpr int group = 16 / static_cast<int>(sizeof(T));
-    store(reinterpret_cast<T*>(hidden)[pixel * S::kSlab + permuted<T>(pixel, c / group) * group + c % group],
+    store(reinterpret_cast<T*>(hidden)[pixel * S::kSlab + swizzled<T>(pixel, c / group) * group + c % group],
           relu(sum));
   }
 }
 
-// The tile of hidden values of one slab.
+// Computes the tile of hidden values of one slab.
 template <class S>
-FRD_DEVICE void make_hidden(const BlockProduct& a, const TilePlace& place, int slab, const uint32_t* stage,
-                            uint32_t* hidden) {
+FRD_DEVICE void make_hidden(const BlockProduct& a, const TilePosition& position, int slab,
+                            const uint32_t* stage, uint32_t* hidden) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const uint32_t* weights = stage + a.stage_words - 32 - S::kStencilWords;
-  if (a.prologue == Prologue::gather) return gather_hidden<S>(a, place, slab * S::kSlab, weights, hidden);
+  if (a.prologue == Prologue::gather) return gather_hidden<S>(a, position, slab * S::kSlab, weights, hidden);
 #pragma unroll
   for (int i = 0; i < S::kStrips; i += S::Tile::kWarps) {
     const int strip = i + warp;
     const int column = strip % S::kStripsX;
     const int rest = strip / S::kStripsX;
-    const StripPlace<S> at{rest / S::kStripsY * 32 + lane, column * 2, rest % S::kStripsY * S::kStripRows};
+    const StripPosition<S> at{rest / S::kStripsY * 32 + lane, column * 2, rest % S::kStripsY * S::kStripRows};
     switch (a.prologue) {
       case Prologue::vanilla:
         stencil_strip<S, PdcKind::vanilla>(stage, weights, at, hidden);
