@@ -1,6 +1,6 @@
-// Every operator of the namespace, in one place: the table of contents of the native code.
-// kind: 0 vanilla, 1 central, 2 angular, 3 radial (frd_kernels/pdc/kinds.py). Strings never cross the boundary:
-// the stable ABI of torch 2.11 and 2.13 leaks each `str` argument.
+// Schemas of all operators: the table of contents of the native code.
+// kind: 0 vanilla, 1 central, 2 angular, 3 radial (frd_kernels/pdc/kinds.py). Strings never cross the
+// boundary: the stable ABI of torch 2.11 and 2.13 leaks each `str` argument.
 #include "core/stable.h"
 
 STABLE_TORCH_LIBRARY(frd, m) {
@@ -24,9 +24,9 @@ STABLE_TORCH_LIBRARY(frd, m) {
       "int kind, float theta, SymInt[] stride, SymInt[] dilation) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
 
-  // Cosine clustering. aggregate: 0 count, 1 similarity. variant: 0 paper, 1 released. mask: bool, the tokens
-  // that take part. labels int32, -1 for the others; saved: what the backward pass needs, in float32 (float64
-  // for float64).
+  // Cosine clustering of tokens [B, N, C]. aggregate: 0 count, 1 similarity. variant: 0 paper, 1 released.
+  // mask: bool [B, N], the tokens that take part. labels: int32 [B, N], -1 for the others. saved: for the
+  // backward pass, in float32 (float64 for float64).
   m.def(
       "cluster(Tensor k, Tensor v, Tensor? mask, Tensor alpha, Tensor beta, SymInt[] grid, SymInt[] hw, "
       "int aggregate) -> (Tensor centres, Tensor labels, Tensor similarity, Tensor counts, Tensor saved)");
@@ -34,8 +34,7 @@ STABLE_TORCH_LIBRARY(frd, m) {
       "cluster_backward(Tensor grad_centres, Tensor grad_similarity, Tensor k, Tensor v, Tensor alpha, "
       "Tensor beta, Tensor labels, Tensor saved, SymInt[] grid, SymInt[] hw, int aggregate) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
-  // Each token's own centre times its similarity; channels_first: memory [B, C, N] under the result [B, N,
-  // C].
+  // Each token's own centre times its similarity [B, N, C]; channels_first: in memory [B, C, N].
   m.def("cluster_dispatch(Tensor centres, Tensor labels, Tensor similarity, bool channels_first) -> Tensor");
   m.def(
       "cluster_dispatch_backward(Tensor grad, Tensor centres, Tensor labels, Tensor similarity) "

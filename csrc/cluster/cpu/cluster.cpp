@@ -126,6 +126,8 @@ ClusterGradients backward(const Tensor& grad_centres, const Tensor& grad_similar
   return {grad_k, grad_v, grad_alpha, grad_beta};
 }
 
+// k, v [B, N, C], mask [B, N] bool, alpha, beta [1] -> centres [B, O, C], labels [B, N], similarity [B, N],
+// counts [B, O], saved [B, L]
 ClusterResults cluster(const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
                        const Tensor& alpha, const Tensor& beta, const Sizes& grid, const Sizes& hw,
                        int64_t aggregate) {
@@ -134,6 +136,8 @@ ClusterResults cluster(const Tensor& k, const Tensor& v, const std::optional<Ten
   return run(k, v, mask, alpha, beta, grid, hw, aggregate);
 }
 
+// grad_centres [B, O, C], grad_similarity [B, N], k, v [B, N, C], labels [B, N], saved [B, L] -> grad_k,
+// grad_v [B, N, C], grad_alpha, grad_beta [1]
 ClusterGradients cluster_backward(const Tensor& grad_centres, const Tensor& grad_similarity, const Tensor& k,
                                   const Tensor& v, const Tensor& alpha, const Tensor& beta,
                                   const Tensor& labels, const Tensor& saved, const Sizes& grid,
@@ -215,6 +219,7 @@ std::tuple<Tensor, Tensor> dispatch_backward(const Tensor& grad, const Tensor& c
   return {centre_grad, similarity_grad};
 }
 
+// centres [B, O, C], labels, similarity [B, N] -> [B, N, C]
 Tensor cluster_dispatch(const Tensor& centres, const Tensor& labels, const Tensor& similarity,
                         bool channels_first) {
   check_dispatch(centres, labels, similarity);
@@ -223,6 +228,8 @@ Tensor cluster_dispatch(const Tensor& centres, const Tensor& labels, const Tenso
   return run(centres, labels, similarity, channels_first);
 }
 
+// grad [B, N, C], centres [B, O, C], labels, similarity [B, N] -> centre_grad [B, O, C], similarity_grad [B,
+// N]
 std::tuple<Tensor, Tensor> cluster_dispatch_backward(const Tensor& grad, const Tensor& centres,
                                                      const Tensor& labels, const Tensor& similarity) {
   check_dispatch(centres, labels, similarity);

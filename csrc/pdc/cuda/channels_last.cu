@@ -11,7 +11,9 @@ namespace frd {
 constexpr int kWordsPerPixel = 32;
 // Warps of a block at most. A forward has twice as many if its tile then still fits 48 KB.
 constexpr int kBackwardWarps = 4;
-constexpr int forward_warps(PdcKind kind) { return kind == PdcKind::radial ? kBackwardWarps : 2 * kBackwardWarps; }
+constexpr int forward_warps(PdcKind kind) {
+  return kind == PdcKind::radial ? kBackwardWarps : 2 * kBackwardWarps;
+}
 
 // Copies rows x columns pixels from (y, x) on, dy and dx apart, of image [height, width, words]; zeros
 // outside. A thread copies `bytes` of each pixel from word `at` on. rows is even.

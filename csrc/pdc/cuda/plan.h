@@ -84,9 +84,9 @@ struct PdcGather {
   Divisor upsample_y, upsample_x;
   int channels;
   bool channels_last;
-  // If out is dx, forward_kind is the kind of the convolution whose weights are given.
-  bool is_input_grad;
+  // If out is dx: the kind of the convolution whose weights are given.
   PdcKind forward_kind;
+  bool is_input_grad;
   // theta == 1.
   bool pure;
   double theta;

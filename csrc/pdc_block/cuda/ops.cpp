@@ -39,6 +39,7 @@ cudaError_t launch(const PointGradArgs& a, cudaStream_t stream) {
                                  : point_grad_f32(a, stream);
 }
 
+// Checks for CUDA. x [B, C, H, W], pdc_weight [C, 1, 3, 3], pdc_bias [C], point_weight [Co, C, 1, 1]
 PdcBlockGeometry checked(const Tensor& x, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
                          const Tensor& point_weight, int64_t kind, double theta, const Ints& stride,
                          const Ints& dilation) {
