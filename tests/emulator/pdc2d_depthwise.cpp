@@ -86,8 +86,8 @@ struct Run {
           for (int64_t qx = 0; qx < x.out; ++qx)
             for (int k = 0; k < kPdcWeights; ++k) {
               const auto term = [&](Tap t, double factor) {
-                const int64_t row = qy * c.stride + (t.dy + reach) * c.dilation - y.lead;
-                const int64_t column = qx * c.stride + (t.dx + reach) * c.dilation - x.lead;
+                const int64_t row = qy * c.stride + (t.dy + reach) * c.dilation - y.padding;
+                const int64_t column = qx * c.stride + (t.dx + reach) * c.dilation - x.padding;
                 if (row < 0 || row >= c.height || column < 0 || column >= c.width) return;
                 f(index(b, ch, qy, qx, y.out, x.out), ch, k, index(b, ch, row, column, c.height, c.width),
                   factor);
