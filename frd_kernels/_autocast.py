@@ -1,4 +1,4 @@
-"""The autocast region around a call, in a form that torch.compile of every supported torch can trace."""
+"""The enclosing autocast region, in a form that torch.compile of every supported torch can trace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# Asked once: torch 2.11's compiler cannot trace the question.
+# At import: torch 2.11's compiler cannot trace is_autocast_available.
 _DEVICES = frozenset(
     name for name in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(name)
 )
@@ -18,7 +18,7 @@ def has_autocast(device: str) -> bool:
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of the autocast region for a device type; None outside one, and on devices without."""
+    """The dtype of the enclosing autocast region for a device type; None outside one, or if it has no autocast."""
     if device not in _DEVICES or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

@@ -1,7 +1,7 @@
-"""Autograd of the operators: registered with torch, and a shorter way to the same rules for eager calls.
+"""Autograd of the operators: registered with torch.library, and a faster path to the same formulas for eager calls.
 
-The wrappers of torch.library take longer than many a kernel. So an eager call gets the rules from an
-`autograd.Function` of ours, and where nothing needs a gradient it goes to the kernel at once.
+The wrappers of torch.library take longer than many of the kernels. An eager call therefore runs an `autograd.Function`
+made of the same formulas, and goes straight to the kernel where nothing requires a gradient.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ _FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
 
 
 def register(name: str, backward: Callable[..., Any], setup: Callable[..., None]) -> None:
-    """The derivative of the operator "namespace::op"; its arguments are as for torch.library.register_autograd."""
+    """Registers the backward of the operator "namespace::op"; arguments as for torch.library.register_autograd."""
     torch.library.register_autograd(name, backward, setup_context=setup)
     overload = register_vmap(name)
-    if "Tensor[]" not in schema_of(overload):  # an autograd.Function does not look into lists
+    # An autograd.Function does not track tensors in lists.
+    if "Tensor[]" not in schema_of(overload):
         _FUNCTIONS[overload] = _function(overload, backward, setup)
 
 
 def register_vmap(name: str) -> Any:
-    """vmap of the operator "namespace::op" as a loop, for gradients that come in batches
+    """Registers vmap of the operator "namespace::op" as a loop over the samples, for batched gradients
     (`torch.autograd.grad(..., is_grads_batched=True)`, `jacobian(..., vectorize=True)`). Returns its overload."""
     namespace, _, op = name.partition("::")
     overload = getattr(getattr(torch.ops, namespace), op).default
@@ -48,7 +49,7 @@ def register_vmap(name: str) -> Any:
 
 
 def _sample(values: Any, dims: Any, index: int) -> list[Any]:
-    """Number `index` of the values that are batched along `dims`; the others as they are."""
+    """Selects sample `index` of the values that are batched along `dims`; passes the others on."""
 
     def pick(value: Any, dim: Any) -> Any:
         if isinstance(dim, (list, tuple)):
@@ -59,9 +60,13 @@ def _sample(values: Any, dims: Any, index: int) -> list[Any]:
 
 
 def call(op: Any, *inputs: Any) -> Any:
-    """op(*inputs) of an operator overload. Under autocast the caller has cast the inputs already, in a way that
-    autograd sees."""
-    if has_dual_level() and any(map(_has_tangent, inputs)):  # torch.library would drop it in silence
+    """op(*inputs) of an operator overload. Under autocast the caller has already cast the inputs, by operations that
+    autograd records.
+
+    Raises:
+        NotImplementedError: an input carries a forward-mode tangent, which torch.library would drop silently.
+    """
+    if has_dual_level() and any(map(_has_tangent, inputs)):
         raise NotImplementedError(
             f"{op.name()}: forward-mode differentiation does not go through the kernels; leave use_backend "
             "out, or ask for frd_kernels.use_backend('reference')"
@@ -75,7 +80,7 @@ def call(op: Any, *inputs: Any) -> Any:
 
 
 def has_observers() -> bool:
-    """Whether something has to see the operator itself: a compiler, a dispatch mode, functorch."""
+    """Whether a compiler, a dispatch mode or functorch is active, which have to see the operator itself."""
     return torch.compiler.is_compiling() or dispatch_mode_count() > 0 or is_transformed()
 
 

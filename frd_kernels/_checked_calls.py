@@ -1,6 +1,6 @@
-"""Recognises calls like those that have passed the checks before: they need no second look.
+"""Remembers calls that have passed the argument checks, so that calls of the same shapes, dtypes and options skip them.
 
-The checks read shapes, dtypes and devices one by one, which takes longer than a small kernel.
+The checks read every argument one by one, which takes longer than a small kernel.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import torch
 
 from ._torch_internals import is_tracing
 
-_MOST = 4096  # calls of different shapes; beyond, all are forgotten
+# The cache is emptied when it holds this many distinct calls.
+_MAX_CALLS = 4096
 _SEEN: dict[Any, Any] = {}
 
 
 def key(name: str, *values: Any) -> tuple[Any, ...] | None:
-    """What checks can see of the arguments of a call of `name`; None where they have to be made: while tracing, and
-    for mixed dtypes, which autocast allows and nothing else does."""
+    """Everything that the checks of a call of `name` depend on. None where they must run: under torch.compile, and for
+    mixed dtypes, which are valid under autocast only."""
     if torch.compiler.is_compiling():
         return None
     parts: list[Any] = [name]
@@ -29,7 +30,8 @@ def key(name: str, *values: Any) -> tuple[Any, ...] | None:
             elif value.dtype != dtype:
                 return None
             parts.append((value.shape, dtype, value.device))
-        elif isinstance(value, tuple):  # (True, 1) and (1.0, 1) equal (1, 1), and are refused
+        elif isinstance(value, tuple):
+            # With the types: (True, 1) and (1.0, 1) equal (1, 1), but are invalid.
             parts.append((*map(type, value), value))
         else:
             parts.append((type(value), value))
@@ -37,17 +39,20 @@ def key(name: str, *values: Any) -> tuple[Any, ...] | None:
 
 
 def get(key: tuple[Any, ...] | None) -> Any:
-    """What `put` keeps for such a call, else None."""
+    """The value that `store` was given for this key, else None."""
     try:
         return None if key is None else _SEEN.get(key)
-    except TypeError:  # a list, or a size that is still symbolic
+    except TypeError:
+        # The key is not hashable: it holds a list or a symbolic size.
         return None
 
 
-def put(key: tuple[Any, ...] | None, value: Any) -> None:
-    if key is None or is_tracing():  # the sizes in it are tensors
+def store(key: tuple[Any, ...] | None, value: Any) -> None:
+    """Keeps the result of the checks of a call."""
+    # While torch.jit.trace records, the sizes in the key are tensors.
+    if key is None or is_tracing():
         return
-    if len(_SEEN) >= _MOST:
+    if len(_SEEN) >= _MAX_CALLS:
         _SEEN.clear()
     try:
         _SEEN[key] = value

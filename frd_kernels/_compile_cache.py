@@ -1,7 +1,6 @@
-"""Keeps graphs that torch.compile cached with another version of this package from being used with this one.
+"""Keeps torch.compile from reusing graphs that it cached with another version of this package.
 
-The keys of its caches hold an operator's name, but neither its fake nor its derivative; both are compiled into the
-graph.
+Its cache keys hold the name of an operator, but neither its fake nor its backward, which are compiled into the graph.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from ._torch_internals import config_entry
 
 
 def fingerprint(package: pathlib.Path) -> str:
-    """Differs for any two versions of the package's Python code."""
+    """A hash of the package's Python sources, for `add_to_keys`."""
     digest = hashlib.sha256()
     for source in sorted(package.rglob("*.py")):
         digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
@@ -24,7 +23,7 @@ def fingerprint(package: pathlib.Path) -> str:
 
 def add_to_keys(tag: str) -> None:
     """Appends to `torch.compiler.config.cache_key_tag`, for every thread."""
-    # In torch 2.14, unlike 2.11, an assignment holds for one thread; that of all others stands in the entry alone.
+    # In torch 2.14, unlike 2.11, an assignment is local to a thread; the other threads read the entry's default.
     entry = config_entry(config, "cache_key_tag")
     if hasattr(entry, "env_value_default"):
         known = entry.env_value_default if isinstance(entry.env_value_default, str) else entry.default

@@ -1,8 +1,8 @@
 """Whether a composite layer may read the parameters of an inner module instead of calling it.
 
-The fused kernels take the weights of several modules at once, and none of these is called. So what is attached to
-one of them, or put in its place, would go unseen: hooks, adapters, weight and spectral norm, pruning, quantization,
-sharding. Where `is_plain` finds anything of the kind, the layer runs its composed path, which calls its modules.
+A fused kernel takes the weights of several modules and calls none of them. It would therefore miss whatever is
+attached to a module or replaces it: hooks, adapters, weight and spectral norm, pruning, quantization, sharding. Where
+`is_plain` finds something of the kind, the layer calls its modules one after the other instead.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ def has_hooks(module: nn.Module) -> bool:
     for name in HOOK_ATTRIBUTES:
         if own.get(name):
             return True
-    # Seamless tiling replaces `_conv_forward` on the object; `module.compile()` sets the last one.
+    # Seamless tiling replaces `_conv_forward` on the instance; `module.compile()` sets `_compiled_call_impl`.
     return "forward" in own or "_conv_forward" in own or own.get("_compiled_call_impl") is not None
 
 
 def has_global_hooks() -> bool:
-    """Whether something is attached to the calls of all modules, besides hooks that only note names for a FLOP
-    counter, which is to see the fused operators."""
+    """Whether hooks run at the calls of all modules, or the forward of all linear layers or convolutions is replaced.
+
+    The hooks of a FLOP counter only record names, and do not count: it should see the fused operators.
+    """
     if Linear.forward is not _FORWARDS[0] or Conv2d.forward is not _FORWARDS[1]:
         return True
     # One by one: torch.compile guards each of these tables, but not what `any` finds in them.
@@ -46,9 +48,9 @@ def has_global_hooks() -> bool:
 
 
 def is_plain(module: nn.Module | None, cls: type[_Module]) -> TypeGuard[_Module]:
-    """Whether calling the module computes what `cls` does with its parameters, and nothing else.
+    """Whether a call of the module computes what the forward of `cls` does with its parameters, and nothing else.
 
-    A parametrized or sharded module has a class of its own. Takes less than a microsecond.
+    A parametrized or sharded module has another class. Takes less than a microsecond.
     """
     return type(module) is cls and not has_hooks(module) and _has_plain_weight(module)
 
@@ -57,6 +59,7 @@ def _has_plain_weight(module: nn.Module) -> bool:
     """Whether `weight`, if there is one, is an ordinary tensor: a quantized or sharded one has operators of its own."""
     own = module.__dict__
     weight = own["_parameters"].get("weight")
-    if weight is None:  # replicas of nn.DataParallel and flattened parameters are plain attributes
+    if weight is None:
+        # In replicas of nn.DataParallel and with flattened parameters it is a plain attribute.
         weight = own.get("weight")
     return weight is None or type(weight) in PLAIN_TENSORS

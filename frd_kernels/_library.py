@@ -1,4 +1,4 @@
-"""Loads the native libraries. torch comes first: it loads the libtorch that ours are resolved against."""
+"""Loads the native libraries. torch is imported first: it loads the libtorch that they link against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HERE = pathlib.Path(__file__).parent
 
 
 def _load(name: str) -> str:
-    """Loads a library of operators; returns '' or why it could not be had."""
+    """Loads a library of operators; returns '' or why that failed."""
     path = _HERE / name
     if not path.exists():
         return f"{name} was not built"
@@ -43,7 +43,7 @@ if CPU_PROBLEM:
 
 
 def declare(namespace: str, ops: Iterable[str]) -> torch.library.Library:
-    """Operators in another namespace, with the schemas that csrc/register.cpp gives those of `frd`."""
+    """Declares operators in another namespace, with the schemas of `frd`'s (csrc/register.cpp)."""
     library = torch.library.Library(namespace, "DEF")
     for op in ops:
         schema = schema_of(getattr(torch.ops.frd, op).default)

@@ -1,4 +1,4 @@
-"""Integers and numbers as arguments: Python's, NumPy's, and sizes that are being traced; never a bool."""
+"""Checks of numeric arguments: Python and NumPy numbers, and symbolic or traced sizes; a bool is not a number."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 
 def is_integer(value: object) -> TypeGuard[int]:
     """Whether the value is an integer."""
-    # Nearly every call, for which no function need be called.
+    # The common case, without a function call.
     if type(value) is int:
         return True
     if isinstance(value, (int, torch.SymInt)):
         return not isinstance(value, bool)
     if isinstance(value, torch.Tensor):
-        return torch.jit.is_tracing() and value.dim() == 0  # a size, while torch.jit.trace runs
+        # While torch.jit.trace runs, sizes are tensors.
+        return torch.jit.is_tracing() and value.dim() == 0
     return isinstance(value, numbers.Integral)
 
 
@@ -29,12 +30,12 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def as_int(value: Any) -> int:
-    """An integer as Python's int; a size that is being traced stays what it is."""
+    """The integer as a Python int; a symbolic or traced size is returned as it is."""
     return cast(int, value) if isinstance(value, (int, torch.SymInt, torch.Tensor)) else int(value)
 
 
 def as_ints(values: Iterable[Any]) -> list[int]:
-    """Integers as Python's, whose products do not overflow."""
+    """The integers as Python ints, whose products, unlike NumPy's, do not overflow."""
     return [value if type(value) is int else as_int(value) for value in values]
 
 

@@ -2,7 +2,7 @@
 
 Checked on torch 2.11.0 and 2.14.1: `tests/test_torch_internals.py` resolves each private name below, and keeps the
 rest of the package from using others. `torch._check`, which the documentation of custom operators uses, is not one.
-Callables are re-exported as they are: a function around one would cost each eager call a microsecond's part.
+Callables are re-exported as they are, since a Python function around one would slow down every eager call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which implementation an operation runs on, and why.
+"""Selects the backend that runs an operation.
 
-By default the tensor's device decides: an op runs on the first backend whose kernel is verified on such a device (the
-test suite has passed there) and preferred (measured faster than plain PyTorch there, in wall time), else as plain
-PyTorch. `use_backend` overrides; an explicit request that cannot be met raises, it never falls back.
+By default an op runs on the first backend whose kernel is verified on the tensor's device (the test suite has passed
+there) and preferred (measured faster than plain PyTorch there, in wall time), else as plain PyTorch. `use_backend`
+overrides this. An explicit request that cannot be met raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ _H100 = "benchmarks/results/nvidia-h100-80gb-hbm3"
 
 
 class Evidence(NamedTuple):
-    """The result files that a default rests on; "": there is none."""
+    """The result files behind a default, "" for none.
 
-    verified: str = ""  # the suite has passed
-    preferred: str = ""  # faster than the PyTorch form, in wall time
+    verified: the test suite has passed on such a device.
+    preferred: the kernel is faster than plain PyTorch there, in wall time.
+    """
+
+    verified: str = ""
+    preferred: str = ""
 
 
-# Verified wherever the tests run. Of dense PDC the weight transform is ours, the convolution the library's.
+# Verified wherever the tests run. For dense PDC only the weight transform is a kernel of this package; the convolution
+# is the library's.
 _ON_CPU = dict.fromkeys(_ALL, Evidence("tests", "benchmarks/results/cpu/kernels.json"))
 _SUITE, _TIMES = f"{_H100}/suite.json", f"{_H100}/kernels.json"
 _CUDA_ON_H100 = {
@@ -48,16 +53,24 @@ _TRITON_ON_H100 = dict.fromkeys(_ALL, Evidence(_SUITE))
 
 
 class Provider(NamedTuple):
-    """The kernels of a backend: torch.ops.<namespace>, for tensors on devices of one type."""
+    """The kernels of a backend, the operators torch.ops.<namespace>, for tensors on one type of device.
+
+    ops: the names that have a kernel.
+    evidence: by op.
+    problem: why none of the kernels can run here, "" if they can.
+    max_elements: the largest image [C, H, W] that the kernels can index.
+    without_float64: ops that are composed of others for float64.
+    capabilities: compute capabilities of the GPUs that the evidence was measured on.
+    """
 
     namespace: str
     device: str
     ops: frozenset[str]
-    evidence: Mapping[str, Evidence]  # by op, on such a device
-    problem: str = ""  # why none of them can run
-    most_elements: int | None = None  # of an image: what its kernels can index
-    without_float64: frozenset[str] = frozenset()  # ops that are put together from others in float64
-    capabilities: frozenset[tuple[int, int]] = frozenset()  # of the GPUs that the evidence is of
+    evidence: Mapping[str, Evidence]
+    problem: str = ""
+    max_elements: int | None = None
+    without_float64: frozenset[str] = frozenset()
+    capabilities: frozenset[tuple[int, int]] = frozenset()
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
         """Why it cannot run `op` on this tensor; None if it can."""
@@ -68,8 +81,8 @@ class Provider(NamedTuple):
         if op not in self.ops:
             return f"has no kernel for it (it has: {', '.join(sorted(self.ops))})"
         image = math.prod(tensor.shape[1:]) if tensor.dim() == 4 else 0
-        if self.most_elements is not None and image > self.most_elements:
-            return f"indexes images of at most {self.most_elements} elements, got {image}"
+        if self.max_elements is not None and image > self.max_elements:
+            return f"indexes images of at most {self.max_elements} elements, got {image}"
         return _device_refusal(self.namespace, tensor.device) if self.device == "cuda" else None
 
     def is_default(self, op: str, tensor: torch.Tensor) -> bool:
@@ -111,7 +124,7 @@ PROVIDERS = {
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("frd_backend", default=None)
-# The same for the whole process, which is what torch.compile traces: torch 2.11 has no guard for a ContextVar.
+# A global copy for torch.compile, since torch 2.11 has no guards for a ContextVar.
 _traced: str | None = None
 
 
@@ -119,13 +132,13 @@ _traced: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Runs every operation inside the `with` block on the named backend.
 
-    A graph of `torch.fx` holds the functions, which choose when the graph runs: set the backend there.
+    A `torch.fx` graph calls the public functions, which select a backend when the graph runs, not when it is traced.
 
     Args:
         name: "reference" (plain PyTorch, any device), "cpu" (C++ kernels), "triton" or "cuda".
 
     Raises:
-        ValueError: the name is none of these.
+        ValueError: another name.
         NotImplementedError: at the call of an operation that the backend cannot run.
     """
     if name not in NAMES and name not in PROVIDERS:
@@ -170,13 +183,12 @@ def requested() -> str | None:
 
 
 def select(op: str, tensor: torch.Tensor) -> Any | None:
-    """The namespace (torch.ops.frd, ...) whose operators run `op` on this tensor; None: plain PyTorch.
+    """The namespace (torch.ops.frd, ...) whose operators run `op` on this tensor; None for plain PyTorch.
 
-    That is the reference, or the composed form where `is_composed()`.
+    Plain PyTorch is the reference, or where `is_composed()` a form of it that every transform of torch supports.
 
     Raises:
-        NotImplementedError: a backend was requested with `use_backend` that cannot run the op on this tensor, or under
-            this transform.
+        NotImplementedError: the backend of `use_backend` cannot run the op on this tensor or under this transform.
     """
     name = requested()
     if name == "reference":
@@ -185,7 +197,8 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
         if is_transforming():
             return None
         if tensor.device.type in ("cpu", "meta"):
-            return torch.ops.frd  # meta tensors have no data to compute: the registered fakes answer for them
+            # Meta tensors have no data: the registered fakes give their shapes.
+            return torch.ops.frd
         for provider in (PROVIDERS["cuda"], PROVIDERS["triton"]):
             if provider.is_default(op, tensor) and provider.refusal(op, tensor) is None:
                 return getattr(torch.ops, provider.namespace)
@@ -198,12 +211,12 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
 
 
 def is_composed() -> bool:
-    """Whether `select` gives None for the sake of a transform, and not because the reference was asked for."""
+    """Whether `select` gives None because of a transform, and not because the reference was requested."""
     return is_transforming() and requested() is None
 
 
 def _transform_refusal() -> str | None:
-    """Why no kernel can run under what torch is doing. Forward mode is left to the operators, which see tangents."""
+    """Why no kernel can run under the current transform. Forward mode is refused later, for inputs with tangents."""
     if is_transformed():
         found = "torch.func (vmap, grad, jvp, ...) does not go through operators (pytorch/pytorch#168393)"
     elif is_tracing():
@@ -214,14 +227,14 @@ def _transform_refusal() -> str | None:
 
 
 def is_fused(op: str, tensor: torch.Tensor, native: Any) -> bool:
-    """Whether `op` of the namespace that `select` gave takes the tensor's dtype; else its parts have to."""
+    """Whether the namespace that `select` gave has a kernel of `op` for the tensor's dtype; else it is composed."""
     if tensor.dtype != torch.float64:
         return True
     here = [p for p in PROVIDERS.values() if p.device == tensor.device.type and p.namespace == native.name]
     return all(op not in provider.without_float64 for provider in here)
 
 
-# Asked at every call, so the answers are kept.
+# Caches: both are needed at every call.
 _CAPABILITIES: dict[torch.device, tuple[int, int]] = {}
 _REFUSALS: dict[tuple[str, torch.device], str | None] = {}
 
@@ -235,7 +248,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _device_refusal(namespace: str, device: torch.device) -> str | None:
-    """`_architecture_refusal` of a GPU."""
+    """`_architecture_refusal` for a GPU, cached."""
     if torch.compiler.is_compiling():
         return _architecture_refusal(namespace, _capability(device))
     key = (namespace, device)
@@ -256,9 +269,10 @@ def _architecture_refusal(namespace: str, capability: tuple[int, int]) -> str | 
 
 
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for a CMake architecture ("80", "90a-real", "80-virtual") runs there.
+    """Whether code built for a CMake architecture ("80", "90a-real", "80-virtual") runs on this compute capability.
 
-    Machine code runs on later minors of its major, PTX on everything later; the "a" in both on that one only.
+    Machine code runs on later minor versions of the same major version, PTX on every later one. With the suffix "a",
+    both run on exactly the capability named.
     """
     number, _, form = arch.partition("-")
     built = divmod(int(number.rstrip("af")), 10)

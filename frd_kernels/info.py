@@ -1,6 +1,6 @@
-"""`python -m frd_kernels.info`, `frd info`: versions, backends with reasons, build facts.
+"""`python -m frd_kernels.info`, `frd info`: versions, backends with reasons, build.
 
-Runs on the standard library alone and always prints: what is missing or broken is part of the report.
+Needs the standard library only and always prints a report, in which what is missing or broken is named.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _ENVIRONMENT = [
 def _guarded(probe: Callable[[], Any]) -> Any:
     try:
         return probe()
-    except Exception as error:  # a report about a broken install must not break
+    except Exception as error:
+        # A report about a broken installation must not fail itself.
         return f"unknown ({type(error).__name__}: {error})"
 
 
@@ -67,7 +68,7 @@ def _build() -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Everything `frd info` prints, as a dictionary that JSON can hold."""
+    """Everything that `frd info` prints, as a dictionary that can be written as JSON."""
     return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "machine": {
@@ -106,7 +107,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report; `--json` for machines. Returns the exit status, always 0."""
+    """Prints the report, with `--json` as JSON. Returns the exit status, always 0."""
     parser = _Parser(prog="frd info", description="versions, backends with reasons, build")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)

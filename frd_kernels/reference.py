@@ -1,4 +1,4 @@
-"""Every function in plain PyTorch: the oracle of the kernels. Same names and arguments as the public ones."""
+"""The public functions in plain PyTorch, under the same names: the oracle that the kernels are tested against."""
 
 from .cluster.reference import cluster, dispatch, icm
 from .pdc.reference import pdc2d, pdc_weight

@@ -128,7 +128,7 @@ def test_mixed_dtypes_pass_under_autocast_only() -> None:
 
 
 def test_what_was_seen_is_bounded_and_takes_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_checked_calls, "_MOST", 2)
+    monkeypatch.setattr(_checked_calls, "_MAX_CALLS", 2)
     monkeypatch.setattr(_checked_calls, "_SEEN", {})
     for size in (5, 6, 7):
         conv(torch.randn(1, 4, size, size), torch.randn(4, 1, 3, 3))

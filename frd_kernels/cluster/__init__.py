@@ -1,5 +1,5 @@
-"""Cosine clustering: one round (`cluster`), the way back to the tokens (`dispatch`), FRD-Net's iterated form
-(`icm`), and the layers built on them."""
+"""Cosine clustering: one round (`cluster`), the dispatch of centres to tokens (`dispatch`), FRD-Net's iterated form
+(`icm`), and layers built on them."""
 
 from .api import ClusterResult, cluster, dispatch, icm
 from .layers import ICM

@@ -1,4 +1,4 @@
-"""Cosine clustering of tokens, and the ICM built on it: the user-facing functions."""
+"""`cluster`, `dispatch` and `icm`: cosine clustering of the tokens of an image."""
 
 from __future__ import annotations
 
@@ -34,37 +34,36 @@ def cluster(
     beta: Scalar = 0.0,
     mask: torch.Tensor | None = None,
 ) -> ClusterResult:
-    """One round of cosine clustering: pool centres, assign every token to the nearest, average each cluster.
+    """One round of cosine clustering: pool centres, assign each token to the most similar one, average each cluster.
 
-    Centres start as the means of k and of v over `grid` bins of the image (the bins of `adaptive_avg_pool2d`:
-    they overlap where the grid does not divide the image, and there may be more bins than pixels). A token
-    belongs to the centre with the largest cosine of keys; a tie, and a token of norm zero, goes to the lowest
-    index, a NaN likewise as in `torch.argmax`. The new centre is the mean of its tokens' values and its own
-    pooled one.
+    The initial centres are the means of k and of v over `grid` bins of the image (those of `adaptive_avg_pool2d`: they
+    overlap if the grid does not divide the image, and there may be more bins than pixels). A token is assigned to the
+    centre with the largest cosine between keys. Ties go to the lowest index, and so do tokens of norm zero; a NaN is
+    the largest, as in `torch.argmax`. The new centre is (pooled + sum_i w_i v_i) / (1 + sum_i w_i) over the tokens i
+    assigned to it, with weights w_i = 1 or, for "similarity", the similarities.
 
     Args:
         k: keys [B, N, C], tokens of an image in row-major order.
-        v: values [B, N, C], k's shape and dtype.
+        v: values [B, N, C], of k's dtype.
         grid: centres per axis (rows, columns); O is their product.
         hw: (H, W) of the image, H * W = N.
-        aggregate: "count": each token weighs 1 (FEC; FRD-Net, Eq. 1 to 3). "similarity": each token weighs
-            its similarity sigmoid(beta + alpha * cosine), over which the arg-max is taken as well (CoC;
-            FRD-Net's code).
-        alpha: slope of the similarity, a number or a tensor of one element. As the arg-max is over the
-            similarity, a negative one makes a token join the least similar centre, and 0 ties all. For "count"
-            only this sign counts.
+        aggregate: "count": every weight is 1 (FEC; FRD-Net, Eq. 1 to 3). "similarity": the weight of a token is its
+            similarity sigmoid(beta + alpha * cosine), and the arg-max is over the similarities (CoC; FRD-Net's code).
+        alpha: slope of the similarity, a number or a tensor of one element. A negative alpha assigns each token to the
+            least similar centre; alpha = 0 ties all of them. For "count" only the sign has an effect.
         beta: offset of the similarity, a number or a tensor of one element; unused for "count".
-        mask: bool [B, N], true for the tokens that take part; None: all. The others are in no mean, no count
-            and no gradient, whatever they hold, a NaN too: label -1, similarity 0, gradients 0. A bin without
-            tokens pools to zeros, and all cosines with it are 0.
+        mask: bool [B, N], true for the tokens to cluster; None: all. Masked tokens, even NaNs, enter no mean, count or
+            gradient: their label is -1, their similarity and their gradients are 0. A bin without tokens pools to
+            zeros, and all cosines with it are 0.
 
     Returns:
-        ClusterResult: centres [B, O, C] in v's dtype; labels [B, N] int64, -1 for a masked token; similarity
-            [B, N] of each token with its own centre (the raw cosine for "count") in float32, float64 for
-            float64; counts [B, O] int32. Centres and similarity are differentiable; labels are constants.
+        ClusterResult: centres [B, O, C] in v's dtype; labels [B, N] int64, -1 for masked tokens; similarity [B, N] of
+            each token with its assigned centre (for "count" the raw cosine), float64 for float64, else float32;
+            counts [B, O] int32. Centres and similarity are differentiable, labels and counts are not.
 
     Raises:
-        ValueError: shapes, dtypes or names that do not fit.
+        ValueError: an argument has an invalid value, shape, dtype or device; the message names it and the rule.
+        TypeError: an argument that must be a tensor or a number is not one.
     """
     if isinstance(k, Proxy):
         named: dict[str, Any] = {"aggregate": aggregate, "alpha": alpha, "beta": beta, "mask": mask}
@@ -109,21 +108,22 @@ def _check_cluster(
 def dispatch(
     centres: torch.Tensor, labels: torch.Tensor, similarity: torch.Tensor, *, channels_first: bool = False
 ) -> torch.Tensor:
-    """Gives every token its own centre, times its similarity: the way back from `cluster` to the tokens.
+    """Dispatches the centres of `cluster` to the tokens: out[b, n] = similarity[b, n] * centres[b, labels[b, n]].
 
     Args:
-        centres: [B, O, C]. Their dtype is that of the result, under autocast as well.
-        labels: int64 or int32 [B, N], each token's own centre 0 .. O - 1, or -1 for a token that gets 0.
-        similarity: [B, N] of a floating dtype, each token's factor. It is taken as float32, float64 where the
-            centres are.
-        channels_first: lays the result out as a permuted image: its memory is [B, C, N].
+        centres: [B, O, C]. The result has their dtype, under autocast too.
+        labels: int64 or int32 [B, N], the assigned centre 0 .. O - 1 of each token, or -1 for a token whose result
+            is 0.
+        similarity: floating point [B, N], the factor of each token. It is converted to float64 for float64 centres,
+            else to float32.
+        channels_first: stores the result as an image: the memory is [B, C, N].
 
     Returns:
-        [B, N, C]. Centres and similarity are differentiable; the sums over a cluster's tokens have a fixed
-        order.
+        [B, N, C]. Centres and similarity are differentiable; the gradients are deterministic.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: an argument has an invalid shape, dtype or device; the message names it and the rule.
+        TypeError: an argument is not a tensor.
     """
     if isinstance(centres, Proxy):
         inputs = centres, labels, similarity
@@ -159,30 +159,30 @@ def icm(
     grids: Sequence[Sequence[int]] = ((8, 8), (4, 4), (2, 1)),
     hw: Sequence[int],
 ) -> torch.Tensor:
-    """FRD-Net's iterative clustering: T rounds of `cluster`, then the last centres dispatched back to the
-    tokens.
+    """FRD-Net's iterative clustering: T rounds of `cluster`, then the last centres are dispatched to the tokens.
 
-    Round t clusters the tokens R_(t-1) (R_0 = x, R_t = the centres of round t, an image of grids[t-1]) with
-    keys Wk R + bk and values Wv R + bv.
+    Round t clusters the tokens R_(t-1), where R_0 = x and R_t are the centres of round t, an image of grids[t-1]. Its
+    keys are Wk R_(t-1) + bk, its values Wv R_(t-1) + bv.
 
     Args:
         x: tokens [B, N, C] of an image in row-major order; any strides.
-        projections: for each round (Wk [C, C], bk [C], Wv [C, C], bv [C]), a bias may be None, or None for
-            keys = values = tokens; None alone: so in every round. Dtype as x.
-        variant: "paper" (Eq. 1 to 4): raw cosines, means over counts, output sigmoid(alpha * (M1 M2 ... MT) +
-            beta) R_T with the dense cosine matrices M. "released" (the authors' code): similarities
-            sigmoid(beta_t + alpha_t * cosine), means weighted by them, output the product of the similarities
-            along a token's chain of centres times its last centre.
-        alpha: "paper": a number or a tensor of one element. "released": also a tensor [T], one per round.
-        beta: likewise.
+        projections: for each round (Wk [C, C], bk [C], Wv [C, C], bv [C]) in x's dtype, where a bias may be None, or
+            None for keys = values = tokens. None instead of the sequence: no round has projections.
+        variant: "paper" (Eq. 1 to 4): cosines, means over counts; the output is sigmoid(alpha * (M1 M2 ... MT) +
+            beta) R_T with the dense cosine matrices M_t [N_(t-1), O_t]. "released" (the authors' code): similarities
+            sigmoid(beta_t + alpha_t * cosine), means weighted by them; the output of a token is the centre of round T
+            at the end of its chain of assigned centres, times the product of the similarities along the chain.
+        alpha: a number or a tensor of one element; for "released" also a tensor [T], one value per round.
+        beta: as alpha.
         grids: centres per axis (rows, columns) of each round.
         hw: (H, W) of x, H * W = N.
 
     Returns:
-        [B, N, C] in x's dtype, strided as x where x is a permuted image [B, C, H, W].
+        [B, N, C] in x's dtype, with x's strides if x is a permuted image [B, C, H, W].
 
     Raises:
-        ValueError: shapes, dtypes or names that do not fit.
+        ValueError: an argument has an invalid value, shape, dtype or device; the message names it and the rule.
+        TypeError: an argument that must be a tensor or a number is not one.
     """
     if isinstance(x, Proxy):
         named: dict[str, Any] = {"variant": variant, "alpha": alpha, "beta": beta, "grids": grids, "hw": hw}
@@ -202,7 +202,7 @@ def icm(
 def icm_of_image(
     x: torch.Tensor, channels: int, projections: Sequence[Projection | None] | None, **options: Any
 ) -> torch.Tensor:
-    """`icm` of an image [B, channels, H, W], in one piece for torch.fx, which knows no sizes."""
+    """`icm` of an image [B, channels, H, W]: one node of a `torch.fx` graph, which knows no sizes."""
     check_channels(x, channels)
     height, width = x.shape[2:]
     out = icm(x.flatten(2).transpose(1, 2), projections, hw=(height, width), **options)
@@ -210,7 +210,7 @@ def icm_of_image(
 
 
 def check_channels(x: torch.Tensor, channels: int) -> None:
-    """x is [B, channels, H, W]; raises ValueError."""
+    """Raises ValueError unless x is [B, channels, H, W]."""
     if x.dim() != 4 or untraced(x.size, 1) != channels:
         raise ValueError(f"x must be [B, {channels}, H, W], got {list(x.shape)}")
 
@@ -241,7 +241,7 @@ def _check_icm(
 
 
 def _autocast(tensor: _TensorOrNone, like: torch.Tensor) -> _TensorOrNone:
-    """The tensor as autocast wants it on the device of `like`: alpha, beta and the sums stay out of this."""
+    """The tensor in the dtype of autocast on the device of `like`. Not for alpha, beta and sums, which keep theirs."""
     dtype = autocast_dtype(like.device.type)
     if tensor is None or dtype is None or tensor.dtype == torch.float64:
         return tensor
@@ -286,12 +286,13 @@ def _check_mask(mask: torch.Tensor | None, tokens: torch.Tensor) -> None:
 
 
 def check_grid(grid: Sequence[int], name: str) -> None:
-    if len(grid) != 2 or not all(is_integer(side) and side >= 1 for side in grid):
+    """Raises ValueError unless grid is a pair of positive integers."""
+    if len(grid) != 2 or not all(is_integer(n) and n >= 1 for n in grid):
         raise ValueError(f"{name} must be (rows, columns) of at least 1, got {tuple(grid)}")
 
 
 def _check_image(hw: Sequence[int], tokens: torch.Tensor) -> None:
-    positive = len(hw) == 2 and all(is_integer(side) and side >= 1 for side in hw)
+    positive = len(hw) == 2 and all(is_integer(n) and n >= 1 for n in hw)
     if not positive or as_int(hw[0]) * as_int(hw[1]) != tokens.size(1):
         raise ValueError(f"hw must be (H, W) with H * W = {tokens.size(1)} tokens, got {tuple(hw)}")
 
@@ -302,9 +303,9 @@ def _check_scalar(value: Scalar, name: str, sizes: tuple[int, ...]) -> None:
             raise TypeError(f"{name} must be a number or a tensor, got {type(value).__name__}")
         return
     if value.dim() > 1 or value.numel() not in sizes:
-        wanted = " or ".join(str(size) for size in sizes)
+        allowed = " or ".join(str(size) for size in sizes)
         raise ValueError(
-            f"{name} must be a number or a tensor of {wanted} elements, got shape {list(value.shape)}"
+            f"{name} must be a number or a tensor of {allowed} elements, got shape {list(value.shape)}"
         )
     if not value.is_floating_point():
         raise ValueError(f"{name} must be of a floating dtype, got {value.dtype}")

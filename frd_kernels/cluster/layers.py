@@ -1,4 +1,4 @@
-"""The ICM as a layer."""
+"""`ICM`, FRD-Net's iterative clustering, as a layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 import torch.fx
 from torch import nn
-from torch.nn.modules.linear import Linear  # `nn.Linear` may be another: some tools replace it
+
+# Some tools replace `nn.Linear` by a class of their own.
+from torch.nn.modules.linear import Linear
 
 from .._inner import has_global_hooks, is_plain
 from .._numbers import parse_count
@@ -27,16 +29,18 @@ class _Projections(nn.Module):
 
     def reset_parameters(self) -> None:
         for module in (self.key, self.value):
-            if hasattr(module, "reset_parameters"):  # another module may be in its place
+            # It may have been replaced by another module.
+            if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """tokens [B, N, C] -> keys and values, likewise."""
+        """tokens [B, N, C] -> keys [B, N, C], values [B, N, C]."""
         return self.key(tokens), self.value(tokens)
 
     def tensors(self) -> Projection | None:
-        """The parameters, where a call of the module would use them and nothing else; None elsewhere."""
-        modules = self._modules  # `nn.Module.__getattr__` takes ten times as long
+        """The parameters, if a call of the module computes with them and does nothing else; else None."""
+        # `nn.Module.__getattr__` takes ten times as long.
+        modules = self._modules
         key, value = modules.get("key"), modules.get("value")
         if not (is_plain(self, _Projections) and is_plain(key, Linear) and is_plain(value, Linear)):
             return None
@@ -51,7 +55,7 @@ def _laid_out(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
     return tokens.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else tokens
 
 
-# Layouts are not known while torch.fx traces.
+# Leaves of a torch.fx graph: they look at layouts, which are unknown while it is traced.
 for _name in ("_is_image", "_laid_out", "cluster_densely", "dispatch_densely"):
     torch.fx.wrap(_name)
 
@@ -59,11 +63,11 @@ for _name in ("_is_image", "_laid_out", "cluster_densely", "dispatch_densely"):
 class ICM(nn.Module):
     """FRD-Net's clustering module: `icm` over an image, each round with its own key and value projections.
 
-    The 1x1 projection behind the module is not part of it.
+    The 1x1 projection that follows it in FRD-Net is not part of it.
 
-    It is one kernel where the projections are as they were made. Where hooks, an adapter, a parametrization or the
-    like are attached to one of them or to its round, or another module is in its place, `rounds[t]` are called, with
-    tokens [B, N, C], and `cluster` runs between them.
+    It is one kernel as long as the projections are unmodified. If hooks, an adapter or a parametrization are attached
+    to one of them or to its round, or it is replaced by another module, `rounds[t]` are called with tokens [B, N, C],
+    and `cluster` runs after each.
 
     Args:
         channels: C of the input and of the output.
@@ -74,11 +78,11 @@ class ICM(nn.Module):
 
     Attributes:
         rounds: per round, `key` and `value` (nn.Linear(C, C)).
-        alpha: "paper": [1], initially 1 / (O_1 * ... * O_(T-1)). The entries of M1 M2 ... MT are sums of
-            that many products of cosines and reach it where the centres are alike, so alpha = 1 would
-            saturate the sigmoid and stop its gradient. "released": [T], initially 1. A state dict that holds
-            scalars of no dimension, as "paper" had once, loads.
-        beta: shaped as alpha, initially 0.
+        alpha: "paper": [1], initially 1 / (O_1 * ... * O_(T-1)). The entries of M1 M2 ... MT are sums of that many
+            products of cosines, and as large if the centres are alike; alpha = 1 would saturate the sigmoid, whose
+            gradient would vanish. "released": [T], initially 1. State dicts of older versions, in which "paper" had
+            0-dimensional tensors, load.
+        beta: of alpha's shape, initially 0.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class ICM(nn.Module):
             api.check_grid(grid, "grids")
         self.grids = tuple((int(rows), int(columns)) for rows, columns in grids)
         self.rounds = nn.ModuleList(_Projections(channels, device, dtype) for _ in self.grids)
-        # At least one dimension: FSDP shards the first.
+        # Not 0-dimensional: FSDP shards the first dimension.
         gates = 1 if variant == "paper" else len(self.grids)
         self.alpha = nn.Parameter(torch.empty(gates, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.empty(gates, device=device, dtype=dtype))
@@ -136,8 +140,7 @@ class ICM(nn.Module):
         return torch.unflatten(out.transpose(1, 2), 2, (height, width))
 
     def _projections(self) -> list[Projection] | None:
-        """What `icm` takes, where it computes what calling the rounds would: they are as they were made, with nothing
-        attached. None elsewhere."""
+        """The arguments of `icm`, if calls of the rounds would compute the same, with nothing attached; else None."""
         if has_global_hooks():
             return None
         found = [p.tensors() if isinstance(p, _Projections) else None for p in self.rounds]
@@ -145,7 +148,7 @@ class ICM(nn.Module):
         return given if len(given) == len(found) else None
 
     def _composed(self, x: torch.Tensor, hw: tuple[int, int]) -> torch.Tensor:
-        """`icm` of tokens [B, N, C] with rounds that are called."""
+        """`icm` of tokens [B, N, C] by calls of the rounds."""
         tokens, last = x.contiguous(), _is_image(x)
         if self.variant == "paper":
             matrices = []

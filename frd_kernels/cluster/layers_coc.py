@@ -1,4 +1,4 @@
-"""The clustering layers of Context-Cluster (CoC) and FEC, drop-in: their arguments, parameters and results."""
+"""Drop-in replacements of the clustering layers of Context-Cluster (CoC, Ma et al., ICLR 2023) and FEC."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ _DISPATCHES = ("masked", "dense")
 
 
 class _Split(NamedTuple):
-    """How images become tokens: B images are cut into regions, whose channels are cut into heads.
+    """How images become tokens: an image is split into rows x columns regions, their channels into heads.
 
-    The batch of the tokens counts image, region, head, in this order. Regions take one copy of the image, and
-    one back; heads take none for a contiguous image (they are strides), for a channels_last one a copy of what
-    is cut.
+    The batch of the tokens is in the order image, region, head. Splitting into regions copies the image once, and so
+    does merging them. Splitting into heads is a view of a contiguous image, and a copy of a channels_last one.
     """
 
-    rows: int  # of regions
+    rows: int
     columns: int
     heads: int
     channels_last: bool
@@ -86,14 +85,14 @@ class _Split(NamedTuple):
         return flat.expand(-1, self.heads, -1).reshape(flat.size(0) * self.heads, flat.size(2))
 
     def by_image(self, found: ClusterResult) -> ClusterResult:
-        """The results of the tokens' batch as [B, regions, heads, ...]: copies, since the backward needs its own."""
+        """The results as [B, regions, heads, ...]. Copies, since the backward reads the originals."""
         images = found.labels.size(0) // (self.regions * self.heads)
         shape = images, self.regions, self.heads
         return ClusterResult(*(torch.unflatten(t, 0, shape).clone() for t in found))
 
 
 def _split(x: torch.Tensor, fold_w: int, fold_h: int, heads: int) -> _Split:
-    # As in both sources, there are regions only where both sides are cut.
+    # As in the code of CoC and FEC, there are regions only if both height and width are split.
     rows, columns = (fold_w, fold_h) if min(fold_w, fold_h) > 1 else (1, 1)
     untraced(_check_fold, x, rows, columns)
     return _Split(rows, columns, heads, _is_channels_last(x))
@@ -107,7 +106,8 @@ def _check_fold(x: torch.Tensor, rows: int, columns: int) -> None:
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
-    if is_transformed():  # a batched tensor does not tell
+    # Tensors under vmap do not answer the question below.
+    if is_transformed():
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
@@ -120,16 +120,16 @@ def _check_shapes(x: torch.Tensor, channels: int, mask: torch.Tensor | None) -> 
     if x.dim() != 4 or x.size(1) != channels:
         raise ValueError(f"x must be [B, {channels}, H, W], got {list(x.shape)}")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (x.size(0), *x.shape[2:])):
-        wanted = [x.size(0), *x.shape[2:]]
-        raise ValueError(f"mask must be bool {wanted}, got {list(mask.shape)} {mask.dtype}")
+        expected = [x.size(0), *x.shape[2:]]
+        raise ValueError(f"mask must be bool {expected}, got {list(mask.shape)} {mask.dtype}")
 
 
-def _select(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Zeros for what is masked: a NaN there would reach the gradients of the projections' weights."""
+def _zero_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeros in place of masked pixels: a NaN there would reach the gradients of the projections' weights."""
     return x if mask is None else torch.where(mask.unsqueeze(1), x, 0)
 
 
-def _select_tokens(similarity: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _zero_masked_tokens(similarity: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return similarity if mask is None else torch.where(mask, similarity, 0)
 
 
@@ -162,12 +162,12 @@ def _with_clusters(
     return (out, split.by_image(found)) if wanted else out
 
 
-# What looks at sizes, layouts or optional arguments is one node in a graph of torch.fx, which knows none of them.
+# Leaves of a torch.fx graph: they look at sizes, layouts or optional arguments, which are unknown while it is traced.
 for _name in (
     "_check_image",
     "_pooled_grid",
-    "_select",
-    "_select_tokens",
+    "_zero_masked",
+    "_zero_masked_tokens",
     "_split",
     "_sum",
     "_with_clusters",
@@ -177,7 +177,7 @@ for _name in (
 
 
 class _Cluster(nn.Module):
-    """What the two Clusters share: everything but the weights of the means and the way back."""
+    """What `ContextCluster` and `FECCluster` share: all but the weights of the means and the dispatch."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class _Cluster(nn.Module):
         self.fold_w, self.fold_h = parse_count(fold_w, "fold_w"), parse_count(fold_h, "fold_h")
         self.heads = heads = parse_count(heads, "heads")
         self.head_dim = head_dim = parse_count(head_dim, "head_dim")
-        # In the order of the sources: one seed gives the same parameters, one optimiser state fits.
+        # In the order of the original code, so that a seed gives the same parameters and optimizer states load.
         self.f = nn.Conv2d(dim, heads * head_dim, 1, **factory)
         self.proj = nn.Conv2d(heads * head_dim, out_dim, 1, **factory)
         self.v = nn.Conv2d(dim, heads * head_dim, 1, **factory)
@@ -208,7 +208,8 @@ class _Cluster(nn.Module):
     def reset_parameters(self) -> None:
         """Sets the parameters to their initial values."""
         for module in (self.f, self.proj, self.v):
-            if hasattr(module, "reset_parameters"):  # another module may be in its place
+            # It may have been replaced by another module.
+            if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         nn.init.ones_(self.sim_alpha)
         nn.init.zeros_(self.sim_beta)
@@ -222,7 +223,7 @@ class _Cluster(nn.Module):
     ) -> ClusterResult:
         raise NotImplementedError
 
-    def _back(
+    def _to_tokens(
         self,
         found: ClusterResult,
         keys: torch.Tensor,
@@ -230,7 +231,7 @@ class _Cluster(nn.Module):
         mask: torch.Tensor | None,
         channels_first: bool,
     ) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Tokens of the result and the size of their image."""
+        """The tokens of the result [B, N, C], and the size of their image."""
         out = api.dispatch(found.centres, found.labels, found.similarity, channels_first=channels_first)
         return out, hw
 
@@ -240,54 +241,60 @@ class _Cluster(nn.Module):
         """x [B, dim, H, W] -> [B, out_dim, H, W].
 
         Args:
-            x: contiguous or channels_last; the result is laid out likewise.
-            mask: bool [B, H, W], true for the pixels that take part; the others get what `proj` makes of zeros,
-                and pass no gradient, whatever they hold.
-            return_clusters: also return the ClusterResult, its tensors as [B, regions, heads, ...]. Its
-                similarities are those the dispatch multiplies with.
+            x: contiguous or channels_last; the result has the same layout.
+            mask: bool [B, H, W], true for the pixels to cluster. The result at the others, even NaNs, is `proj` of
+                zeros, and their gradients are 0.
+            return_clusters: returns (result, ClusterResult) with tensors [B, regions, heads, ...]. The similarities
+                are the factors of the dispatch.
+
+        Raises:
+            ValueError: x or mask has an invalid shape or dtype, or the fold does not divide the size of x.
         """
         _check_image(x, self.dim, mask)
         split = _split(x, self.fold_w, self.fold_h, self.heads)
-        # The 1x1 projections do not mix pixels, so that the image is cut once before them, not thrice behind.
-        regions = split.fold(_select(x, mask))
+        # The 1x1 projections do not mix pixels, so the image is split once before them, instead of twice after them.
+        regions = split.fold(_zero_masked(x, mask))
         hw = (regions.size(2), regions.size(3))
         keys, values = split.tokens(self.f(regions)), split.tokens(self.v(regions))
         tokens_mask = split.mask(mask)
         found = self._round(keys, values, hw, tokens_mask)
-        tokens, size = self._back(found, keys, hw, tokens_mask, split.channels_first)
+        tokens, size = self._to_tokens(found, keys, hw, tokens_mask, split.channels_first)
         out = split.unfold(self.proj(split.image(tokens, size[0], size[1])))
         return _with_clusters(out, split, found, return_clusters)
 
 
 class ContextCluster(_Cluster):
-    """The `Cluster` of Context-Cluster (CoC): loads its state dict, computes what it computes.
+    """The layer `Cluster` of Context-Cluster (CoC): the same state dict, the same results.
 
-    Similarities s = sigmoid(sim_beta + sim_alpha * cosine) weigh a cluster's values, (pooled + sum s v) /
-    (1 + sum s), and its centre's way back, s times the own centre. (Until May 2023 the source divided by
-    1 + count; its checkpoints were replaced then.) Unlike there, the arg-max does not see the rounding of the
-    sigmoid: similarities that differ do not tie.
+    With s = sigmoid(sim_beta + sim_alpha * cosine), a centre is (pooled + sum s v) / (1 + sum s) over its tokens, and
+    the result at a token is s times its assigned centre. (Until May 2023 the original code divided by 1 + count; its
+    checkpoints were replaced then.) One difference: here the arg-max is not affected by the rounding of the sigmoid,
+    which can make similarities tie in the original.
 
     Args:
         dim: channels of the input.
         out_dim: channels of the output.
         proposal_w: rows of centres in each region.
         proposal_h: columns of centres.
-        fold_w: rows of regions; where `fold_w` or `fold_h` is 1, the image is one region.
+        fold_w: rows of regions. If `fold_w` or `fold_h` is 1, the image is one region.
         fold_h: columns of regions.
-        heads: each clusters channels of its own.
+        heads: groups of channels that are clustered independently.
         head_dim: channels of a head.
-        return_center: the result is the image of the centres, [B, out_dim, regions' rows * proposal_w, ...].
-        dispatch: "masked": each token gets its own centre (the source). "dense": it gets all centres of its
-            region, each times its similarity, in plain PyTorch; the N x O similarities are stored.
+        return_center: the result is the image of the centres, of all regions: [B, out_dim, rows * proposal_w, ...].
+        dispatch: "masked": a token gets its assigned centre, as in the original. "dense": it gets the sum of all
+            centres of its region, each times its similarity, in plain PyTorch; the N x O similarities are stored.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
         f: keys, nn.Conv2d(dim, heads * head_dim, 1).
-        v: values, likewise.
+        v: values, as f.
         proj: nn.Conv2d(heads * head_dim, out_dim, 1).
         sim_alpha: [1], initially 1.
         sim_beta: [1], initially 0.
+
+    Raises:
+        ValueError: an argument is invalid; the message names it, the rule and the value.
     """
 
     def __init__(
@@ -318,7 +325,7 @@ class ContextCluster(_Cluster):
         gate: dict[str, Any] = {"alpha": self.sim_alpha, "beta": self.sim_beta}
         return api.cluster(keys, values, self.proposal, hw, aggregate="similarity", mask=mask, **gate)
 
-    def _back(
+    def _to_tokens(
         self,
         found: ClusterResult,
         keys: torch.Tensor,
@@ -331,17 +338,17 @@ class ContextCluster(_Cluster):
         if self.dispatch == "dense":
             gate = self.sim_alpha, self.sim_beta
             return dispatch_to_all(keys, found.centres, self.proposal, hw, *gate, mask), hw
-        return super()._back(found, keys, hw, mask, channels_first)
+        return super()._to_tokens(found, keys, hw, mask, channels_first)
 
 
 class FECCluster(_Cluster):
-    """The `Cluster` of FEC: loads its state dict, computes what it computes.
+    """The layer `Cluster` of FEC: the same state dict, the same results.
 
-    Means over counts, (pooled + sum v) / (1 + count), and each token gets its own centre times the similarity
-    sigmoid(sim_beta + sim_alpha * cosine), over which the arg-max is taken: a negative sim_alpha joins tokens
-    with the least similar centres. Unlike there, the arg-max does not see the rounding of the sigmoid.
+    A centre is (pooled + sum v) / (1 + count) over its tokens, and the result at a token is its assigned centre times
+    s = sigmoid(sim_beta + sim_alpha * cosine). The arg-max is over s, so that a negative sim_alpha assigns tokens to
+    the least similar centre. Here it is not affected by the rounding of the sigmoid.
 
-    Args and attributes as of `ContextCluster`.
+    Arguments and attributes as for `ContextCluster`.
     """
 
     def __init__(
@@ -364,27 +371,27 @@ class FECCluster(_Cluster):
     def _round(
         self, keys: torch.Tensor, values: torch.Tensor, hw: tuple[int, int], mask: torch.Tensor | None
     ) -> ClusterResult:
-        order = self.sim_alpha.detach()  # only its sign counts, which has no gradient
+        # For means over counts only the sign of alpha has an effect, without a gradient.
+        order = self.sim_alpha.detach()
         found = api.cluster(keys, values, self.proposal, hw, alpha=order, mask=mask)
         cosine = found.similarity
         alpha, beta = (t.to(cosine.dtype) for t in (self.sim_alpha, self.sim_beta))
-        return found._replace(similarity=_select_tokens(torch.sigmoid(beta + alpha * cosine), mask))
+        return found._replace(similarity=_zero_masked_tokens(torch.sigmoid(beta + alpha * cosine), mask))
 
 
 class ClusterPool(nn.Module):
-    """The `ClusterPool` of FEC, which reduces an image to its centres: loads its state dict, computes what it
-    computes.
+    """The layer `ClusterPool` of FEC, which reduces an image to its centres: the same state dict, the same results.
 
-    The centres of one round of clustering with raw cosines and means over counts, (H / stride) x (W / stride)
-    of them, go through a GroupNorm, and a strided convolution of the image is added. Like there, `conv_f` only
-    decides who joins whom and gets no gradient.
+    It sums the normalized centres (`norm2`) of one round of clustering, with cosines and means over counts, and a
+    strided convolution of the image (`conv_skip`). There are (H / stride) x (W / stride) centres. As in the original,
+    `conv_f` only affects the assignment and gets no gradient.
 
     Args:
-        stride: of the pooling. `conv_skip` always halves the image, so that 2 is what fits.
+        stride: of the pooling. `conv_skip` always has stride 2, so only 2 fits.
         in_chans: channels of the input.
         embed_dim: channels of the output.
-        norm_layer: without effect, as there.
-        fold_w: rows of regions; where `fold_w` or `fold_h` is 1, the image is one region.
+        norm_layer: ignored, as in the original.
+        fold_w: rows of regions. If `fold_w` or `fold_h` is 1, the image is one region.
         fold_h: columns of regions.
         device: of the parameters.
         dtype: of the parameters.
@@ -392,8 +399,11 @@ class ClusterPool(nn.Module):
     Attributes:
         norm2: nn.GroupNorm(1, embed_dim).
         conv_f: keys, nn.Conv2d(in_chans, embed_dim, 1).
-        conv_v: values, likewise.
+        conv_v: values, as conv_f.
         conv_skip: nn.Conv2d(in_chans, embed_dim, 3, stride=2, padding=1).
+
+    Raises:
+        ValueError: an argument is invalid; the message names it, the rule and the value.
     """
 
     def __init__(
@@ -428,14 +438,17 @@ class ClusterPool(nn.Module):
         """x [B, in_chans, H, W] -> [B, embed_dim, H / stride, W / stride].
 
         Args:
-            x: contiguous or channels_last; the result is laid out likewise.
-            mask: bool [B, H, W], true for the pixels that take part; the others count as zeros for
-                `conv_skip`, are in no centre, and pass no gradient, whatever they hold.
-            return_clusters: also return the ClusterResult, its tensors as [B, regions, 1, ...].
+            x: contiguous or channels_last; the result has the same layout.
+            mask: bool [B, H, W], true for the pixels to cluster. The others, even NaNs, are zeros for `conv_skip`,
+                enter no centre, and their gradients are 0.
+            return_clusters: returns (result, ClusterResult) with tensors [B, regions, 1, ...].
+
+        Raises:
+            ValueError: x or mask has an invalid shape or dtype, or the fold or the stride does not fit the size of x.
         """
         _check_image(x, self.in_chans, mask)
         split = _split(x, self.fold_w, self.fold_h, 1)
-        x = _select(x, mask)
+        x = _zero_masked(x, mask)
         regions = split.fold(x)
         hw = (regions.size(2), regions.size(3))
         grid = _pooled_grid(hw, self.stride)

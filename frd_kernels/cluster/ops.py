@@ -1,6 +1,6 @@
-"""The operators `cluster` and `icm`, their backwards and `cluster_dispatch` for autograd, autocast and torch.compile.
+"""`cluster`, `icm`, `cluster_dispatch` and their backwards as operators: fakes, autograd, autocast.
 
-The functions below take the namespace they run in: torch.ops.frd or its like.
+The public functions of this module take the namespace of the operators as `ops`: torch.ops.frd.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Tensor = torch.Tensor
 
 
 def saved_size(tokens: int, centres: int, channels: int) -> int:
-    """What a round keeps for an item, as `saved_round` in csrc/cluster/saved.h."""
+    """Elements per sample that a round saves for the backward, as `saved_round` in csrc/cluster/saved.h."""
     return 2 * tokens + 4 * centres * channels + 3 * centres
 
 
 def strided_tokens(like: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
-    """Uninitialised tokens [B, N, C], as a permuted image where channels_first."""
+    """Uninitialized tokens [B, N, C]; with channels_first the memory is [B, C, N]."""
     batch, tokens, channels = shape
     if channels_first:
         return like.new_empty_strided((batch, tokens, channels), (channels * tokens, 1, tokens))
@@ -32,15 +32,16 @@ def strided_tokens(like: Tensor, shape: Sequence[int], channels_first: bool) -> 
 
 
 def like_tokens(x: Tensor) -> Tensor:
-    """Uninitialised, in the layout of x: a permuted image stays one."""
+    """Uninitialized tokens in the layout of x, also if that is a permuted image."""
     tokens = x.shape[1]
     several = tokens > 1 if isinstance(tokens, int) else _may_be_several(tokens)
     return strided_tokens(x, x.shape, several and x.stride(1) == 1 and x.stride(2) >= tokens)
 
 
 def _may_be_several(tokens: torch.SymInt) -> bool:
-    """Whether a symbolic count is above 1; true where that is not known: the stride of one token is without effect."""
-    from torch.fx.experimental.symbolic_shapes import guard_or_true  # takes half a second
+    """Whether a symbolic count is above 1, or unknown: the stride of a single token has no effect."""
+    # The import takes half a second.
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
 
     return guard_or_true(tokens > 1)
 
@@ -91,7 +92,7 @@ def _fake_dispatch_backward(
 
 
 def saved_layout(hw: Sequence[int], grids: Sequence[int], channels: int, variant: int) -> tuple[int, int]:
-    """(labels, elements of `saved`) of an item of `icm`."""
+    """Sizes per sample of the results `labels` and `saved` of `icm`."""
     tokens, columns = hw[0] * hw[1], grids[-2] * grids[-1]
     labels = saved = 0
     for t in range(len(grids) // 2):
@@ -151,7 +152,7 @@ def _icm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 class _Rules:
-    """Derivatives of the operators of one namespace, by the operators of that namespace."""
+    """The backwards of the operators of a namespace, which call operators of the same namespace."""
 
     def __init__(self, namespace: str) -> None:
         self.ops = getattr(torch.ops, namespace)
@@ -187,7 +188,7 @@ class _Rules:
         def backward(grad: Tensor) -> Any:
             return _autograd.call(self.ops.icm_backward.default, grad, *saved_for)
 
-        # torch loops by itself over operators without lists.
+        # Over an operator without lists of tensors torch loops on its own.
         grads = over_batched_grad(backward, grad) if is_batched_grad(grad) else backward(grad)
         return *grads, None, None, None
 
@@ -203,12 +204,12 @@ def _refuse(op: str) -> Callable[..., Any]:
 
 
 def _autocast_rule(op: Any, floats: int, device: str) -> Callable[..., Any]:
-    """Casts the first `floats` arguments; alpha and beta behind them stay in the dtype of the sums."""
+    """Casts the first `floats` arguments. alpha and beta, which follow, keep the dtype of the sums."""
     outside_autocast = without_key(autocast_key(device))
 
     def cast(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [cast(item) for item in value]
+            return [cast(tensor) for tensor in value]
         return value if value.dtype == torch.float64 else value.to(torch.get_autocast_dtype(device))
 
     def rule(*args: Any) -> Any:
@@ -260,11 +261,12 @@ _FLOPS: dict[str, Callable[..., int]] = {
     "icm_backward": _icm_backward_flops,
 }
 
-_autocast: list[torch.library.Library] = []
+# A library's registrations end with it.
+_libraries: list[torch.library.Library] = []
 
 
 def register(namespace: str) -> None:
-    """Fakes, autograd and autocast of the family's operators in `namespace`."""
+    """Registers fakes, autograd, autocast and FLOP formulas of the operators in `namespace`."""
     fakes: dict[str, Callable[..., Any]] = {
         "cluster": _fake_cluster,
         "cluster_backward": _fake_cluster_backward,
@@ -286,7 +288,7 @@ def register(namespace: str) -> None:
         _autograd.register_vmap(f"{namespace}::{name}_backward")
     _flops.register(namespace, _FLOPS)
     library = torch.library.Library(namespace, "FRAGMENT")
-    _autocast.append(library)
+    _libraries.append(library)
     for device in ("cpu", "cuda"):
         for name in ("cluster", "icm"):
             library.impl(
@@ -299,7 +301,7 @@ register(_triton.NAMESPACE)
 
 
 def _gate(value: float | Tensor, like: Tensor, size: int) -> Tensor:
-    """alpha or beta as the operators take it: [size] in the dtype of the sums."""
+    """alpha or beta as an argument of the operators: [size] in the dtype of the sums."""
     dtype = compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
         return torch.full((size,), value, dtype=dtype, device=like.device)
@@ -317,7 +319,7 @@ def cluster(
     alpha: float | Tensor,
     beta: float | Tensor,
 ) -> tuple[Tensor, ...]:
-    """centres, labels (int32), similarity, counts."""
+    """(centres, labels int32, similarity, counts) of `frd_kernels.cluster`, for checked arguments."""
     gates = _gate(alpha, k, 1), _gate(beta, k, 1)
     out: tuple[Tensor, ...] = _autograd.call(
         ops.cluster.default, k, v, mask, *gates, as_ints(grid), as_ints(hw), aggregate
@@ -326,6 +328,7 @@ def cluster(
 
 
 def dispatch(ops: Any, centres: Tensor, labels: Tensor, similarity: Tensor, channels_first: bool) -> Tensor:
+    """`frd_kernels.dispatch` for checked arguments."""
     dtype = compute_dtype(centres.dtype)
     inputs = centres, labels.to(torch.int32), similarity.to(dtype), channels_first
     out: Tensor = _autograd.call(ops.cluster_dispatch.default, *inputs)
@@ -342,7 +345,7 @@ def icm(
     grids: Sequence[Sequence[int]],
     hw: Sequence[int],
 ) -> Tensor:
-    """A projection that is None becomes empty tensors, a bias that is None zeros."""
+    """`frd_kernels.icm` for checked arguments. For the operator, no projection is empty tensors, no bias is zeros."""
     flat: list[Tensor] = []
     for projection in projections:
         if projection is None:
@@ -350,7 +353,9 @@ def icm(
         else:
             flat += [x.new_zeros(x.size(2)) if part is None else part for part in projection]
     size = 1 if variant == 0 else len(grids)
-    sides = [side for grid in grids for side in as_ints(grid)]
+    flat_grids = [n for grid in grids for n in as_ints(grid)]
     gates = _gate(alpha, x, size), _gate(beta, x, size)
-    out: tuple[Tensor, ...] = _autograd.call(ops.icm.default, x, flat, *gates, sides, as_ints(hw), variant)
+    out: tuple[Tensor, ...] = _autograd.call(
+        ops.icm.default, x, flat, *gates, flat_grids, as_ints(hw), variant
+    )
     return out[0]

@@ -1,6 +1,6 @@
-"""Cosine clustering and the ICM in plain PyTorch: the oracle of the kernels, and the explicit fallback.
+"""Cosine clustering and the ICM in plain PyTorch: the oracle of the tests and the backend "reference".
 
-Everything is dense and written for reading. Computes in float32 for 16-bit inputs, else in the input's dtype.
+Written for reading, with all N x O similarities in memory. Computes in float32 for 16-bit inputs, else in their dtype.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from .._autocast import has_autocast
 from .._torch_internals import is_tracing
 
 _FROZEN = (
-    "clustering: torch.onnx.export(dynamo=False) fixes the batch and the sides that it traces, whatever dynamic_axes "
-    "says; dynamo=True with dynamic_shapes keeps them dynamic"
+    "clustering: torch.onnx.export(dynamo=False) fixes the batch, height and width that it traces, whatever "
+    "dynamic_axes says; dynamo=True with dynamic_shapes keeps them dynamic"
 )
-EPS = 1e-12  # a norm below it counts as zero
+# A norm up to this counts as zero.
+EPS = 1e-12
 
 _Function = TypeVar("_Function", bound=Callable[..., object])
 
@@ -29,11 +30,14 @@ Projection = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor
 
 
 class ClusterResult(NamedTuple):
-    """Centres [B, O, C], labels [B, N] int64, similarity [B, N] of a token with its own centre, counts [B, O]
-    int32.
+    """The result of `cluster`.
 
-    A masked token has the label -1 and the similarity 0. The similarity has the dtype the computation ran in:
-    float32 for 16-bit inputs, else the input's.
+    Attributes:
+        centres: [B, O, C].
+        labels: int64 [B, N], the assigned centre of each token; -1 for a masked one.
+        similarity: [B, N], of each token with its assigned centre; 0 for a masked one. float32 for 16-bit inputs, else
+            in their dtype.
+        counts: int32 [B, O], the tokens of each centre.
     """
 
     centres: torch.Tensor
@@ -43,20 +47,23 @@ class ClusterResult(NamedTuple):
 
 
 class _Round(NamedTuple):
-    centres: torch.Tensor  # [B, O, C]
-    similarity: torch.Tensor  # [B, N, O]: raw cosines, or their sigmoids
-    labels: torch.Tensor  # [B, N]
-    own: torch.Tensor  # [B, N]: similarity with the own centre
-    counts: torch.Tensor  # [B, O]
+    """centres [B, O, C], similarity [B, N, O] (cosines or their sigmoids), labels [B, N], assigned [B, N] (the
+    similarity with the assigned centre), counts [B, O]."""
+
+    centres: torch.Tensor
+    similarity: torch.Tensor
+    labels: torch.Tensor
+    assigned: torch.Tensor
+    counts: torch.Tensor
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and similarities are kept in for inputs of `dtype`."""
+    """The dtype of sums and similarities for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
-    """rows / max(||row||, EPS) over the last dimension; a row of (almost) no length passes no gradient."""
+    """row / max(||row||, EPS) along the last dimension. Rows of norm zero, up to EPS, pass no gradient."""
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return torch.where(norm <= EPS, (rows / EPS).detach(), rows / norm.clamp_min(EPS))
 
@@ -64,12 +71,12 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 def pool(
     tokens: torch.Tensor, hw: Sequence[int], grid: Sequence[int], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Tokens [B, H*W, C] -> bin means [B, O, C]; bins, which may overlap, as in adaptive_avg_pool2d.
+    """Tokens [B, H*W, C] -> bin means [B, O, C] over the bins of adaptive_avg_pool2d, which may overlap.
 
-    mask [B, H*W]: of the tokens where it is true; the others are zeros already. A bin without any gives 0.
+    With a mask [B, H*W], means over the tokens where it is true; the others must be zeros. An empty bin gives 0.
     """
-    if all(type(side) is int and side == 1 for side in grid):
-        # torch restrides its own mean of one bin in place, which vmap does not batch.
+    if all(type(n) is int and n == 1 for n in grid):
+        # For one bin adaptive_avg_pool2d changes strides in place, which vmap does not support.
         means = tokens.mean(1, keepdim=True)
     elif torch.compiler.is_exporting():
         image = torch.unflatten(tokens, 1, tuple(hw))
@@ -81,14 +88,14 @@ def pool(
         means = F.adaptive_avg_pool2d(image, (grid[0], grid[1])).flatten(2).transpose(1, 2)
     if mask is None:
         return means
-    part = pool(mask.unsqueeze(2).to(tokens.dtype), hw, grid)
-    return means / torch.where(part > 0, part, 1)
+    fraction = pool(mask.unsqueeze(2).to(tokens.dtype), hw, grid)
+    return means / torch.where(fraction > 0, fraction, 1)
 
 
 def _bin_means(image: torch.Tensor, dim: int, bins: int) -> torch.Tensor:
-    """Means over adaptive_avg_pool2d's bins along one dimension, by indices that are computed from its size.
+    """Means over the bins of adaptive_avg_pool2d along one dimension, by indices computed from its size.
 
-    For exported graphs: decomposed, adaptive_avg_pool2d keeps the bins of the size that was traced.
+    For exported graphs, in which a decomposed adaptive_avg_pool2d keeps the bins of the size that was traced.
     """
     size = image.size(dim)
     edges = torch.arange(bins + 1, device=image.device) * size
@@ -97,22 +104,22 @@ def _bin_means(image: torch.Tensor, dim: int, bins: int) -> torch.Tensor:
     index = starts.unsqueeze(1) + torch.arange(longest, device=image.device)
     inside = index < ends.unsqueeze(1)
     pixels = image.index_select(dim, index.clamp_max(size - 1).flatten())
-    behind = (1,) * (image.dim() - dim - 1)
+    trailing = (1,) * (image.dim() - dim - 1)
     pixels = torch.where(
-        inside.view(bins, longest, *behind), torch.unflatten(pixels, dim, (bins, longest)), 0
+        inside.view(bins, longest, *trailing), torch.unflatten(pixels, dim, (bins, longest)), 0
     )
-    return pixels.sum(dim + 1) / (ends - starts).view(bins, *behind)
+    return pixels.sum(dim + 1) / (ends - starts).view(bins, *trailing)
 
 
-def select(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Tokens [B, N, C] with zeros for those that take no part: what they hold, a NaN too, is without effect."""
+def zero_masked(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Tokens [B, N, C] with zeros in place of masked ones, which may be NaN."""
     return tokens if mask is None else torch.where(mask.unsqueeze(2), tokens, 0)
 
 
 def cosines(
     keys: torch.Tensor, hw: Sequence[int], grid: Sequence[int], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Of the keys [B, N, C] with their pooled centres: [B, N, O]. mask [B, N] as in `pool`."""
+    """Cosines [B, N, O] of keys [B, N, C] with their pooled centres; mask [B, N] as in `pool`."""
     return unit_rows(keys) @ unit_rows(pool(keys, hw, grid, mask)).transpose(1, 2)
 
 
@@ -127,38 +134,38 @@ def _cluster_round(
 ) -> _Round:
     """One round of clustering.
 
-    gate: None for raw cosines and means over counts; (alpha, beta), scalars, for the similarities
-    sigmoid(beta + alpha * cosine), which then weigh the means.
-    order: without a gate, a scalar whose sign the cosines take for the arg-max.
-    mask: [B, N], the tokens that take part.
+    gate: None for cosines and means over counts; scalars (alpha, beta) for the similarities sigmoid(beta + alpha *
+    cosine), which are the weights of the means as well.
+    order: without a gate, a scalar: the arg-max is over sign(order) * cosine.
+    mask: [B, N], true for the tokens to cluster.
     """
-    keys, values = select(keys, mask), select(values, mask)
+    keys, values = zero_masked(keys, mask), zero_masked(values, mask)
     similarity = cosines(keys, hw, grid, mask)
     if gate is not None:
         alpha, beta = gate
         similarity = torch.sigmoid(beta + alpha * similarity)
     labels = (similarity if order is None else order.sign() * similarity).argmax(dim=-1)
-    own = similarity.gather(2, labels.unsqueeze(2)).squeeze(2)
-    part = torch.ones_like(own)
+    assigned = similarity.gather(2, labels.unsqueeze(2)).squeeze(2)
+    ones = torch.ones_like(assigned)
     if mask is not None:
-        part, own = mask.to(own.dtype), torch.where(mask, own, 0)
-    weights = part if gate is None else own
+        ones, assigned = mask.to(assigned.dtype), torch.where(mask, assigned, 0)
+    weights = ones if gate is None else assigned
 
     # A sum by index, not a product with the one-hot mask: 0 * NaN would spread a NaN to every centre.
     centres = pool(values, hw, grid, mask)
     rows = labels.unsqueeze(2).expand_as(values)
-    total = torch.zeros_like(centres[..., 0])
+    zeros = torch.zeros_like(centres[..., 0])
     sums = torch.zeros_like(centres).scatter_add(1, rows, weights.unsqueeze(2) * values)
-    mass = total.scatter_add(1, labels, weights)
-    centres = (centres + sums) / (1 + mass).unsqueeze(2)
-    counts = total.detach().scatter_add(1, labels, part.detach())
+    weight_sum = zeros.scatter_add(1, labels, weights)
+    centres = (centres + sums) / (1 + weight_sum).unsqueeze(2)
+    counts = zeros.detach().scatter_add(1, labels, ones.detach())
     if mask is not None:
         labels = labels.masked_fill(~mask, -1)
-    return _Round(centres, similarity, labels, own, counts)
+    return _Round(centres, similarity, labels, assigned, counts)
 
 
 def _outside_autocast(function: _Function) -> _Function:
-    """The function with autocast off: its precision is its own."""
+    """Runs the function with autocast off: it chooses its own precision."""
 
     @functools.wraps(function)
     def wrapped(x: torch.Tensor, *args: object, **kwargs: object) -> object:
@@ -196,9 +203,9 @@ def cluster(
         found = _cluster_round(keys, values, grid, hw, gate, mask=mask)
     else:
         found = _cluster_round(keys, values, grid, hw, None, slope.detach(), mask)
-    # The backward needs what it keeps of labels and similarities: the caller's are his own to write into.
-    labels, own = found.labels.clone(), found.own.clone()
-    return ClusterResult(found.centres.to(v.dtype), labels, own, found.counts.to(torch.int32))
+    # Copies, since the backward reads the originals and the caller may write into the results.
+    labels, assigned = found.labels.clone(), found.assigned.clone()
+    return ClusterResult(found.centres.to(v.dtype), labels, assigned, found.counts.to(torch.int32))
 
 
 @_outside_autocast
@@ -207,11 +214,11 @@ def dispatch(
 ) -> torch.Tensor:
     """`frd_kernels.dispatch` in plain PyTorch."""
     dtype = compute_dtype(centres.dtype)
-    part = (labels >= 0).unsqueeze(2)
+    valid = (labels >= 0).unsqueeze(2)
     index = labels.long().clamp_min(0).unsqueeze(2).expand(-1, -1, centres.size(2))
-    # Both factors are selected: 0 * NaN is NaN, and so is its gradient.
-    rows = torch.where(part, centres.to(dtype).gather(1, index), 0)
-    out = (torch.where(part, similarity.to(dtype).unsqueeze(2), 0) * rows).to(centres.dtype)
+    # Both factors are masked: 0 * NaN is NaN, and so is its gradient.
+    rows = torch.where(valid, centres.to(dtype).gather(1, index), 0)
+    out = (torch.where(valid, similarity.to(dtype).unsqueeze(2), 0) * rows).to(centres.dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2) if channels_first else out
 
 
@@ -225,21 +232,21 @@ def dispatch_to_all(
     beta: Scalar,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Every token gets all centres, each times sigmoid(beta + alpha * cosine), instead of its own one.
+    """The dense dispatch, sigmoid(beta + alpha * cosine) @ centres: a token gets all centres, not its assigned one.
 
-    keys [B, N, C], centres [B, O, C], mask [B, N] -> [B, N, C]. The [B, N, O] similarities are stored.
+    keys [B, N, C], centres [B, O, C], mask [B, N] -> [B, N, C]. The similarities [B, N, O] are stored.
     """
     dtype = compute_dtype(keys.dtype)
-    cosine = cosines(select(keys.to(dtype), mask), hw, grid, mask)
+    cosine = cosines(zero_masked(keys.to(dtype), mask), hw, grid, mask)
     similarity = torch.sigmoid(_scalar(beta, cosine) + _scalar(alpha, cosine) * cosine)
-    return select((similarity @ centres.to(dtype)).to(centres.dtype), mask)
+    return zero_masked((similarity @ centres.to(dtype)).to(centres.dtype), mask)
 
 
 @_outside_autocast
 def cluster_densely(
     keys: torch.Tensor, values: torch.Tensor, grid: Sequence[int], hw: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A round with raw cosines and means over counts: the centres [B, O, C], and all cosines [B, N, O]."""
+    """A round with cosines and means over counts: its centres [B, O, C] and all cosines [B, N, O]."""
     dtype = compute_dtype(keys.dtype)
     found = _cluster_round(keys.to(dtype), values.to(dtype), grid, hw, None)
     return found.centres.to(values.dtype), found.similarity
@@ -249,10 +256,9 @@ def cluster_densely(
 def dispatch_densely(
     last: torch.Tensor, matrices: Sequence[torch.Tensor], alpha: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
-    """sigmoid(alpha * (M1 M2 ... MT) + beta) R_T, Eq. 4 of the paper.
+    """sigmoid(alpha * (M1 M2 ... MT) + beta) R_T [B, N_1, C], Eq. 4 of the paper.
 
-    last: R_T [B, O_T, C], the last centres; matrices: of each round, its cosines M_t [B, N_t, O_t]; alpha, beta [1].
-    -> [B, N_1, C].
+    last: R_T [B, O_T, C], the last centres. matrices: the cosines M_t [B, N_t, O_t] of each round. alpha, beta: [1].
     """
     product = functools.reduce(torch.matmul, matrices)
     alpha, beta = _scalar(alpha, product), _scalar(beta, product)
@@ -297,13 +303,13 @@ def icm(
 
 
 def _masked_dispatch(rounds: list[_Round]) -> torch.Tensor:
-    """The authors' code: the product of the similarities, each masked to the own centre, times R_T.
+    """The authors' code: the product of the similarity matrices, each masked to the assigned centres, times R_T.
 
-    A masked matrix has one entry a row, so the product follows each token's chain of centres.
+    A masked matrix has one entry per row, so the product follows each token's chain of assigned centres.
     """
-    weight, centre = rounds[0].own, rounds[0].labels
+    weight, centre = rounds[0].assigned, rounds[0].labels
     for found in rounds[1:]:
-        weight = weight * found.own.gather(1, centre)
+        weight = weight * found.assigned.gather(1, centre)
         centre = found.labels.gather(1, centre)
     last = rounds[-1].centres
     return weight.unsqueeze(2) * last.gather(1, centre.unsqueeze(2).expand(-1, -1, last.size(2)))

@@ -1,7 +1,7 @@
-"""What people have, brought to `PDC2d`, and `PDC2d` brought to plain convolutions.
+"""Converts models and checkpoints of other projects to `PDC2d`, and `PDC2d` to plain convolutions.
 
-`fold` makes a model of plain convolutions for deployment, `replace_pdc` puts `PDC2d` into a live model that
-holds the PDC layers of PiDiNet, CDCN or DEA-Net, and the others convert checkpoints, both ways.
+`fold` converts a model to plain convolutions for deployment. `replace_pdc` replaces the PDC layers of PiDiNet, CDCN
+and DEA-Net in a model by `PDC2d`. The other functions convert checkpoints, in both directions.
 """
 
 from .checkpoints import (

@@ -1,7 +1,7 @@
-"""State dicts of PiDiNet, CDCN and DEA-Net as state dicts of the same nets built from `PDC2d`, and back.
+"""Converts state dicts of PiDiNet, CDCN and DEA-Net to those of the same nets built from `PDC2d`, and back.
 
-Nothing is edited in place; tensors that need no change are passed on as they are. A checkpoint's wrapping
-(`{"state_dict": ...}`, `{"model": ...}`) and DataParallel's `module.` are taken off.
+Nothing is changed in place; tensors without a change are shared. A checkpoint's outer dict (`{"state_dict": ...}`,
+`{"model": ...}`) and the prefix `module.` of DataParallel are removed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..pdc.api import pdc_weight
 from ..pdc.arguments import parse_theta
-from ..pdc.kinds import parse_kind, plain_side
+from ..pdc.kinds import parse_kind, plain_size
 
 StateDict = dict[str, Any]
 
@@ -54,10 +54,10 @@ def pidinet_kinds(config: str | Sequence[str]) -> dict[str, str]:
 
 
 def from_plain_weight(plain: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.Tensor:
-    """A weight whose `pdc_weight` is `plain`: the smallest one, where several are.
+    """The inverse of `pdc_weight`: the weight of least norm whose plain kernel is `plain`.
 
-    At theta 1 a difference convolution forgets a part of its weight: the centre (central), the centre and
-    the mean of the ring (angular), weight 0 (radial). That part comes back as 0.
+    At theta 1 the plain kernel does not depend on a part of the weight: the centre (central), the centre and the mean
+    of the ring (angular), weight 0 (radial). That part is 0 in the result.
 
     Args:
         plain: [O, I, 3, 3], for radial [O, I, 5, 5].
@@ -66,21 +66,21 @@ def from_plain_weight(plain: torch.Tensor, *, kind: str, theta: float = 1.0) -> 
         [O, I, 3, 3].
 
     Raises:
-        ValueError: plain is no kernel of this kind and theta, by more than its dtype's rounding.
+        ValueError: plain is no kernel of this kind and theta, up to the rounding of its dtype.
     """
-    side = plain_side(parse_kind(kind))
-    if plain.dim() != 4 or tuple(plain.shape[2:]) != (side, side):
-        raise ValueError(f"plain must be [O, I, {side}, {side}] for kind {kind!r}, got {list(plain.shape)}")
+    size = plain_size(parse_kind(kind))
+    if plain.dim() != 4 or tuple(plain.shape[2:]) != (size, size):
+        raise ValueError(f"plain must be [O, I, {size}, {size}] for kind {kind!r}, got {list(plain.shape)}")
     basis = torch.eye(9, dtype=torch.float64).view(9, 1, 3, 3)
-    transform = pdc_weight(basis, kind=kind, theta=theta).flatten(
-        1
-    )  # [9, side^2]: row k is weight k's kernel
-    wanted = plain.detach().double().cpu().flatten(2)
+    # [9, size * size]: row k is the plain kernel of weight k.
+    transform = pdc_weight(basis, kind=kind, theta=theta).flatten(1)
+    target = plain.detach().double().cpu().flatten(2)
     inverse = torch.linalg.pinv(transform, rcond=1e-12)
-    weight = wanted @ inverse
-    weight = weight + (wanted - weight @ transform) @ inverse  # takes the inverse's own rounding out
-    error = (weight @ transform - wanted).abs().amax()
-    if wanted.numel() and not error <= _rounding(plain) * wanted.abs().amax():
+    weight = target @ inverse
+    # A step of refinement removes the rounding of the inverse.
+    weight = weight + (target - weight @ transform) @ inverse
+    error = (weight @ transform - target).abs().amax()
+    if target.numel() and not error <= _rounding(plain) * target.abs().amax():
         raise ValueError(f"plain is no {kind} kernel with theta {theta:g}: off by {error.item():.3g}")
     return weight.unflatten(2, (3, 3)).to(plain)
 
@@ -96,18 +96,17 @@ def from_pidinet(
 
     Args:
         state_dict: of PiDiNet: keys `init_block.weight`, `block1_1.conv1.weight`, ...
-        config: see `pidinet_kinds`. Without it, the kind of a converted kernel is taken from what it shows at
-            theta 1 (5x5: radial; sums to 0: central, or with centre 0 angular; else vanilla).
-        theta: the checkpoint's; 1 but for nets built from PiDiNet's `ops_theta`. Below 1, a converted
-            checkpoint is known by its 5x5 kernels only, and needs `config`.
+        config: see `pidinet_kinds`. Without it, the kind of a converted kernel is inferred as for theta 1: 5x5 is
+            radial, a sum of 0 is central, or angular if the centre is 0 too, and everything else is vanilla.
+        theta: of the checkpoint; other than 1 only for nets built from PiDiNet's `ops_theta`. Below 1, only the 5x5
+            kernels show that a checkpoint is converted, and it needs `config`.
         blocks: renames `conv1`, `conv2` of the blocks to `pdc`, `point`, the names in `PDCBlock2d`.
 
     Returns:
-        Weights [O, I / groups, 3, 3] for every kind. Those of a converted checkpoint are of least norm: see
-        `from_plain_weight`.
+        Weights [O, I / groups, 3, 3] for every kind; for a converted checkpoint those of `from_plain_weight`.
 
     Raises:
-        ValueError: no layer of PiDiNet is there, a converted kernel is not of its kind, or only some layers are
+        ValueError: there is no layer of PiDiNet, a converted kernel is not of its kind, or only some layers are
             converted.
     """
     theta = parse_theta(theta)
@@ -115,7 +114,7 @@ def from_pidinet(
     weights = {name: result[f"{name}.weight"] for name in _PIDINET_LAYERS if f"{name}.weight" in result}
     if not weights:
         raise ValueError("state_dict must hold PiDiNet's layers (init_block.weight, ...), got none of them")
-    if config is None and theta < 1.0 and any(_side(weight) == 5 for weight in weights.values()):
+    if config is None and theta < 1.0 and any(_size(weight) == 5 for weight in weights.values()):
         raise ValueError("config must name the kinds of a converted checkpoint with theta below 1, got None")
     shown = {name: _shown_kind(weight) for name, weight in weights.items()}
     kinds = shown if config is None else pidinet_kinds(config)
@@ -146,7 +145,7 @@ def to_pidinet(
         config: see `pidinet_kinds`; needed with `converted`.
 
     Raises:
-        ValueError: config is missing, or no layer of PiDiNet is there.
+        ValueError: config is missing, or there is no layer of PiDiNet.
     """
     result = {
         _renamed(key, {"pdc": "conv1", "point": "conv2"}): value for key, value in _unwrap(state_dict).items()
@@ -167,12 +166,12 @@ def from_cdcn(
 ) -> StateDict:
     """A checkpoint of CDCN for the same net built from `PDC2d(..., kind="central", theta=theta)`.
 
-    `<layer>.conv.weight` becomes `<layer>.weight`; a bias, which CDCN's layer adds once and subtracts theta
-    times, becomes (1 - theta) times itself.
+    `<layer>.conv.weight` becomes `<layer>.weight`. A bias is multiplied by 1 - theta, since CDCN's layer adds it once
+    and subtracts it theta times.
 
     Args:
-        theta: the net's; a checkpoint does not tell it. 0.7 is CDCN's default.
-        layers: names of the central difference layers; by default every one with a `conv.weight` of 3x3.
+        theta: of the net; a checkpoint does not contain it. 0.7 is CDCN's default.
+        layers: names of the central difference layers; by default all with a 3x3 `conv.weight`.
 
     Raises:
         ValueError: a named layer has no `conv.weight` [O, I, 3, 3], or no layer is found.
@@ -228,7 +227,7 @@ def from_deconv(state_dict: Mapping[str, Any], *, theta: float = 1.0) -> StateDi
         theta: of the angular branch; DEA-Net's central branch is always a pure difference.
 
     Raises:
-        ValueError: no such layer is there, or a branch is missing or of another shape.
+        ValueError: there is no such layer, or a branch is missing or has another shape.
     """
     theta, source = parse_theta(theta), _unwrap(state_dict)
     pattern = re.compile(r"(|.*\.)conv1_[1-5]\.(conv\.)?(weight|bias)")
@@ -247,7 +246,7 @@ def from_deconv(state_dict: Mapping[str, Any], *, theta: float = 1.0) -> StateDi
 
 
 def to_deconv(state_dict: Mapping[str, Any], layers: Iterable[str]) -> StateDict:
-    """The inverse of `from_deconv`: all of the weight in the plain branch, the four differences 0.
+    """The inverse of `from_deconv`, with the whole weight in the plain branch and zeros in the other four.
 
     Args:
         layers: names of the merged layers.
@@ -274,7 +273,7 @@ def to_deconv(state_dict: Mapping[str, Any], layers: Iterable[str]) -> StateDict
 
 
 def _merged(source: StateDict, prefix: str, theta: float) -> StateDict:
-    """The one weight, and bias where a branch has one, of the five branches under `prefix`."""
+    """The merged weight, and bias if a branch has one, of the five branches under `prefix`."""
     weights, biases = [], []
     for branch in _DECONV_BRANCHES:
         at = f"{prefix}{branch}." if f"{prefix}{branch}.weight" in source else f"{prefix}{branch}.conv."
@@ -298,7 +297,7 @@ def _merged(source: StateDict, prefix: str, theta: float) -> StateDict:
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
-    """The state dict in a checkpoint, as a new dict, without DataParallel's `module.`."""
+    """The state dict of a checkpoint, as a new dict, without the prefix `module.` of DataParallel."""
     if not isinstance(checkpoint, Mapping):
         raise TypeError(f"state_dict must be a mapping, got {type(checkpoint).__name__}")
     for name in ("state_dict", "model"):
@@ -308,20 +307,20 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> StateDict:
     return {key.removeprefix("module.") if wrapped else key: value for key, value in checkpoint.items()}
 
 
-def _side(weight: torch.Tensor) -> int:
+def _size(weight: torch.Tensor) -> int:
     return weight.shape[-1]
 
 
 def _rounding(plain: torch.Tensor) -> float:
-    """By how much of its largest tap a kernel may miss its kind: nine taps are rounded by half an eps each, and
-    the sum of nine is off by eight roundings of at most nine times the largest."""
+    """The tolerance of the test for a kind, relative to the largest tap: nine taps have an error of half an eps each,
+    and their sum has eight roundings of at most nine times the largest tap."""
     own = torch.finfo(plain.dtype).eps
     return 4.5 * own + 36 * min(own, torch.finfo(torch.float32).eps)
 
 
 def _shown_kind(weight: torch.Tensor) -> str:
-    """The kind that a converted kernel shows at theta 1; "vanilla" for one that shows none."""
-    if _side(weight) == 5:
+    """The kind of a converted kernel for theta 1; "vanilla" if it is of no other."""
+    if _size(weight) == 5:
         return "radial"
     exact = weight.detach().double()
     if not exact.any() or (exact.sum((2, 3)).abs().amax() > _rounding(weight) * exact.abs().amax()):
@@ -330,8 +329,8 @@ def _shown_kind(weight: torch.Tensor) -> str:
 
 
 def _is_converted(weights: dict[str, torch.Tensor], kinds: dict[str, str], theta: float) -> bool:
-    """Whether the weights are plain kernels: one is 5x5, or the difference layers are kernels of their kinds."""
-    if any(_side(weight) == 5 for weight in weights.values()):
+    """Whether the weights are plain kernels: one is 5x5, or those of difference layers are kernels of their kind."""
+    if any(_size(weight) == 5 for weight in weights.values()):
         return True
     names = [name for name, weight in weights.items() if kinds[name] != "vanilla" and weight.any()]
     if theta < 1.0 or "radial" in {kinds[name] for name in names}:

@@ -1,7 +1,7 @@
-"""Which module feeds which: what `fold` has to know before it moves a batch norm into a convolution.
+"""Finds out which module's output is which module's input: `fold` needs it to move a batch norm into a convolution.
 
-The forward of every module is traced by itself with `torch.fx`, its children as black boxes, once for every
-combination of its optional and boolean arguments. What cannot be traced stays unknown.
+`torch.fx` traces the forward of each module separately, with its children as leaves, once for every combination of
+its optional and boolean arguments. What cannot be traced stays unknown.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import fx, nn
 from .._inner import has_hooks
 from .report import one_line
 
-_MOST_PATHS = 16
+_MAX_PATHS = 16
 _PROXY = object()
 
 
 def is_inlined(module: nn.Module) -> bool:
-    """A Sequential that does nothing of its own: its children are called in their order, and known as such."""
+    """Whether the module is a plain Sequential, which only calls its children in their order."""
     return type(module).forward is nn.Sequential.forward and not has_hooks(module)
 
 
@@ -33,7 +33,7 @@ def _is_container(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Children are leaves; notes which tensors the traced forward fetches itself, even if it then fails."""
+    """Treats children as leaves; records the tensors that the traced forward reads, even if the trace fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,18 +53,18 @@ class Dataflow:
 
     Attributes:
         problems: id(owner) -> why its forward could not be traced.
-        fetched: ids of the tensors that some forward uses itself, other than by calling their module.
+        fetched: ids of the tensors that a forward reads itself, instead of calling the module they belong to.
     """
 
     def __init__(self, model: nn.Module, is_relevant: Callable[[nn.Module], bool]) -> None:
-        """Traces each forward that has a relevant module below it; relevant modules themselves are leaves."""
+        """Traces the forward of each module that contains a relevant one; relevant modules are leaves."""
         self.problems: dict[int, str] = {}
         self.fetched: set[int] = set()
         self._fetched: set[int] = set()
         self._untraced: dict[nn.Module, list[nn.Module]] = {}
         self._calls: dict[int, list[fx.Node]] = {}
         self._called: dict[fx.Node, nn.Module] = {}
-        # A traced forward may leave proxies and counts behind: in a twin, nobody sees them.
+        # A traced forward may store proxies and counters in its module, so a copy is traced.
         twin = copy.deepcopy(model)
         self._original = dict(zip(map(id, twin.modules()), model.modules(), strict=True))
         for owner in twin.modules():
@@ -74,16 +74,17 @@ class Dataflow:
         for tensors in (nn.Module.parameters, nn.Module.buffers):
             pairs = zip(tensors(twin), tensors(model), strict=True)
             self.fetched |= {id(ours) for theirs, ours in pairs if id(theirs) in self._fetched}
-        unknown = {id(module) for held in self._untraced.values() for module in held}
+        unknown = {id(module) for children in self._untraced.values() for module in children}
         self._calls = {called: nodes for called, nodes in self._calls.items() if called not in unknown}
 
     def _trace(self, owner: nn.Module) -> None:
         original = self._original[id(owner)]
         try:
             graphs = [self._graph(owner, arguments) for arguments in _paths(owner)]
-        except Exception as error:  # any forward is allowed to be untraceable, in any way
+        except Exception as error:
+            # The forward is code of any kind, and may fail under a trace in any way.
             self.problems[id(original)] = one_line(error)
-            self._untraced[original] = list(_held(original))
+            self._untraced[original] = list(_children(original))
             return
         for node in (node for graph in graphs for node in graph.nodes if node.op == "call_module"):
             module = original.get_submodule(node.target)
@@ -102,11 +103,11 @@ class Dataflow:
         yield from self._untraced.items()
 
     def calls(self, module: nn.Module) -> int:
-        """How many calls of the module were seen."""
+        """How many calls of the module were traced."""
         return len(self._calls.get(id(module), []))
 
     def source(self, module: nn.Module) -> nn.Module | None:
-        """The one module whose result is the input of every call of `module`, and is used by nothing else."""
+        """The one module whose output is the input of every call of `module`, and of nothing else."""
         sources = {self._input(node) for node in self._calls.get(id(module), [])}
         if len(sources) != 1:
             return None
@@ -114,7 +115,7 @@ class Dataflow:
         return found if found is not None and self._feeds_only(found, module) else None
 
     def sink(self, module: nn.Module) -> nn.Module | None:
-        """The one module that uses every result of `module`, and takes no other input."""
+        """The one module that takes every output of `module`, and no other input."""
         users = {self._called.get(user) for node in self._calls.get(id(module), []) for user in node.users}
         if len(users) != 1:
             return None
@@ -133,7 +134,7 @@ class Dataflow:
 
 
 def _paths(owner: nn.Module) -> Iterator[dict[str, Any]]:
-    """The `concrete_args` of every trace that is needed: None given or not, True and False; else a proxy."""
+    """The `concrete_args` of each trace: optional arguments are None or a proxy, boolean ones False or True."""
     if "forward" in vars(owner):
         raise ValueError("its forward was replaced on the object")
     choices: dict[str, list[Any]] = {}
@@ -142,24 +143,24 @@ def _paths(owner: nn.Module) -> Iterator[dict[str, Any]]:
             choices[name] = [None, _PROXY]
         elif isinstance(parameter.default, bool):
             choices[name] = [False, True]
-    if 2 ** len(choices) > _MOST_PATHS:
+    if 2 ** len(choices) > _MAX_PATHS:
         raise ValueError("its forward has too many optional arguments to follow each")
     for values in itertools.product(*choices.values()):
         given = zip(choices, values, strict=True)
         yield {name: value for name, value in given if value is not _PROXY}
 
 
-def _held(owner: nn.Module) -> Iterator[nn.Module]:
-    """The children of the owner, those inside of its containers included."""
+def _children(owner: nn.Module) -> Iterator[nn.Module]:
+    """The children of the owner, with those in its containers in place of the containers."""
     for child in owner.children():
         if _is_container(child):
-            yield from _held(child)
+            yield from _children(child)
         else:
             yield child
 
 
 def may_read_weights(owner: nn.Module) -> bool:
-    """Whether the forward of the owner, or a method it calls, names an attribute `weight`."""
+    """Whether the forward of the owner, or a method that it calls, has the name `weight` in its code."""
     names: set[str] = set()
     methods = {"forward"}
     while methods:
@@ -171,6 +172,6 @@ def may_read_weights(owner: nn.Module) -> bool:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Every global and attribute that a function names, in its comprehensions and lambdas too."""
+    """The names of globals and attributes in a function's code, its comprehensions and lambdas included."""
     nested = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*(_names(inner) for inner in nested))

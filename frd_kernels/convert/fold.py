@@ -1,4 +1,4 @@
-"""`fold`: a copy of a model in which every difference convolution is one plain convolution."""
+"""`fold`: copies a model with a plain convolution in place of every difference convolution."""
 
 from __future__ import annotations
 
@@ -51,26 +51,27 @@ class _Affine(NamedTuple):
 def fold(model: nn.Module, report: list[Entry] | None = None) -> nn.Module:
     """A copy of the model, in eval mode, in which every PDC layer is one `nn.Conv2d`.
 
-    `PDC2d` becomes what its `to_conv2d()` gives, `PDCBlock2d` (so `DPM` too) a `PlainBlock2d`. A batch norm
-    (BatchNorm2d, SyncBatchNorm) whose only input is a PDC layer or a block without residual, and that
-    nothing else feeds on, is folded into that convolution with its running statistics and leaves an
-    `nn.Identity`; so is one whose only use is a PDC layer, where that is exact: without padding, with a
-    padding mode other than "zeros", or if its shift is 0 (zeros around a shifted image would have to be
-    shifted as well). Batch norms of other convolutions are left alone.
+    `PDC2d` becomes its `to_conv2d()`, `PDCBlock2d` (also those in `DPM`) a `PlainBlock2d`. Batch norms (BatchNorm2d,
+    SyncBatchNorm) next to a PDC layer are folded into it with their running statistics and become `nn.Identity`:
 
-    What feeds what is known from `nn.Sequential` and from `torch.fx`, which traces the forward of each module
-    by itself. Where a forward cannot be traced, the batch norms next to its PDC layers are kept; a PDC layer
-    is kept where a forward uses its weight itself, or names `weight` and cannot be traced. A layer with hooks
-    is kept.
+    - after it, if the output of the PDC layer, or of a block without residual, goes into the batch norm only;
+    - before it, if the output of the batch norm goes into the PDC layer only, and folding is exact: without padding,
+      with a padding mode other than "zeros", or if the shift is 0 (else the zeros would have to be shifted as well).
+
+    Batch norms next to other convolutions are kept.
+
+    The connections are known from `nn.Sequential` and from `torch.fx`, which traces the forward of each module
+    separately. If a forward cannot be traced, the batch norms next to its PDC layers are kept. A PDC layer is kept if
+    it has hooks, if a forward reads its weight itself, or if a forward names `weight` and cannot be traced.
 
     Args:
-        model: not changed. Its result in eval mode is that of the copy, up to rounding; where a pixel is
-            infinite, a plain convolution gives NaN at taps that a difference never meets.
-        report: entries are appended for each PDC layer and for each batch norm next to one, and for each
-            forward that could not be traced.
+        model: not changed. In eval mode it gives the same result as the copy, up to rounding; at infinite pixels a
+            plain convolution gives NaN where the difference does not use them.
+        report: entries are appended for each PDC layer, each batch norm next to one, and each forward that cannot be
+            traced.
 
     Returns:
-        The copy; its parameters share no memory with the model's.
+        The copy. Its parameters share no memory with the model's.
 
     Raises:
         TypeError: model is not an `nn.Module`.
@@ -117,14 +118,16 @@ class _Folding:
         return swap(self.model, self.replacements)
 
     def _refuse(self, layers: list[PDC2d], blocks: list[PDCBlock2d]) -> None:
-        """Fills `refused`: id of a layer or block -> why it stays."""
-        for owner, held in self.flow.untraced():
+        """Fills `refused`: id of a layer or block -> why it is kept."""
+        for owner, children in self.flow.untraced():
             problem = (
                 f"the forward of {type(owner).__name__} cannot be traced ({self.flow.problems[id(owner)]})"
             )
             if may_read_weights(owner):
-                self.refused |= {id(m): f"{problem} and uses a weight itself" for m in held if _is_layer(m)}
-            if any(isinstance(module, BatchNorm) for module in held):
+                self.refused |= {
+                    id(m): f"{problem} and uses a weight itself" for m in children if _is_layer(m)
+                }
+            if any(isinstance(module, BatchNorm) for module in children):
                 self._note(owner, KEPT, f"{problem}: the batch norms in it are kept")
         for host in (*layers, *blocks):
             parts = (host, host.pdc, host.point) if isinstance(host, PDCBlock2d) else (host,)
@@ -141,7 +144,7 @@ class _Folding:
         self.report.append(Entry(self.names[id(module)], type(module).__name__, kind, theta, result, note))
 
     def _place(self, norm: nn.Module) -> None:
-        """Gives the batch norm to the convolution before or after it, if there is one and it can take it."""
+        """Folds the batch norm into the convolution before or after it, if that is possible."""
         source, sink = self.flow.source(norm), self.flow.sink(norm)
         candidates = [
             (source, None if source is None else _last(source), self.after),
@@ -184,7 +187,7 @@ class _Folding:
         return None
 
     def _convert(self, layer: PDC2d, refusal: str | None) -> bool:
-        """Notes the layer and, unless it is refused, its plain convolution."""
+        """Adds the layer to the report and, unless it is refused, its plain convolution to the replacements."""
         if refusal is None:
             self.replacements[id(layer)] = self._plain(layer)
         self._note(layer, REPLACED if refusal is None else KEPT, refusal or "")
@@ -207,7 +210,7 @@ class _Folding:
         weight = _exact(layer.weight)
         bias = weight.new_zeros(layer.out_channels) if layer.bias is None else _exact(layer.bias)
         if before is not None:
-            # Each output channel meets the input channels of its group only.
+            # An output channel sees the input channels of its group only.
             scale, shift = (v.view(layer.groups, 1, -1) for v in before)
             taps = _transform(weight, layer, torch.float64).sum((2, 3)).unflatten(0, (layer.groups, -1))
             bias = bias + (taps * shift).sum(2).flatten()
@@ -222,9 +225,9 @@ _BATCH_NORM_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
 def _is_block(module: nn.Module) -> TypeGuard[PDCBlock2d]:
-    """A block that has its own two layers still: where an adapter wraps one, the block calls it."""
-    own = isinstance(module, PDCBlock2d) and type(module).forward is PDCBlock2d.forward
-    return own and isinstance(module.pdc, PDC2d) and isinstance(module.point, nn.Conv2d)
+    """Whether the module is a PDCBlock2d with its original two layers, not wrapped by an adapter."""
+    is_block = isinstance(module, PDCBlock2d) and type(module).forward is PDCBlock2d.forward
+    return is_block and isinstance(module.pdc, PDC2d) and isinstance(module.point, nn.Conv2d)
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -232,7 +235,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _last(module: nn.Module) -> nn.Module | None:
-    """The convolution whose output is the module's output, where that is known."""
+    """The convolution whose output is the module's output, if that is known."""
     if isinstance(module, DPM) and type(module).forward is DPM.forward:
         return _last(module.central)
     if _is_block(module):
@@ -241,14 +244,14 @@ def _last(module: nn.Module) -> nn.Module | None:
 
 
 def _first(module: nn.Module) -> PDC2d | None:
-    """The PDC layer that alone uses the module's input, where that is known."""
+    """The PDC layer that is the only user of the module's input, if that is known."""
     if _is_block(module):
         return None if module.residual else module.pdc
     return module if isinstance(module, PDC2d) else None
 
 
 def _commutes(layer: nn.Module, affine: _Affine) -> bool:
-    """Whether padding the input and then shifting it is shifting it and then padding."""
+    """Whether it makes no difference if the input is padded before or after the affine map."""
     assert isinstance(layer, PDC2d)
     pads_zeros = layer.padding_mode == "zeros" and layer.geometry().plain_padding != (0, 0)
     return not pads_zeros or not affine.shift.any()
@@ -265,7 +268,7 @@ def _affine(norm: nn.Module) -> _Affine:
 
 
 def _exact(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64, on the CPU: not every device has it, and every installation has the CPU's kernels."""
+    """In float64 on the CPU, since not every device has float64 and every installation has the CPU kernels."""
     tensor = tensor.detach()
     return tensor.double() if tensor.is_meta else tensor.cpu().double()
 
@@ -276,7 +279,7 @@ def _transform(weight: torch.Tensor, layer: PDC2d, dtype: torch.dtype) -> torch.
 
 
 def _with(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None, source: nn.Conv2d) -> nn.Conv2d:
-    """The convolution in eval mode with other values, where and as those of `source` are, learning if they do."""
+    """The convolution in eval mode with new parameters, of the device, dtype and `requires_grad` of `source`'s."""
     like = source.weight
     conv.weight = nn.Parameter(weight.detach().to(like), like.requires_grad)
     if bias is not None:

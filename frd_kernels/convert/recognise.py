@@ -1,4 +1,4 @@
-"""What a foreign layer computes, found by running it: kind, theta, padding and bias, as a `PDC2d`."""
+"""Finds the `PDC2d` (kind, theta, padding, bias) that computes what a layer of another project does, by running it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .checkpoints import from_deconv
 from .report import one_line
 
 KINDS = ("vanilla", "central", "angular", "radial")
-# Of the largest output; and the decimals of theta that a fit in this precision tells.
+# Relative to the largest output; and the decimals of theta that a fit in this dtype can tell.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _DECIMALS = {torch.float64: 9, torch.float32: 5}
 
@@ -28,20 +28,26 @@ class Unrecognised(Exception):
 
 
 class Found(NamedTuple):
-    """The layer that takes the place, and what its user has to know."""
+    """The new layer, and a note for the report."""
 
     layer: PDC2d
     note: str
 
 
 class _Trial(NamedTuple):
-    """A copy of the layer with random parameters, and what it did; all in float64 on the CPU."""
+    """A copy of the layer with random parameters, and its output; all in float64 on the CPU.
+
+    x: [2, C, H, W].
+    linear: [2, O, H', W'], the output without the bias.
+    bias: [O], the output for x = 0.
+    dtype: the one that the copy was run in.
+    """
 
     layer: nn.Module
-    x: torch.Tensor  # [2, C, H, W]
-    linear: torch.Tensor  # [2, O, H', W'], the output without the bias
-    bias: torch.Tensor  # [O], the output for x = 0
-    dtype: torch.dtype  # in which it was run
+    x: torch.Tensor
+    linear: torch.Tensor
+    bias: torch.Tensor
+    dtype: torch.dtype
 
 
 def recognise_own_weight(layer: nn.Module) -> Found:
@@ -92,7 +98,7 @@ def recognise_branches(layer: nn.Module) -> Found:
 
 
 def _recognise(layer: nn.Module, inside: str, kinds: Sequence[str], declared: Any) -> Found:
-    """The layer whose parameters and geometry are those of the submodule `inside`."""
+    """A layer with the parameters and the geometry of the submodule `inside`."""
     holder = layer.get_submodule(inside)
     weight, bias = holder._parameters.get("weight"), holder._parameters.get("bias")
     if weight is None or weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
@@ -119,7 +125,7 @@ def _recognise(layer: nn.Module, inside: str, kinds: Sequence[str], declared: An
 
 
 def _run(layer: nn.Module, weight: torch.Tensor, geometry: Geometry, mode: str) -> _Trial:
-    """Runs a copy with random parameters, in float64, or in float32 where it cannot."""
+    """Runs a copy with random parameters in float64, or in float32 if that fails."""
     if weight.is_meta:
         raise Unrecognised("it is on the meta device and cannot be run")
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +141,8 @@ def _run(layer: nn.Module, weight: torch.Tensor, geometry: Geometry, mode: str) 
                 for parameter in trial.parameters():
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
             outputs = _outputs(trial, torch.cat((x, torch.zeros_like(x[:1]))), dtype, weight.device)
-        except Exception as error:  # a foreign layer may be unable to run here, in any way
+        except Exception as error:
+            # Code of another project may fail here in any way.
             problem = problem or one_line(error)
             continue
         constant = outputs[2].flatten(1)
@@ -147,7 +154,7 @@ def _run(layer: nn.Module, weight: torch.Tensor, geometry: Geometry, mode: str) 
 
 
 def _outputs(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What the layer gives, in full precision, as float64 on the CPU."""
+    """The output of the layer, without TF32 or autocast, as float64 on the CPU."""
     with (
         torch.no_grad(),
         torch.autocast(device.type, enabled=False),
@@ -159,9 +166,9 @@ def _outputs(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype, device: torc
 def _match(
     trial: _Trial, weight: torch.Tensor, geometry: Geometry, mode: str, kinds: Sequence[str], declared: Any
 ) -> Geometry:
-    """The kind, theta and padding that give the trial's output; raises Unrecognised."""
+    """The kind, theta and padding with which PDC2d gives the output of the trial; raises Unrecognised."""
     for kind in kinds:
-        # PiDiNet's radial layer pads by twice the dilation, whatever it is told: "same", a padding of one dilation.
+        # PiDiNet's radial layer always pads by twice the dilation, which for PDC2d is a padding of one dilation.
         for padding in dict.fromkeys((geometry.padding, geometry.dilation)):
             candidate = parse_geometry(
                 kind, 1.0, geometry.stride, padding, geometry.dilation, geometry.groups
@@ -175,13 +182,14 @@ def _match(
 def _fit_theta(
     trial: _Trial, weight: torch.Tensor, geometry: Geometry, mode: str, declared: Any
 ) -> float | None:
-    """The theta in [0, 1] with which this kind gives the trial's output; None where none does."""
+    """The theta in [0, 1] with which this kind gives the output of the trial; None if there is none."""
     with use_backend("cpu"):
         ends = [_pdc2d(weight, geometry._replace(theta=theta), mode)(trial.x) for theta in (0.0, 1.0)]
     if ends[0].shape != trial.linear.shape:
         return None
     slope = ends[0] - ends[1]
-    if not slope.any():  # vanilla
+    # Vanilla does not depend on theta.
+    if not slope.any():
         return 1.0 if _close(trial.linear, ends[0], trial.dtype) else None
     theta = (((ends[0] - trial.linear) * slope).sum() / slope.square().sum()).item()
     nearest = round(theta, _DECIMALS[trial.dtype])
@@ -193,7 +201,7 @@ def _fit_theta(
 
 
 def _bias_scale(trial: _Trial, bias: torch.Tensor | None, theta: float) -> float:
-    """How often the layer adds its bias: once, or 1 - theta times as CDCN's; raises Unrecognised."""
+    """The factor of the bias: 1, or 1 - theta as in CDCN's layer; raises Unrecognised."""
     added = torch.zeros_like(trial.bias) if bias is None else bias.detach()
     for scale in (1.0, 1.0 - theta):
         if _close(trial.bias, scale * added, trial.dtype):
@@ -208,7 +216,7 @@ def _pdc2d(weight: torch.Tensor, geometry: Geometry, mode: str) -> PDC2d:
 def _with_parameters(
     weight: nn.Parameter, bias: nn.Parameter | None, geometry: Geometry, mode: str, training: bool
 ) -> PDC2d:
-    """A layer that holds these very parameters."""
+    """A layer with these parameters, the same objects."""
     layer = PDC2d(
         weight.shape[1] * geometry.groups,
         weight.shape[0],
@@ -227,7 +235,7 @@ def _with_parameters(
 
 
 def _verify(old: nn.Module, new: PDC2d, trial: _Trial) -> None:
-    """The new layer gives what the old one gives with the real parameters, or Unrecognised is raised."""
+    """Raises Unrecognised unless the new layer gives the output of the old one with the real parameters."""
     expected = _outputs(copy.deepcopy(old).to(trial.dtype).eval(), trial.x, trial.dtype, new.weight.device)
     with use_backend("cpu"), torch.no_grad():
         ours = copy.deepcopy(new).double().cpu().eval()(trial.x)
@@ -243,5 +251,5 @@ def _close(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _closed_over(function: Any, name: str) -> Any:
-    """The variable of that name in the closure of a function; None where there is none."""
+    """The variable of that name in the closure of a function; None if there is none."""
     return inspect.getclosurevars(function).nonlocals.get(name) if inspect.isfunction(function) else None

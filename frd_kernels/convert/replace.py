@@ -1,4 +1,4 @@
-"""`replace_pdc`: puts `PDC2d` where a live model holds the PDC layers of other projects."""
+"""`replace_pdc`: replaces the PDC layers of other projects in a model by `PDC2d`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _BRANCHES = {f"conv1_{i}" for i in range(1, 6)}
 
 
 def replace_pdc(model: nn.Module) -> Report:
-    """Swaps, in place, the PDC layers of PiDiNet, CDCN and DEA-Net for `PDC2d`.
+    """Replaces, in place, the PDC layers of PiDiNet, CDCN and DEA-Net by `PDC2d`.
 
-    Three forms are known: a layer with a 3x3 `weight` of its own (PiDiNet's `Conv2d(pdc, ...)` and its copies),
-    one that wraps `conv` and has a `theta` (CDCN's `Conv2d_cd`), and one with the branches `conv1_1` to
-    `conv1_5` (DEA-Net's `DEConv`, which becomes one vanilla layer). What a layer computes, kind, theta,
-    reach of its padding and weight of its bias, is not read off its name: it is found by running a copy with
-    random weights on random input, and the new layer has to give the old one's output with the real weights
-    before it takes its place. A layer that looks like one and is not understood stays, with the reason.
+    It knows three forms: a layer with a 3x3 `weight` (PiDiNet's `Conv2d(pdc, ...)` and its copies), one that wraps
+    `conv` and has a `theta` (CDCN's `Conv2d_cd`), and one with the branches `conv1_1` to `conv1_5` (DEA-Net's `DEConv`,
+    which becomes one vanilla layer). Kind, theta, padding and the factor of the bias are not guessed from names: they
+    are found by running a copy with random weights on random input. A layer is replaced only if the new one gives the
+    same output with the real weights. A layer that looks like a PDC layer but is not recognised is kept, with the
+    reason.
 
-    The new layer has the old one's parameters, the same objects (an optimizer goes on working), except where
-    the entry's note says that a parameter is new. Device, dtype, training mode and `requires_grad` are kept.
+    The new layer has the same parameter objects, so that optimizers keep working, unless the entry's note says that a
+    parameter is new. Device, dtype, training mode and `requires_grad` do not change.
 
     Args:
         model: changed in place.
 
     Returns:
-        One entry for each layer that is or looks like a PDC layer; those that are `PDC2d` already are not in it.
+        One entry for each layer that is or looks like a PDC layer, except those that already are `PDC2d`.
 
     Raises:
         TypeError: model is not an `nn.Module`.
@@ -56,7 +56,8 @@ def replace_pdc(model: nn.Module) -> Report:
             if not _looks_like_pdc(layer):
                 continue
             result, note = KEPT, str(error)
-        except Exception as error:  # any layer of anybody runs here
+        except Exception as error:
+            # Code of another project may fail here in any way.
             if not _looks_like_pdc(layer):
                 continue
             result, note = KEPT, one_line(error)
@@ -71,7 +72,7 @@ def replace_pdc(model: nn.Module) -> Report:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module of one of the known forms, and what merely looks like one; never a part of another."""
+    """The modules of a known form or that look like one, without those inside of another."""
     parts: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in parts or isinstance(module, PDC2d):
@@ -102,7 +103,7 @@ def _has_own_weight(module: nn.Module) -> bool:
 
 
 def _looks_like_pdc(module: nn.Module) -> bool:
-    """A single layer, by its parts, that names a difference convolution or says that it is one."""
+    """Whether a single layer has a name or an attribute of a difference convolution."""
     if not set(module._modules) <= {"conv", "parametrizations", *_BRANCHES} or isinstance(module, PDC2d):
         return False
     if not any(True for _ in module.parameters()):

@@ -1,4 +1,4 @@
-"""What `fold` and `replace_pdc` tell about every layer they met."""
+"""The report of `fold` and `replace_pdc`: what was done with each layer."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Entry:
     Attributes:
         name: dotted name in the model; "" is the model itself.
         layer: class of the layer as it was found.
-        kind, theta: of the difference convolution; None for other layers and for those not recognised.
+        kind, theta: of the difference convolution; None for other layers and for unrecognised ones.
         result: "replaced" or "kept".
-        note: the reason of a "kept"; what else there is to know of a "replaced".
+        note: why the layer is kept, or what else changed with its replacement.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Entry:
 
 
 class Report(list[Entry]):
-    """A list of entries that prints one line for each."""
+    """A list of entries; `print` shows one line for each."""
 
     def __str__(self) -> str:
         return "\n".join(str(entry) for entry in self)
 
 
 def swap(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
-    """Puts `replacements[id(m)]` wherever m is registered, and returns the model (itself one of them, maybe)."""
+    """Registers `replacements[id(m)]` in place of m everywhere. Returns the model, or its own replacement."""
     if id(model) in replacements:
         return replacements[id(model)]
     for parent in list(model.modules()):
@@ -53,6 +53,6 @@ def swap(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
 
 
 def one_line(error: BaseException) -> str:
-    """Type and first line of an exception, for a note."""
+    """Type and first line of an exception."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

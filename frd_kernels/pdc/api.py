@@ -1,4 +1,4 @@
-"""Functions of the pixel difference convolution family."""
+"""`pdc2d` and `pdc_weight`: pixel difference convolution and its plain kernel."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .reference import is_depthwise
 
 
 def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.Tensor:
-    """The plain kernel that equals the difference convolution by `weight`: `F.conv2d(x, pdc_weight(w, ...))`.
+    """The plain kernel of the equivalent convolution: `pdc2d(x, w, ...)` equals `F.conv2d(x, pdc_weight(w, ...))`.
 
-    In 16 bit the taps of each (out, in) pair are rounded together so that their sum survives; a plain cast
-    leaks the mean of the input into the output.
+    In 16 bit the taps of each (out, in) pair are rounded together such that their sum is preserved. Rounded one by one,
+    they would no longer sum to zero, and the mean of the input would show in the output.
 
     Args:
         weight: [O, I, 3, 3], floating point.
@@ -37,8 +37,7 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
         theta: 0 is the plain convolution, 1 the pure difference.
 
     Returns:
-        [O, I, 3, 3], for radial [O, I, 5, 5] (to be used with padding + dilation); dtype and device of
-        `weight`.
+        [O, I, 3, 3], for radial [O, I, 5, 5], to be used with padding + dilation. Dtype and device of `weight`.
 
     Raises:
         ValueError: unknown kind, theta outside [0, 1], or a weight of another shape or dtype.
@@ -68,12 +67,12 @@ def pdc2d(
     """Pixel difference convolution: y(p) = sum_k w_k (x(p + plus_k) - theta x(p + minus_k)) + bias.
 
     "central" subtracts the centre of the window, "angular" the next neighbour clockwise, "radial" the inner
-    from the outer ring of a 5x5 window (PiDiNet's weight order), "vanilla" nothing. Depthwise (`groups` equal
-    to in and out channels) runs as one stencil that takes the difference in float32 before anything is
-    rounded; everything else as one plain convolution with `pdc_weight`.
+    from the outer ring of a 5x5 window (in PiDiNet's order of weights), "vanilla" nothing. A depthwise convolution
+    (`groups` equal to the input and output channels) runs as one stencil kernel that takes the differences in float32,
+    before anything is rounded; every other runs as one plain convolution with `pdc_weight`.
 
     Args:
-        x: [B, C, H, W] or [C, H, W]. Depthwise output is channels_last where x is dense in channels_last.
+        x: [B, C, H, W] or [C, H, W]. The depthwise output is channels_last if x is dense in channels_last.
         weight: [O, C / groups, 3, 3].
         bias: [O].
         kind: "vanilla", "central", "angular", "radial" or PiDiNet's "cv", "cd", "ad", "rd".
@@ -87,8 +86,8 @@ def pdc2d(
         [B, O, H', W'] of the size that `F.conv2d` gives for a 3x3 kernel; unbatched if x is.
 
     Raises:
-        ValueError: one line that names the argument, the rule and what came.
-        TypeError: something that has to be a tensor or a number is not.
+        ValueError: an argument has an invalid value, shape, dtype or device; the message names it and the rule.
+        TypeError: an argument that must be a tensor or a number is not one.
     """
     if isinstance(x, Proxy):
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -100,7 +99,7 @@ def pdc2d(
 def pdc2d_padded(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, padding_mode: str, *options: Any
 ) -> torch.Tensor:
-    """`pdc2d` with a padding mode of `nn.Conv2d`; the options are those of `parse_geometry`."""
+    """`pdc2d` with a padding mode of `nn.Conv2d`; options as for `parse_geometry`. One node of a `torch.fx` graph."""
     geometry = checked_geometry(x, weight, bias, *options)
     if padding_mode != "zeros":
         x, geometry = pad(x, geometry, padding_mode)
@@ -111,12 +110,17 @@ torch.fx.wrap("pdc2d_padded")
 
 
 def pad(x: torch.Tensor, geometry: Geometry, mode: str) -> tuple[torch.Tensor, Geometry]:
-    """Pads by the mode as far as the outermost tap reaches; no zeros are left to add."""
+    """Pads x as far as the outermost tap reaches; the geometry returned adds no more zeros.
+
+    Raises:
+        ValueError: the mode cannot pad an image of this size by this much.
+    """
     untraced(_check_pad, x, geometry, mode)
     vertical, horizontal = geometry.plain_padding
     x = F.pad(x, (horizontal, horizontal, vertical, vertical), mode=mode)
-    already = geometry.dilation if geometry.kind == Kind.RADIAL else (0, 0)
-    return x, geometry._replace(padding=(-already[0], -already[1]))
+    # As for a 3x3 kernel: radial's outer taps add one dilation step to it.
+    extra = geometry.dilation if geometry.kind == Kind.RADIAL else (0, 0)
+    return x, geometry._replace(padding=(-extra[0], -extra[1]))
 
 
 def _check_pad(x: torch.Tensor, geometry: Geometry, mode: str) -> None:
@@ -135,7 +139,7 @@ def run(
     geometry: Geometry,
     plain: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`pdc2d` for checked arguments; `plain` is `plain_weight(...)`'s, if the caller has it at hand."""
+    """`pdc2d` for checked arguments; `plain` is the result of `plain_weight(...)` if the caller has kept it."""
     if x.dim() == 3:
         return run(x.unsqueeze(0), weight, bias, geometry, plain).squeeze(0)
     native = backend.select("pdc2d", x)
@@ -151,20 +155,23 @@ def run(
 
 
 def plain_weight(ops: Any, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """The plain kernel in the dtype of the convolution: a cast under autocast stays zero-sum. ops: the
-    namespace that `backend.select` gave."""
+    """The plain kernel in the dtype of the convolution, rounded once (zero-sum), also to the dtype of autocast.
+
+    ops: the namespace from `backend.select`.
+    """
     dtype = weight.dtype
     if dtype != torch.float64:
         dtype = autocast_dtype(weight.device.type) or dtype
     if geometry.kind == Kind.VANILLA:
-        return weight if weight.dtype == dtype else weight.to(dtype)  # an exported graph would keep the no-op
+        # An exported graph would keep a cast that does nothing.
+        return weight if weight.dtype == dtype else weight.to(dtype)
     return _autograd.call(ops.pdc_weight.default, weight, int(geometry.kind), geometry.theta, dtype)
 
 
 def _run_plain(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:
-    """In plain PyTorch. It sees no autocast: the operands are cast as autocast does for `F.conv2d`."""
+    """In plain PyTorch, outside autocast: the operands are cast as autocast casts those of `F.conv2d`."""
     if autocast_dtype(x.device.type) is not None:
         x, weight, bias = cast_operands(x, weight, bias)
         with torch.autocast(x.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The arguments of a pixel difference convolution: parsed once, checked once, for every implementation."""
+"""Parsing and checks of the arguments of a pixel difference convolution, for every backend."""
 
 from __future__ import annotations
 
@@ -11,36 +11,38 @@ from .. import _checked_calls
 from .._autocast import autocast_dtype
 from .._numbers import as_int, is_integer, is_number, parse_count
 from .._torch_internals import untraced
-from .kinds import Kind, parse_kind, plain_side
+from .kinds import Kind, parse_kind, plain_size
 
 IntOrPair = int | Sequence[int]
 
 
 class Geometry(NamedTuple):
-    """What a pixel difference convolution does besides its tensors; pairs are (vertical, horizontal)."""
+    """The options of a pixel difference convolution; pairs are (vertical, horizontal).
+
+    padding counts as for a 3x3 kernel. For radial it may be as low as -dilation, which adds no zeros at all.
+    """
 
     kind: Kind
     theta: float
     stride: tuple[int, int]
-    padding: tuple[
-        int, int
-    ]  # as for a 3x3 kernel; radial may hold down to -dilation (no zeros around at all)
+    padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
 
     @property
-    def side(self) -> int:
-        """Side of the equivalent plain kernel."""
-        return plain_side(self.kind)
+    def plain_size(self) -> int:
+        """Kernel size of the equivalent plain convolution."""
+        return plain_size(self.kind)
 
     @property
     def plain_padding(self) -> tuple[int, int]:
-        """Padding of the plain convolution: radial's outer taps reach one dilation step further."""
+        """Padding of the equivalent plain convolution: radial's outer taps reach one dilation step further."""
         if self.kind != Kind.RADIAL:
             return self.padding
         return self.padding[0] + self.dilation[0], self.padding[1] + self.dilation[1]
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H', W') for an input of height x width pixels."""
         rows, columns = (
             (size + 2 * p - 2 * d - 1) // s + 1
             for size, p, d, s in zip((height, width), self.padding, self.dilation, self.stride, strict=True)
@@ -49,7 +51,8 @@ class Geometry(NamedTuple):
 
 
 def _pair(value: IntOrPair, name: str, lowest: int) -> tuple[int, int]:
-    if type(value) is int and value >= lowest:  # nearly every call
+    # The common case.
+    if type(value) is int and value >= lowest:
         return value, value
     pair = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     if len(pair) != 2 or not all(map(is_integer, pair)):
@@ -60,7 +63,7 @@ def _pair(value: IntOrPair, name: str, lowest: int) -> tuple[int, int]:
 
 
 def parse_theta(theta: float) -> float:
-    """A blend in [0, 1] as a float; raises TypeError or ValueError."""
+    """theta in [0, 1] as a float; raises TypeError or ValueError."""
     if not is_number(theta):
         raise TypeError(f"theta must be a number in [0, 1], got {type(theta).__name__}")
     if not 0.0 <= theta <= 1.0:
@@ -76,7 +79,7 @@ def parse_geometry(
     dilation: IntOrPair,
     groups: int,
 ) -> Geometry:
-    """Parses what `pdc2d` takes besides tensors; raises ValueError or TypeError with one line."""
+    """Parses the options of `pdc2d`; raises TypeError or ValueError."""
     stride_pair = _pair(stride, "stride", 1)
     dilation_pair = _pair(dilation, "dilation", 1)
     if not isinstance(padding, str):
@@ -104,13 +107,13 @@ def checked_geometry(
     dilation: IntOrPair,
     groups: int,
 ) -> Geometry:
-    """`parse_geometry` and `check_tensors` in one."""
+    """`parse_geometry` and `check_tensors`, skipped for calls that have passed them before."""
     options = (kind, theta, stride, padding, dilation, groups)
     key = _checked_calls.key("pdc2d", x, weight, bias, *options)
     geometry: Geometry | None = _checked_calls.get(key)
     if geometry is None:
         geometry = untraced(_checked, x, weight, bias, *options)
-        _checked_calls.put(key, geometry)
+        _checked_calls.store(key, geometry)
     return geometry
 
 
@@ -121,7 +124,7 @@ def _checked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
 
 
 def check_weight(weight: torch.Tensor) -> None:
-    """`weight` is a floating point [O, I, 3, 3]; raises TypeError or ValueError."""
+    """Raises TypeError or ValueError unless weight is a floating point tensor [O, I, 3, 3]."""
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"weight must be a tensor, got {type(weight).__name__}")
     if weight.dim() != 4 or tuple(weight.shape[2:]) != (3, 3):
@@ -135,7 +138,7 @@ def check_weight(weight: torch.Tensor) -> None:
 def check_tensors(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> None:
-    """Shapes, dtypes and devices agree, and the output is not empty; raises TypeError or ValueError."""
+    """Raises TypeError or ValueError unless shapes, dtypes and devices agree and the output is not empty."""
     check_weight(weight)
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")

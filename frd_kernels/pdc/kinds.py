@@ -1,4 +1,4 @@
-"""Names of the pixel difference convolutions, and the integers that stand for them in the ops' schemas."""
+"""The kinds of pixel difference convolution: their names, and their integers in the schemas of the operators."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Kind(enum.IntEnum):
-    """How a 3x3 weight meets the pixels; `csrc/pdc/taps.h` holds the same numbers."""
+    """The pixels that a 3x3 weight takes differences of: `taps.pairs`. `csrc/pdc/taps.h` has the same numbers."""
 
     VANILLA = 0
     CENTRAL = 1
@@ -14,8 +14,8 @@ class Kind(enum.IntEnum):
     RADIAL = 3
 
 
-def plain_side(kind: int) -> int:
-    """Side of the plain kernel that equals a 3x3 weight of this kind: 5 for radial, else 3."""
+def plain_size(kind: int) -> int:
+    """Kernel size of the plain convolution that equals this kind: 5 for radial, else 3."""
     return 5 if kind == Kind.RADIAL else 3
 
 
@@ -24,7 +24,7 @@ _NAMES = {kind.name.lower(): kind for kind in Kind} | _SHORT
 
 
 def parse_kind(kind: str) -> Kind:
-    """`"angular"` or PiDiNet's `"ad"` -> `Kind.ANGULAR`; raises ValueError for a name that is none."""
+    """`"angular"` or PiDiNet's `"ad"` -> `Kind.ANGULAR`; raises ValueError for an unknown name."""
     try:
         return _NAMES[kind]
     except (KeyError, TypeError):

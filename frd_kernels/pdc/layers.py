@@ -19,13 +19,15 @@ from .kinds import parse_kind
 
 
 class _Plain(NamedTuple):
-    """The plain kernel of a frozen layer, and what it was made from."""
+    """The plain kernel of a frozen layer.
+
+    key: identifies the weight and the options that it was computed from.
+    weight: an alias of that weight. It keeps the memory alive, so that no other weight gets the address in the key.
+    """
 
     kernel: torch.Tensor
     key: Any
-    weight: (
-        torch.Tensor
-    )  # an alias that keeps the memory of this weight, so that no later one gets its address
+    weight: torch.Tensor
 
 
 class PDC2d(nn.Conv2d):
@@ -37,19 +39,19 @@ class PDC2d(nn.Conv2d):
     Args:
         kernel_size: 3.
         padding: as for a 3x3 kernel: int, pair, "same" or "valid". Radial's outer taps reach one dilation
-            step further, over zeros, or over `padding_mode`'s pixels where that is not "zeros".
+            step further, over what `padding_mode` pads with.
         padding_mode: "zeros", "reflect", "replicate" or "circular".
         kind: "vanilla", "central", "angular", "radial" or PiDiNet's "cv", "cd", "ad", "rd".
         theta: 0 is the plain convolution, 1 the pure difference.
         Others: as in `nn.Conv2d`.
 
-    Input [B, C, H, W] or [C, H, W]; output as `nn.Conv2d` with a 3x3 kernel.
+    Input [B, C, H, W] or [C, H, W]; output of the same shape as from `nn.Conv2d` with a 3x3 kernel.
 
     A dense layer computes its plain kernel at every call (on one CPU core 1 % of its time at 56x56 pixels, 14 % at
-    14x14); `freeze()` keeps it.
+    14x14); `freeze()` caches it.
 
     Raises:
-        ValueError: one line that names the argument, the rule and what came.
+        ValueError: an argument is invalid; the message names it, the rule and the value.
     """
 
     def __init__(
@@ -69,8 +71,8 @@ class PDC2d(nn.Conv2d):
         kind: str = "angular",
         theta: float = 1.0,
     ) -> None:
-        sides = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
-        if len(sides) != 2 or not all(is_integer(side) and side == 3 for side in sides):
+        sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
+        if len(sizes) != 2 or not all(is_integer(size) and size == 3 for size in sizes):
             raise ValueError(f"kernel_size must be 3, got {kernel_size!r}")
         geometry = parse_geometry(kind, theta, stride, padding, dilation, groups)
         super().__init__(
@@ -93,7 +95,7 @@ class PDC2d(nn.Conv2d):
     _plain: _Plain | None = None
 
     def geometry(self) -> Geometry:
-        """The attributes as they stand: code that edits the stride of a loaded net is honoured."""
+        """The current attributes, parsed. They may be edited, as some code does with the stride of a loaded net."""
         return parse_geometry(self.kind, self.theta, self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -111,16 +113,16 @@ class PDC2d(nn.Conv2d):
         return api.run(input, weight, bias, geometry, self._kept_plain(weight, geometry))
 
     def freeze(self) -> PDC2d:
-        """Keeps the plain kernel of a dense layer for inference, in eval mode, until `unfreeze()` or `train()`.
+        """Caches the plain kernel of a dense layer for inference, in eval mode, until `unfreeze()` or `train()`.
 
-        The kernel is made at the next call that asks for no gradient of the weight, and made anew behind a call
-        that asks for one, and whenever PyTorch counts a change of the weight: an optimizer's step,
-        `load_state_dict`, `to`, an operation in place. A write that it does not count goes unseen:
-        `weight.data.copy_`, a step of an optimizer with `fused=True` behind a call without gradients, a NumPy
-        array that shares the memory, another process; call `freeze()` again behind it. Copies and pickles are
-        frozen, and make a kernel of their own. A depthwise layer has no plain kernel, and runs as before.
+        The kernel is computed at the next call that needs no gradient of the weight. It is computed again after a
+        call that needs one, and when the version counter of the weight has changed: after an optimizer step,
+        `load_state_dict`, `to` or an in-place operation. Writes that PyTorch does not count are not detected:
+        `weight.data.copy_`, a step of an optimizer with `fused=True` after a call without gradients, a NumPy array
+        that shares the memory, another process. Call `freeze()` again after one. Copies and pickles stay frozen and
+        compute the kernel again. A depthwise layer has no plain kernel; for it nothing changes.
 
-        To deploy a net, `frd_kernels.convert.fold` is the way: it needs no care, and folds batch norms too.
+        To deploy a net, use `frd_kernels.convert.fold` instead: it has none of these limits, and folds batch norms.
 
         Returns:
             The layer.
@@ -130,18 +132,19 @@ class PDC2d(nn.Conv2d):
         return self
 
     def unfreeze(self) -> PDC2d:
-        """Ends what `freeze()` began, and returns the layer."""
+        """Undoes `freeze()`. Returns the layer."""
         self._frozen, self._plain = False, None
         return self
 
     def _kept_plain(self, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor | None:
-        """The plain kernel of a frozen layer, or None where `api.run` has to make it."""
+        """The plain kernel of a frozen layer; None if `api.run` has to compute it."""
         if not self._frozen or torch.compiler.is_compiling() or _autograd.has_observers():
             return None
         if type(weight) not in (torch.Tensor, nn.Parameter) or weight.is_inference():
             return None
         if torch.is_grad_enabled() and weight.requires_grad:
-            self._plain = None  # a step of a fused optimizer may follow, which PyTorch does not count
+            # A step of a fused optimizer may follow, which the version counter does not show.
+            self._plain = None
             return None
         native = backend.select("pdc2d", weight)
         if native is None or api.is_depthwise(weight, geometry.groups):
@@ -150,7 +153,7 @@ class PDC2d(nn.Conv2d):
         key = (*source, autocast_dtype(weight.device.type), geometry.kind, geometry.theta, native.name)
         plain = self._plain
         if plain is None or plain.key != key:
-            # An inference tensor could not be saved for a later backward to the input.
+            # Inference tensors cannot be saved for a backward, which a later call may need for its input.
             with torch.inference_mode(False), torch.no_grad():
                 plain = _Plain(api.plain_weight(native, weight, geometry), key, weight.detach())
             self._plain = plain
@@ -162,19 +165,19 @@ class PDC2d(nn.Conv2d):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry no kernel: its key holds an address."""
+        """Copies and pickles leave the cached kernel out: its key holds an address."""
         return {name: value for name, value in self.__dict__.items() if name != "_plain"}
 
     def to_conv2d(self) -> nn.Conv2d:
         """The plain convolution that gives the same output; radial becomes 5x5 with padding + dilation.
 
-        In 16 bit its kernel is rounded (zero-sum), where depthwise PDC2d rounds only the output.
+        In 16 bit its kernel is rounded (zero-sum), whereas a depthwise PDC2d rounds only the output.
         """
         geometry = self.geometry()
         conv = nn.Conv2d(
             self.in_channels,
             self.out_channels,
-            geometry.side,
+            geometry.plain_size,
             geometry.stride,
             geometry.plain_padding,
             geometry.dilation,

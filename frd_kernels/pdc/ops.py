@@ -17,20 +17,21 @@ OptionalTensor = torch.Tensor | None
 def pdc2d_depthwise(
     ops: Any, x: torch.Tensor, weight: torch.Tensor, bias: OptionalTensor, geometry: Geometry
 ) -> torch.Tensor:
-    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C], checked by the caller; ops: torch.ops.frd or its like."""
+    """x [B, C, H, W], weight [C, 1, 3, 3], bias [C], checked by the caller; ops: the namespace, torch.ops.frd."""
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.padding, geometry.dilation)
     device = x.device.type
     dtype = autocast_dtype(device)
     if dtype is not None:
         x, weight, bias = cast_operands(x, weight, bias)
-        if dtype != torch.bfloat16:  # the only dtype of the op's own autocast rule
+        # The autocast rule that the operator is registered with casts to bfloat16.
+        if dtype != torch.bfloat16:
             with torch.autocast(device, enabled=False):
                 return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)
     return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)
 
 
 def empty_image(x: torch.Tensor, size: tuple[Any, ...]) -> torch.Tensor:
-    """A fresh tensor in the layout the kernels give: channels_last if x is dense in it, else contiguous."""
+    """An uninitialized image in the layout of the kernels' results: channels_last if x is, else contiguous."""
     channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format)
@@ -82,7 +83,7 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 
 
 class _Rules:
-    """Derivatives of the operators of one namespace, by the operators of that namespace."""
+    """The backwards of the operators of a namespace, which call operators of the same namespace."""
 
     def __init__(self, namespace: str) -> None:
         self.ops = getattr(torch.ops, namespace)
@@ -99,8 +100,8 @@ class _Rules:
     def double_backward(
         self, ctx: Any, grad_dx: torch.Tensor, grad_dw: torch.Tensor, grad_db: torch.Tensor
     ) -> tuple[OptionalTensor, ...]:
-        """With y = L(x, w) bilinear, <a, dx> = <L(a, w), grad> and <b, dw> = <L(x, b), grad>: the ops
-        differentiate into themselves."""
+        """y = L(x, w) is bilinear, so <a, dx> = <L(a, w), grad> and <b, dw> = <L(x, b), grad>: the gradients of the
+        backward are forward and backward of the same operator."""
         grad, x, weight = ctx.saved_tensors
         d_grad = d_x = d_weight = None
         if ctx.need_dx:
@@ -123,7 +124,7 @@ def _backward_flop_count(grad: Any, x: Any, weight: Any, kind: int, *options: An
 
 
 def register(namespace: str) -> None:
-    """Fakes, autograd and autocast of the family's operators in `namespace`."""
+    """Registers fakes, autograd, autocast and FLOP formulas of the operators in `namespace`."""
     _weight.register(namespace)
     forward, backward = f"{namespace}::pdc2d_depthwise", f"{namespace}::pdc2d_depthwise_backward"
     rules = _Rules(namespace)

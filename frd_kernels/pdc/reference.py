@@ -1,8 +1,7 @@
-"""Pixel difference convolution in plain PyTorch, written to be read: the differences are taken first, by
-formula.
+"""Pixel difference convolution in plain PyTorch, as its formula says: differences first, then the weighted sum.
 
-The oracle of the tests and the explicit fallback (`use_backend("reference")`). Semantics: PiDiNet (Su et al.,
-ICCV 2021), with theta blending between the plain convolution (0) and the pure difference (1).
+The oracle of the tests and the backend "reference". Definitions: PiDiNet (Su et al., ICCV 2021), with theta between
+the plain convolution (0) and the pure difference (1) as in CDCN (Yu et al., CVPR 2020).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 
 from .._torch_internals import untraced
 from .arguments import Geometry, IntOrPair, check_tensors, check_weight, parse_geometry, parse_theta
-from .kinds import Kind, parse_kind, plain_side
+from .kinds import Kind, parse_kind, plain_size
 from .taps import Offset, pairs
 
 
@@ -32,18 +31,18 @@ def pdc_weight(weight: torch.Tensor, *, kind: str, theta: float = 1.0) -> torch.
 
 
 def _plain_weight(weight: torch.Tensor, kind: Kind, theta: float) -> torch.Tensor:
-    side = plain_side(kind)
+    size = plain_size(kind)
     flat = weight.flatten(2)
-    taps = [torch.zeros_like(flat[..., 0]) for _ in range(side * side)]
+    taps = [torch.zeros_like(flat[..., 0]) for _ in range(size * size)]
 
     def index(offset: Offset) -> int:
-        return (offset[0] + side // 2) * side + offset[1] + side // 2
+        return (offset[0] + size // 2) * size + offset[1] + size // 2
 
     for k, minuend, subtrahend in pairs(kind):
         taps[index(minuend)] = taps[index(minuend)] + flat[..., k]
         if subtrahend is not None:
             taps[index(subtrahend)] = taps[index(subtrahend)] - theta * flat[..., k]
-    return torch.unflatten(torch.stack(taps, dim=-1), -1, (side, side))
+    return torch.unflatten(torch.stack(taps, dim=-1), -1, (size, size))
 
 
 def pdc2d(
@@ -77,18 +76,19 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geomet
     rows, columns = geometry.output_size(x.shape[-2], x.shape[-1])
     pad_y, pad_x = geometry.plain_padding
     padded = F.pad(x, (pad_x, pad_x, pad_y, pad_y))
-    reach = geometry.side // 2
+    radius = geometry.plain_size // 2
 
     def shifted(offset: Offset) -> torch.Tensor:
         """x at `offset` from every output position: [..., C, rows, columns]."""
-        top, left = (reach + offset[0]) * dilation_y, (reach + offset[1]) * dilation_x
+        top, left = (radius + offset[0]) * dilation_y, (radius + offset[1]) * dilation_x
         bottom, right = top + (rows - 1) * stride_y + 1, left + (columns - 1) * stride_x + 1
         return padded[..., top:bottom:stride_y, left:right:stride_x]
 
     out: torch.Tensor | None = None
     for k, minuend, subtrahend in pairs(geometry.kind):
         if theta == 1.0 and minuend == subtrahend:
-            continue  # x - x: the unused weight
+            # The difference is 0, and this weight unused.
+            continue
         difference = shifted(minuend)
         if subtrahend is not None:
             difference = difference - theta * shifted(subtrahend)
@@ -103,7 +103,7 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geomet
 def as_conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
 ) -> torch.Tensor:
-    """`run` as one plain convolution by `pdc_weight`: what every transform of torch and every counter knows."""
+    """`run` as one plain convolution with `pdc_weight`, which every transform and FLOP counter of torch supports."""
     dtype = x.dtype
     compute = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     plain = _plain_weight(weight.to(compute), geometry.kind, geometry.theta)
@@ -120,7 +120,7 @@ def as_conv2d(
 
 
 def is_depthwise(weight: torch.Tensor, groups: int) -> bool:
-    """One input channel and one output channel per group: the case of the own stencil kernels."""
+    """Whether each group has one input and one output channel, as the stencil kernels require."""
     return weight.shape[1] == 1 and weight.shape[0] == groups
 
 

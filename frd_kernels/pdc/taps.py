@@ -1,7 +1,7 @@
-"""Which pixels meet in a difference: the tap table of every kind, stated once for the reference and the Triton
-kernels.
+"""The tap tables: which two pixels each weight of a kind multiplies the difference of.
 
-The C++ kernels have the same table in `csrc/pdc/taps.h`. Semantics: PiDiNet (Su et al., ICCV 2021).
+For the reference and the Triton kernels; the C++ kernels have the same tables in `csrc/pdc/taps.h`. Definitions:
+PiDiNet (Su et al., ICCV 2021).
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections.abc import Iterator
 
 from .kinds import Kind
 
-Offset = tuple[int, int]  # (vertical, horizontal), in steps of the dilation, from the centre of the window
+# (vertical, horizontal) from the centre of the window, in steps of the dilation.
+Offset = tuple[int, int]
 
-WINDOW: list[Offset] = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]  # row-major: weight index -> tap
+# Weight index -> tap, row-major.
+WINDOW: list[Offset] = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
 CENTRE = 4
 # The next neighbour clockwise (y points down) on the ring 0 1 2 5 8 7 6 3.
 CLOCKWISE = {0: 1, 1: 2, 2: 5, 5: 8, 8: 7, 7: 6, 6: 3, 3: 0}
-# Radial: weight k = 1..8 acts along DIRECTIONS[k - 1]; weight 0, not 4, is the centre's.
+# Radial: weight k = 1..8 belongs to DIRECTIONS[k - 1], weight 0 (not 4) to the centre.
 DIRECTIONS: list[Offset] = [tap for tap in WINDOW if tap != (0, 0)]
 
 

@@ -1,6 +1,6 @@
-"""The weight transform as an operator: a 3x3 parameter -> the plain kernel that equals the difference form.
+"""The operator `pdc_weight`: a 3x3 parameter -> the plain kernel of the equivalent convolution.
 
-`pdc_weight` is linear, so `pdc_weight_backward`, its transpose, differentiates into it again, to any order.
+It is linear, and `pdc_weight_backward` is its transpose: each is the backward of the other, to any order.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from .. import _autograd, _flops
-from .kinds import plain_side
+from .kinds import plain_size
 
 
 def _fake(weight: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
     torch._check(weight.dim() == 4)
-    side = plain_side(kind)
-    return weight.new_empty((weight.size(0), weight.size(1), side, side), dtype=dtype)
+    size = plain_size(kind)
+    return weight.new_empty((weight.size(0), weight.size(1), size, size), dtype=dtype)
 
 
 def _fake_backward(grad: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
@@ -30,7 +30,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 class _Rules:
-    """Derivatives of the operators of one namespace: each is the other's transpose."""
+    """The backwards of both operators of a namespace: each is the other's transpose."""
 
     def __init__(self, namespace: str) -> None:
         self.ops = getattr(torch.ops, namespace)
@@ -45,7 +45,7 @@ class _Rules:
 
 
 def register(namespace: str) -> None:
-    """Fakes and autograd of the weight transform in `namespace`."""
+    """Registers fakes, autograd and FLOP formulas of the weight transform in `namespace`."""
     forward, transposed = f"{namespace}::pdc_weight", f"{namespace}::pdc_weight_backward"
     rules = _Rules(namespace)
     torch.library.register_fake(forward, _fake)

@@ -1,4 +1,4 @@
-"""Functions of the PDC block family: difference convolution -> ReLU -> 1x1 convolution (-> + residual)."""
+"""`pdc_block`: difference convolution -> ReLU -> 1x1 convolution (-> + residual)."""
 
 from __future__ import annotations
 
@@ -34,13 +34,12 @@ def pdc_block(
 ) -> torch.Tensor:
     """conv1x1(relu(pdc2d(x))) + residual, with padding = dilation.
 
-    A depthwise `pdc_weight` runs as one kernel: the stencil's result stays in the cache until the 1x1
-    convolution has used it, and is computed again in the backward pass instead of being stored. A dense one
-    is composed of `pdc2d`, ReLU and `F.conv2d`; Triton, if asked for, runs it as one kernel at inference
-    where all channels are 64, 128 or 256.
+    With a depthwise `pdc_weight` it is one kernel: the result of the stencil stays in cache until the 1x1 convolution
+    has read it, and is recomputed in the backward pass instead of stored. With a dense one it is `pdc2d`, ReLU and
+    `F.conv2d`; under `use_backend("triton")` it is one kernel at inference if all channels are 64, 128 or 256.
 
     Args:
-        x: [B, C, H, W], contiguous or channels_last (so is then the result).
+        x: [B, C, H, W], contiguous or channels_last; the result has the same layout.
         pdc_weight: [C, 1, 3, 3] (depthwise) or [Ch, C / groups, 3, 3].
         point_weight: [Co, Ch, 1, 1], Ch = pdc_weight.shape[0].
         kind: "vanilla", "central", "angular", "radial" or PiDiNet's "cv", "cd", "ad", "rd".
@@ -50,11 +49,11 @@ def pdc_block(
         pdc_bias: [Ch]. point_bias: [Co].
 
     Returns:
-        [B, Co, Ho, Wo] with Ho = (H - 1) // stride + 1, and so for Wo.
+        [B, Co, Ho, Wo] with Ho = (H - 1) // stride + 1, likewise Wo.
 
     Raises:
-        ValueError: one line that names the argument, the rule and what came.
-        TypeError: something that has to be a tensor or a number is not.
+        ValueError: an argument has an invalid value, shape, dtype or device; the message names it and the rule.
+        TypeError: an argument that must be a tensor or a number is not one.
     """
     if isinstance(x, Proxy):
         named: dict[str, Any] = {"kind": kind, "theta": theta, "stride": stride, "dilation": dilation}
@@ -65,7 +64,7 @@ def pdc_block(
     geometry: Geometry | None = _checked_calls.get(key)
     if geometry is None:
         geometry = untraced(_checked, *tensors, kind, theta, stride, dilation)
-        _checked_calls.put(key, geometry)
+        _checked_calls.store(key, geometry)
     native = backend.select("pdc_block", x)
     if native is None:
         return _run_plain(*tensors, geometry)
@@ -120,16 +119,19 @@ def _checked(
 def _runs_dense_kernel(
     native: Any, x: torch.Tensor, pdc_weight: torch.Tensor, *others: OptionalTensor
 ) -> bool:
-    """Whether Triton was asked for and its dense kernel, which has no backward, takes these tensors. On an H100 it is
-    slower than the parts it fuses, so it is never chosen by itself."""
+    """Whether Triton was requested and its dense kernel, which has no backward, supports these tensors.
+
+    On an H100 it is slower than the operations it fuses, so it is never the default.
+    """
     if native.name != _triton.NAMESPACE or backend.requested() != "triton":
         return False
     if autocast_dtype(x.device.type) is not None:
         return False
-    learns = any(t is not None and t.requires_grad for t in (x, pdc_weight, *others))
-    if learns and torch.is_grad_enabled():
+    needs_grad = any(t is not None and t.requires_grad for t in (x, pdc_weight, *others))
+    if needs_grad and torch.is_grad_enabled():
         return False
-    from .triton_dense import can_run_dense  # imports triton
+    # Imported here, since it imports triton.
+    from .triton_dense import can_run_dense
 
     point_weight = others[1]
     assert point_weight is not None
@@ -137,7 +139,7 @@ def _runs_dense_kernel(
 
 
 def _groups(x: torch.Tensor, pdc_weight: torch.Tensor) -> int:
-    """How often the input channels of `pdc_weight` fit into those of x; 1 where the check will refuse it."""
+    """The groups that x and `pdc_weight` imply; 1 for shapes that the checks are going to refuse."""
     if not isinstance(pdc_weight, torch.Tensor) or pdc_weight.dim() != 4 or pdc_weight.shape[1] < 1:
         return 1
     return max(x.shape[1] // pdc_weight.shape[1], 1)
@@ -151,7 +153,7 @@ def _check_point(
     residual: OptionalTensor,
     geometry: Geometry,
 ) -> None:
-    """What comes after the difference convolution fits it; raises TypeError or ValueError."""
+    """Raises TypeError or ValueError unless the 1x1 convolution and the residual fit the difference convolution."""
     if not isinstance(point_weight, torch.Tensor):
         raise TypeError(f"point_weight must be a tensor, got {type(point_weight).__name__}")
     hidden = pdc_weight.shape[0]
@@ -160,13 +162,13 @@ def _check_point(
             f"point_weight must be [out_channels, {hidden}, 1, 1], got {list(point_weight.shape)}"
         )
     channels = point_weight.shape[0]
-    wanted: list[tuple[str, OptionalTensor, tuple[int, ...]]] = [
+    expected: list[tuple[str, OptionalTensor, tuple[int, ...]]] = [
         ("point_weight", point_weight, tuple(point_weight.shape)),
         ("point_bias", point_bias, (channels,)),
         ("residual", residual, (x.shape[0], channels, *geometry.output_size(x.shape[2], x.shape[3]))),
     ]
     mixed_allowed = autocast_dtype(x.device.type) is not None
-    for name, tensor, shape in wanted:
+    for name, tensor, shape in expected:
         if tensor is None:
             continue
         if not isinstance(tensor, torch.Tensor):
@@ -188,7 +190,7 @@ def _run_plain(
     residual: OptionalTensor,
     geometry: Geometry,
 ) -> torch.Tensor:
-    """In plain PyTorch. It sees no autocast: the operands are cast as the op's rule casts them."""
+    """In plain PyTorch, outside autocast: the operands are cast as for the operator."""
     device = x.device.type
     if autocast_dtype(device) is not None:
         x, pdc_weight, pdc_bias, point_weight, point_bias, residual = cast_operands(

@@ -1,4 +1,4 @@
-"""`PDCBlock2d`, PiDiNet's residual block, and `DPM`, FRD-Net's detail branch, as layers."""
+"""The layers `PDCBlock2d`, PiDiNet's residual block, and `DPM`, FRD-Net's detail branch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.conv import Conv2d  # `nn.Conv2d` may be another: some tools replace it
+
+# Some tools replace `nn.Conv2d` by a class of their own.
+from torch.nn.modules.conv import Conv2d
 
 from .._inner import has_global_hooks, is_plain
 from .._numbers import parse_count
@@ -21,16 +23,16 @@ class PDCBlock2d(nn.Module):
     Args:
         kind: "vanilla", "central", "angular", "radial" or PiDiNet's "cv", "cd", "ad", "rd".
         stride, dilation: of the difference convolution.
-        residual: adds the input; where stride or channels differ, a 1x1 convolution of it with bias and that
-            stride, `shortcut`. (PiDiNet's own stride-2 block is `F.max_pool2d(x, 2)` followed by a block of
-            stride 1 whose `shortcut` is a 1x1 convolution.)
+        residual: adds the input. If the stride is not 1 or the channels differ, adds `shortcut(input)` instead, a 1x1
+            convolution with bias and that stride. (PiDiNet's own stride-2 block is `F.max_pool2d(x, 2)` followed by a
+            block of stride 1 whose `shortcut` is a 1x1 convolution.)
         bias: on both convolutions of the main path.
         theta: 0 is the plain convolution, 1 the pure difference.
         device: of the parameters.
         dtype: of the parameters.
 
-    The main path is one kernel where `pdc` and `point` are as they were made. Where hooks, an adapter, a
-    parametrization or the like are attached to one of them, or another module is in its place, both are called.
+    The main path is one kernel as long as `pdc` and `point` are unmodified. If hooks, an adapter or a parametrization
+    are attached to one of them, or it is replaced by another module, both are called instead.
 
     Parameters: `pdc.weight` [C, 1, 3, 3] and `point.weight` [Co, C, 1, 1] (`conv1` and `conv2` in PiDiNet's
     checkpoints), `pdc.bias`, `point.bias`, `shortcut.weight`, `shortcut.bias`.
@@ -38,7 +40,7 @@ class PDCBlock2d(nn.Module):
     Input [B, C, H, W], output [B, Co, Ho, Wo] with Ho = (H - 1) // stride + 1.
 
     Raises:
-        ValueError: one line that names the argument, the rule and what came.
+        ValueError: an argument is invalid; the message names it, the rule and the value.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class PDCBlock2d(nn.Module):
         pdc, point = self.pdc, self.point
         if not _is_fused(pdc, point):
             out = point(F.relu(pdc(x)))
-            # Under autocast a residual in float32 must not raise the result to float32.
+            # Under autocast a float32 residual must not promote the result to float32.
             return out if residual is None else out + residual.to(out.dtype)
         return api.pdc_block(
             x,
@@ -105,8 +107,8 @@ class PDCBlock2d(nn.Module):
 
 
 def _is_fused(pdc: PDC2d, point: nn.Conv2d) -> bool:
-    """Whether `pdc_block` computes what calling the two would: they are as PDCBlock2d makes them, with nothing
-    attached, and nobody has edited what `pdc_block` does not take."""
+    """Whether `pdc_block` computes what calls of the two modules would: nothing is attached to them, and the
+    attributes that are no arguments of `pdc_block` have the values that PDCBlock2d gave them."""
     return (
         not has_global_hooks()
         and is_plain(pdc, PDC2d)

@@ -27,15 +27,16 @@ def pdc_block(
     residual: OptionalTensor,
     geometry: Geometry,
 ) -> torch.Tensor:
-    """x [B, C, H, W], pdc_weight [C, 1, 3, 3], point_weight [Co, C, 1, 1], checked by the caller; ops:
-    torch.ops.frd or its like."""
+    """x [B, C, H, W], pdc_weight [C, 1, 3, 3], point_weight [Co, C, 1, 1], checked by the caller; ops: the namespace,
+    torch.ops.frd."""
     options = (int(geometry.kind), geometry.theta, geometry.stride, geometry.dilation)
     tensors = (x, pdc_weight, pdc_bias, point_weight, point_bias, residual)
     device = x.device.type
     dtype = autocast_dtype(device)
     if dtype is not None:
         tensors = cast_operands(*tensors)
-        if dtype != torch.bfloat16:  # the only dtype of the op's own autocast rule
+        # The autocast rule that the operator is registered with casts to bfloat16.
+        if dtype != torch.bfloat16:
             with torch.autocast(device, enabled=False):
                 return _autograd.call(ops.pdc_block.default, *tensors, *options)
     return _autograd.call(ops.pdc_block.default, *tensors, *options)
@@ -87,13 +88,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     *tensors, kind, theta, stride, dilation = inputs
-    ctx.options = (kind, theta, stride, dilation, dilation)  # padding = dilation
+    # stride, padding and dilation of the difference convolution: padding = dilation.
+    ctx.options = (kind, theta, stride, dilation, dilation)
     ctx.has_bias = tensors[3] is not None
     ctx.save_for_backward(*tensors)
 
 
 class _Rules:
-    """Derivatives of the operators of one namespace, by the operators of that namespace."""
+    """The backwards of the operators of a namespace, which call operators of the same namespace."""
 
     def __init__(self, namespace: str) -> None:
         self.ops = getattr(torch.ops, namespace)
@@ -123,15 +125,19 @@ class _Rules:
         a_point: torch.Tensor,
         a_point_bias: torch.Tensor,
     ) -> tuple[OptionalTensor, ...]:
-        """The gradient of <a, backward(grad, x, w, b, v)>, which with h = L(x, w) + b, m = [h > 0], r = m h is
-        <L(a_x, w) + L(x, a_w) + a_b, m (v' grad)> + <a_v r + a_c, grad>; L is the difference convolution."""
+        """The gradient of <a, backward(grad, x, w, b, v)>, with a = (a_x, a_w, a_b, a_v, a_c) as the arguments are.
+
+        With the difference convolution L, h = L(x, w) + b, m = [h > 0] and r = m h this product is
+        <L(a_x, w) + L(x, a_w) + a_b, m (v' grad)> + <a_v r + a_c, grad>.
+        """
         grad, x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
         pdc, pdc_backward = self.ops.pdc2d_depthwise, self.ops.pdc2d_depthwise_backward
         hidden = pdc(x, pdc_weight, pdc_bias, *ctx.options)
-        closed = hidden <= 0  # a NaN passes, as in torch
+        # A NaN passes the ReLU, as in torch.
+        inactive = hidden <= 0
 
         def gate(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.masked_fill(closed, 0)
+            return tensor.masked_fill(inactive, 0)
 
         tangent = gate(pdc(a_x, pdc_weight, None, *ctx.options) + pdc(x, a_pdc, a_pdc_bias, *ctx.options))
         d_grad = F.conv2d(tangent, point_weight) + F.conv2d(gate(hidden), a_point, a_point_bias)
@@ -177,7 +183,7 @@ def _dense_flops(
 
 
 def register(namespace: str) -> None:
-    """Fakes, autograd and autocast of the family's operators in `namespace`."""
+    """Registers fakes, autograd, autocast and FLOP formulas of the operators in `namespace`."""
     forward, backward = f"{namespace}::pdc_block", f"{namespace}::pdc_block_backward"
     rules = _Rules(namespace)
     torch.library.register_fake(forward, _fake)

@@ -1,4 +1,4 @@
-"""The PDC block in plain PyTorch, written to be read: the oracle of the tests and the explicit fallback."""
+"""The PDC block in plain PyTorch: the oracle of the tests and the backend "reference"."""
 
 from __future__ import annotations
 
