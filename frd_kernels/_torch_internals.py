@@ -24,37 +24,38 @@ from torch.utils import _pytree
 _Result = TypeVar("_Result")
 _C: Any = torch._C
 
-# Dispatch. In `with below_autograd():` an operator goes straight to its kernel.
-below_autograd = torch._C._AutoDispatchBelowAutograd
-dispatch_mode_count = torch._C._len_torch_dispatch_stack
-
-# Pytrees: tree_map(function, tree, *trees).
-tree_map = _pytree.tree_map
-
-# Tensors. version_of counts the changes in place that autograd knows of.
-version_of = operator.attrgetter("_version")
 # What a plain weight is, also while torch.export traces.
 PLAIN_TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
-
-# Modules: the attributes that hold a module's own hooks, and the tables of those that run at every module's call.
+# The attributes in which a module has its own hooks.
 HOOK_ATTRIBUTES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
+# Of a tensor: the number of changes in place that autograd knows of.
+version_of = operator.attrgetter("_version")
+
+try:
+    # In `with below_autograd():` an operator goes straight to its kernel.
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+    dispatch_mode_count = torch._C._len_torch_dispatch_stack
+    # Whether a torch.func transform (grad, vmap, jvp, ...) is running.
+    is_transformed = torch._C._are_functorch_transforms_active
+    _tracing_state = torch._C._get_tracing_state
+    tree_map = _pytree.tree_map
+    # The tables of the hooks that run at the calls of all modules.
+    GLOBAL_HOOKS = (
+        nn_module._global_forward_hooks,
+        nn_module._global_forward_pre_hooks,
+        nn_module._global_backward_hooks,
+        nn_module._global_backward_pre_hooks,
+    )
+except AttributeError as error:
+    raise ImportError(
+        f"frd_kernels: torch {torch.__version__} lacks a name that torch 2.11 to 2.14 have: {error}"
+    ) from error
 
 
 def is_plain_conv2d(cls: type[nn.Module]) -> bool:
     """Whether a class computes what `nn.Conv2d` does: it has the forward of it, and what that calls."""
     conv_forward = getattr(cls, "_conv_forward", None)
     return cls.forward is nn.Conv2d.forward and conv_forward is nn.Conv2d._conv_forward
-
-
-# Transforms. is_transformed: whether a torch.func transform (grad, vmap, jvp, ...) is running.
-is_transformed = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
 
 
 def is_transforming() -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -74,6 +76,18 @@ def test_the_search_finds_names() -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_no_other_module_uses_one(source: pathlib.Path) -> None:
     assert set(private_chains(source)) <= DOCUMENTED
+
+
+def test_a_torch_without_one_is_named() -> None:
+    """The import fails at first use of the package, and `frd info` still prints."""
+    script = (
+        "import torch, sys; del torch._C._len_torch_dispatch_stack; import frd_kernels.info as info; "
+        "info.main([]); import frd_kernels; frd_kernels.pdc2d"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=PACKAGE.parent)
+    reason = f"torch {torch.__version__} lacks a name that torch 2.11 to 2.14 have"
+    assert reason in done.stdout
+    assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
 
 
 def test_modules_have_the_attributes_that_are_read() -> None:

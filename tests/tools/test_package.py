@@ -127,10 +127,7 @@ def test_info_prints_json() -> None:
 
 
 def test_info_prints_without_the_native_library(tmp_path: pathlib.Path) -> None:
-    copy = tmp_path / "frd_kernels"
-    copy.mkdir()
-    for name in ("__init__.py", "_library.py", "backend.py", "info.py"):
-        (copy / name).write_text((PACKAGE / name).read_text())
+    shutil.copytree(PACKAGE, tmp_path / "frd_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     result = subprocess.run(
         [sys.executable, "-m", "frd_kernels.info"], capture_output=True, text=True, cwd=tmp_path
     )
