@@ -19,7 +19,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 
 
 def make_icm(channels: int, config: FRDNetConfig) -> nn.Module:
-    """The clustering half of a mixer, or the identity where the configuration switches it off."""
+    """The clustering half of a mixer, or the identity if the configuration switches it off."""
     if not config.icm:
         return nn.Identity()
     icm = fk.ICM(channels, grids=config.grids, variant=config.variant)
@@ -29,7 +29,7 @@ def make_icm(channels: int, config: FRDNetConfig) -> nn.Module:
 
 
 def make_dpm(channels: int, config: FRDNetConfig) -> nn.Module:
-    """The pixel difference half of a mixer, whole or one of its two blocks, or the identity."""
+    """The pixel difference half of a mixer: a DPM, one of its two blocks, or the identity."""
     if not config.dpm:
         return nn.Identity()
     if config.angular and config.central:
@@ -40,7 +40,10 @@ def make_dpm(channels: int, config: FRDNetConfig) -> nn.Module:
 
 
 class Mixer(nn.Module):
-    """1x1 -> halves -> ICM -> 1x1 beside DPM -> concat -> 1x1. [B, C, h, w] -> [B, C, h, w]."""
+    """1x1 conv, split into halves, ICM and 1x1 conv on one, DPM on the other, concat, 1x1 conv.
+
+    [B, C, h, w] -> [B, C, h, w].
+    """
 
     def __init__(self, channels: int, config: FRDNetConfig) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class Mixer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two 1x1 convolutions with GELU between. [B, C, h, w] -> [B, C, h, w]."""
+    """Two 1x1 convolutions with a GELU between them. [B, C, h, w] -> [B, C, h, w]."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class MLP(nn.Module):
 
 
 class FRDBlock(nn.Module):
-    """Residual mixer, residual MLP, each pre-normalised and scaled, then one more norm.
+    """Residual mixer and residual MLP, each pre-normalised and scaled, then one more norm.
 
     [B, C, h, w] -> [B, C, h, w]: ``x + s1 * Mixer(norm(x))``, then ``x + s2 * MLP(norm(x))``, then norm.
     """

@@ -24,17 +24,18 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class FRDNetConfig:
-    """Everything that decides the shape and the function of an :class:`frd_model.FRDNet`.
+    """Everything that determines the architecture of an :class:`frd_model.FRDNet`.
 
     Attributes:
         encoder: ``mit_b0`` ... ``mit_b5``, or the name of any timm backbone that offers ``features_only``.
-        stages: encoder stages in use, counted from 1, ascending. The FRD blocks work on the last of them.
-        drop_path: largest stochastic-depth rate of a MiT; it rises linearly from 0 over its depth.
-        stem: ``"pdc"`` puts pixel difference convolutions of the image beside its RGB planes, before the
-            first patch embedding; ``"none"`` feeds the RGB planes alone.
-        stem_central, stem_angular: output channels of its central and of its angular convolution.
-        blocks: number of FRD blocks; 0 leaves encoder and decoder, the baseline of the ablation.
-        mlp_ratio: hidden width of a block's MLP over its channels.
+        stages: encoder stages to use, counted from 1, ascending. The FRD blocks run on the last one.
+        drop_path: largest stochastic-depth rate of a MiT; the rate rises linearly from 0 with depth.
+        stem: ``"pdc"`` concatenates pixel difference convolutions of the image to its RGB planes before the
+            first patch embedding; ``"none"`` uses the RGB planes only.
+        stem_central, stem_angular: output channels of the stem's central and angular convolution.
+        stem_gain: initial gain of the tanh that bounds the stem's differences; None leaves them unbounded.
+        blocks: number of FRD blocks; 0 leaves the encoder and the decoder, the baseline of the ablation.
+        mlp_ratio: hidden width of a block's MLP divided by its channels.
         variant: equations of the ICM: ``"paper"`` (Eq. 1-4) or ``"released"`` (the authors' code).
         grids: centres of each clustering round as (rows, columns); 64, 16 and 2 centres by default.
         icm_alpha: initial value of the ICM's alpha; None keeps the default of :class:`frd_kernels.ICM`.
@@ -42,18 +43,18 @@ class FRDNetConfig:
             the component itself is missing.
         angular, central: switch off one of the DPM's two PDC blocks.
         norm: normalisation of the FRD blocks: ``"group"`` (one group), ``"batch"`` or ``"none"``.
-        block_norm: one more normalisation after every block, as the authors' code has it.
-        layer_scale: initial value of the per-channel scale of both residual branches; None leaves it out.
-        decoder: ``"deconv"`` (transposed convolutions up to full size) or ``"pyramid"`` (all stages in use and
-            the trace branch are summed at the finest size; needs nothing pretrained).
-        decoder_widths: channels between the transposed convolutions. One more convolution than widths, each
-            doubling the size: four widths go from 1/32 to full size.
+        block_norm: another normalisation after every block, as in the authors' code.
+        layer_scale: initial value of the per-channel scale of both residual branches; None for no scale.
+        decoder: ``"deconv"`` (transposed convolutions up to full size) or ``"pyramid"`` (sums all stages and the
+            trace branch at the finest resolution; trains from scratch).
+        decoder_widths: channels between the transposed convolutions. There is one more convolution than widths,
+            and each doubles the size: four widths go from 1/32 to full size.
         decoder_kernel: kernel of the transposed convolutions: 4 (padding 1), 3 (padding and output padding 1)
             or 2 (no padding).
-        decoder_skip: ``"deconv"`` only: feed the encoder's last features beside those of the last block.
+        decoder_skip: ``"deconv"`` only: concatenate the encoder's last features with those of the last block.
         pyramid_width: ``"pyramid"`` only: channels of the summed maps.
         trace_widths: ``"pyramid"`` only: channels of the trace branch at 1/2, 1/4, ... of the image's size;
-            empty leaves it out.
+            empty for no trace branch.
         encoder_input: ``"planes"`` (the stem's output, or RGB) or ``"trace"`` (the trace branch at half size,
             which makes every stage twice as coarse and the encoder four times as cheap).
     """
@@ -91,12 +92,12 @@ class FRDNetConfig:
         _check(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON can hold it: tuples become lists."""
+        """The configuration as plain JSON values: tuples become lists."""
         return {f.name: _as_lists(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FRDNetConfig:
-        """The inverse of :meth:`to_dict`; missing fields keep their defaults, unknown ones raise an error."""
+        """The inverse of :meth:`to_dict`. Missing fields keep their defaults; unknown fields raise ValueError."""
         if not isinstance(values, Mapping):
             raise TypeError(f"configuration: a mapping is needed, got {type(values).__name__}")
         known = {f.name for f in dataclasses.fields(cls)}
@@ -108,7 +109,7 @@ class FRDNetConfig:
         return cls(**values)
 
     def replace(self, **overrides: Any) -> FRDNetConfig:
-        """A copy with some fields changed, checked again."""
+        """A validated copy with some fields changed."""
         return self.from_dict({**self.to_dict(), **overrides})
 
     def differences(self, other: FRDNetConfig) -> list[str]:
@@ -122,22 +123,22 @@ def _as_lists(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers and arrays of NumPy and torch as Python's, sequences as tuples: JSON and comparisons need them."""
+    """Convert NumPy and torch values to Python's and sequences to tuples, as JSON and comparisons need."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     return tuple(_plain(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_int(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_int_tuple(value: Any, least: int) -> bool:
-    return isinstance(value, tuple) and len(value) > 0 and all(_is_int(v, least) for v in value)
+def _is_int_tuple(value: Any, minimum: int) -> bool:
+    return isinstance(value, tuple) and len(value) > 0 and all(_is_int(v, minimum) for v in value)
 
 
 def _need(good: bool, name: str, rule: str, got: Any) -> None:
@@ -232,7 +233,7 @@ def _check_combinations(c: FRDNetConfig) -> None:
 
 
 #: ``paper``: the equations; counts that match the paper's Table 2. ``released``: the authors' code, whose
-#: checkpoints it loads. ``lite``: small, learns low-level traces from scratch on a CPU; the demo's model.
+#: checkpoints it loads. ``lite``: a small network that learns low-level traces from scratch on a CPU, used by the demo.
 PRESETS: dict[str, FRDNetConfig] = {
     "paper": FRDNetConfig(),
     "released": FRDNetConfig(variant="released", decoder_kernel=3, decoder_skip=True),

@@ -1,4 +1,4 @@
-"""From feature maps to one logit map."""
+"""Decoders: feature maps to one map of logits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .stem import ConvNorm
 
 
 class DeconvDecoder(nn.Module):
-    """Transposed convolutions, ReLU between, each doubling the size: [B, C, h, w] -> [B, 1, 2^n h, 2^n w].
+    """n transposed convolutions with ReLU between them. [B, C, h, w] -> [B, 1, 2^n h, 2^n w].
 
     Args:
         channels: C of the input.
         widths: channels between the n = len(widths) + 1 transposed convolutions.
-        kernel: 4 (padding 1), 3 (padding 1, output padding 1) or 2; every one doubles the size exactly.
+        kernel: 4 (padding 1), 3 (padding 1, output padding 1) or 2; each doubles the size exactly.
     """
 
     def __init__(self, channels: int, widths: Sequence[int], kernel: int) -> None:
@@ -36,12 +36,12 @@ class DeconvDecoder(nn.Module):
 
 
 class PyramidDecoder(nn.Module):
-    """All maps summed at the finest one's size, then joined by the trace branch's first, if there is one.
+    """Sum all maps at the finest resolution, then fuse with the first map of the trace branch, if there is one.
 
-    The result is at half of the image size where a trace branch exists, else at the finest stage's.
+    The logits have half the image's size with a trace branch, otherwise the size of the finest stage.
 
     Args:
-        channels: of each of the encoder's maps, fine to coarse.
+        channels: of the encoder's maps, fine to coarse.
         config: gives `pyramid_width` and `trace_widths`.
     """
 

@@ -46,7 +46,7 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def image(x: Tensor, h: int, w: int) -> Tensor:
-    """[B, h * w, C] -> [B, C, h, w], a view in channels_last strides."""
+    """[B, h * w, C] -> [B, C, h, w], a channels_last view."""
     return torch.unflatten(x.transpose(1, 2), 2, (h, w))
 
 
@@ -65,15 +65,16 @@ class PatchEmbed(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k') v. The fused kernel has no forward-mode derivative, vmap loops over it, and what counts the
-    operations of a torch.jit.trace does not see the two products in it."""
+    """softmax(scale q k') v of q, k, v [B, heads, N, d] -> [B, heads, N, d]."""
+    # The fused kernel has no forward-mode derivative, vmap loops over it, and operation counters on a torch.jit.trace
+    # do not see its two products.
     if is_transforming():
         return torch.softmax(scale * q @ k.transpose(-2, -1), dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 class ReducedAttention(nn.Module):
-    """Self-attention; keys and values come from a map shrunk `reduction` times. [B, N, D] -> [B, N, D]."""
+    """Self-attention with keys and values from a map that is `reduction` times smaller. [B, N, D] -> [B, N, D]."""
 
     def __init__(self, dim: int, heads: int, reduction: int) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class ReducedAttention(nn.Module):
 
 
 class MixMLP(nn.Module):
-    """Linear, depthwise 3x3 convolution (it carries the position), GELU, linear. [B, N, D] -> [B, N, D]."""
+    """Linear, depthwise 3x3 convolution (which encodes position), GELU, linear. [B, N, D] -> [B, N, D]."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ class MixTransformer(nn.Module):
     Args:
         name: a key of :data:`MIT_SIZES`.
         in_channels: planes of the input.
-        stages: stages to return, counted from 1; those behind the last one are not built.
+        stages: stages to return, counted from 1; stages after the last one are not built.
         drop_path: stochastic-depth rate of the last block of the whole network.
     """
 
@@ -196,7 +197,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class TimmEncoder(nn.Module):
-    """A timm backbone as an encoder. `stages` counts the maps timm offers, from 1."""
+    """A timm backbone as an encoder. `stages` are the numbers of its feature maps, from 1."""
 
     def __init__(self, name: str, in_channels: int, stages: tuple[int, ...]) -> None:
         super().__init__()
@@ -206,7 +207,8 @@ class TimmEncoder(nn.Module):
             body: Any = timm.create_model(
                 name, pretrained=False, features_only=True, in_chans=in_channels, out_indices=indices
             )
-        except Exception as error:  # timm raises many types for what it cannot serve this way
+        # timm raises many types for backbones without feature maps.
+        except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"encoder: timm gives no maps {stages} of {name!r}: {reason}") from error
         self.body = body
@@ -222,7 +224,7 @@ class TimmEncoder(nn.Module):
 def create_encoder(
     name: str, in_channels: int, stages: tuple[int, ...], drop_path: float
 ) -> MixTransformer | TimmEncoder:
-    """A MiT by the names of :data:`MIT_SIZES`, else the timm backbone (`drop_path` is for MiTs)."""
+    """A MiT for a name in :data:`MIT_SIZES`, otherwise a timm backbone, which ignores `drop_path`."""
     if name in MIT_SIZES:
         return MixTransformer(name, in_channels, stages, drop_path)
     return TimmEncoder(name, in_channels, stages)

@@ -1,4 +1,4 @@
-"""A network as it computes in eval mode, without touching the network: other threads may train or use it."""
+"""A view of a network in eval mode that leaves the network unchanged, so that other threads may train or use it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def eval_view(model: nn.Module, device: str | torch.device | None = None) -> nn.Module:
-    """`model` in eval mode on `device` (None: where it is); the model itself keeps its mode, place and caches.
+    """`model` in eval mode on `device` (None: where it is); the model keeps its own mode, device and caches.
 
-    A model that already is as asked comes back itself. Otherwise new module objects share its parameters,
-    buffers and hooks; on another device they hold copies of the parameters and buffers, made at each call.
-    DataParallel and DistributedDataParallel are taken off, since a prediction is no collective work;
-    torch.compile is kept in eval mode and taken off in training mode. TorchScript modules are copied.
+    A model that is already in eval mode there is returned unchanged. Otherwise the view has new module objects that
+    share its parameters, buffers and hooks; on another device they hold copies, made at each call. DataParallel and
+    DistributedDataParallel are unwrapped, since a prediction is not a collective operation. A compiled model is kept
+    in eval mode and unwrapped in training mode. TorchScript modules are copied.
     """
     model = unwrap(model)
     here = device_of(model)
@@ -42,18 +42,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Of the first parameter or buffer; the CPU for a model without any."""
+    """Device of the first parameter or buffer; the CPU for a model without any."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Of the first floating-point parameter; float32 for a model without any."""
+    """Dtype of the first floating-point parameter; float32 for a model without any."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 class _Copier:
-    """Copies the module objects `members` and the containers they hold, and nothing else of what they refer to."""
+    """Copies the module objects `members` and the containers they hold, and shares everything else."""
 
     def __init__(self, members: set[int], device: torch.device | None) -> None:
         self.members = members
@@ -74,9 +74,9 @@ class _Copier:
         if isinstance(value, Tensor):
             return self._tensor if self.device is not None else None
         if isinstance(value, MethodType):
-            # such as a forward that was replaced on the instance: it must run on the copy
+            # For example a forward that was replaced on the instance: it must run on the copy.
             return self._method if id(value.__self__) in self.members else None
-        # no subclasses: their constructors are not known
+        # Not for subclasses, whose constructors are unknown.
         makers: dict[type, Callable[[Any], Any]] = {
             dict: self._dict,
             OrderedDict: self._dict,

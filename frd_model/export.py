@@ -1,4 +1,4 @@
-"""ONNX: one call from a net to a file that was run and compared."""
+"""Export a network to ONNX, run the file and compare it with PyTorch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from .frdnet import FRDNet
 
 #: The largest deviation from PyTorch that `export_onnx` accepts, relative to the largest logit (at least 1).
 BOUND = 1e-3
-# An arg-max whose two best cosines differ by less than rounding may fall either way, which can move logits by more
-# than the bound (most of all where a map has fewer rows or columns than a grid, so that bins repeat). That depends
-# on the input; a graph that is wrong is so for all of them.
+# An argmax whose two best cosines differ by less than rounding may go either way, which can change logits by more than
+# the bound (above all if a map has fewer rows or columns than a grid, so that bins repeat). That depends on the input,
+# while a wrong graph is wrong for all of them.
 _TRIES = 3
-_EXAMPLE = (2, 3, 96, 160)  # traced for a dynamic file: batch and sides differ and none is 1
-_OLDEST_OPSET = 18  # that torch writes
+# Traced for a dynamic file: batch and sides differ and none is 1.
+_EXAMPLE = (2, 3, 96, 160)
+# The oldest that torch writes.
+_OLDEST_OPSET = 18
 _INSTALL = "pip install frd-kernels[export]"
 
 
 class Exported(NamedTuple):
-    """What `export_onnx` wrote. checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty where
-    onnxruntime is missing."""
+    """What `export_onnx` wrote.
+
+    checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty if onnxruntime is not installed.
+    """
 
     path: Path
     checks: dict[tuple[int, ...], float]
@@ -44,25 +48,25 @@ def export_onnx(
     size: int | tuple[int, int] = 512,
     opset: int | None = None,
 ) -> Exported:
-    """Write a net as ONNX: images [B, 3, H, W], ImageNet-normalised float32 -> logits [B, 1, H, W].
+    """Write a network as ONNX: images [B, 3, H, W], ImageNet-normalised float32 -> logits [B, 1, H, W].
 
-    The file holds plain convolutions (`frd_kernels.convert.fold`) and clustering in index arithmetic: standard
-    operators alone. onnxruntime, where it is installed, runs it at two batches and sizes before it is
-    written, and the logits must be those of PyTorch.
+    The file uses standard operators only: plain convolutions (`frd_kernels.convert.fold`), and clustering as index
+    arithmetic. If onnxruntime is installed, it runs the graph at two batches and sizes before the file is written,
+    and the logits must match PyTorch's.
 
     Args:
-        model: an FRDNet or a wrapper around one, or another net of these shapes. Not changed: a copy in eval
-            mode, in float32 and on the CPU is exported.
-        path: the file, replaced if it exists; folders are made.
-        dynamic: any batch and any sides. Else batch 1 and `size` alone.
-        size: (H, W), or both in one number: the size of a fixed file, the larger one of the check of a dynamic.
+        model: an FRDNet or a wrapper of one, or another network of these shapes. It is not changed: a float32 copy in
+            eval mode on the CPU is exported.
+        path: the file, replaced if it exists; missing folders are created.
+        dynamic: for any batch and any sides, otherwise for batch 1 and `size` only.
+        size: (H, W), or one number for both: the size of a fixed file, or of the larger check of a dynamic one.
         opset: version of ONNX's operators, None for torch's choice.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing.
         TypeError, ValueError: bad arguments.
         OSError: the file cannot be written.
-        RuntimeError: torch cannot export the net, or the file computes something else.
+        RuntimeError: torch cannot export the network, or the file computes something else.
     """
     height, width = _check_arguments(model, size)
     check_packages("onnx", "onnxscript")
@@ -82,14 +86,14 @@ def export_onnx(
 
 
 def check_packages(*names: str) -> None:
-    """Raises ModuleNotFoundError, which says what to install, where one is missing."""
+    """ModuleNotFoundError that says what to install, if a package is missing."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"ONNX export needs {' and '.join(missing)}: {_INSTALL}")
 
 
 def check_writable(path: Path) -> None:
-    """Before the work: makes the folder and raises OSError where the file could not be written."""
+    """Create the folder; OSError if the file cannot be written."""
     if path.is_dir():
         raise IsADirectoryError(f"{path}: a directory; the name of a file is needed")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,10 +165,12 @@ def _check(data: bytes, plain: nn.Module, shapes: list[tuple[int, ...]]) -> dict
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what it would log is in the exception
+    # What it would log is in the exception.
+    options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common class
+    # Its exceptions have no common class.
+    except Exception as error:
         raise RuntimeError(
             f"onnxruntime {onnxruntime.__version__} does not load the ONNX file: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Create models by name."""
 
 from __future__ import annotations
 

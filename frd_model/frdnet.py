@@ -1,4 +1,4 @@
-"""FRD-Net (AAAI 2026): encoder, FRD blocks on its coarsest map, decoder to one logit for every pixel."""
+"""FRD-Net (AAAI 2026): an encoder, FRD blocks on its coarsest map, and a decoder to one logit per pixel."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ class FRDNet(nn.Module):
         config: see :class:`FRDNetConfig`.
 
     Shape: images [B, 3, H, W], ImageNet-normalised -> logits [B, 1, H, W]; their sigmoid is the probability
-    that a pixel was manipulated. Any H, W >= 1: the image is extended to the right and below, by repeating
-    its last column and row, to multiples of the encoder's coarsest stride (32); the logits are cropped back.
+    that a pixel was manipulated. Any H, W >= 1: the image is padded on the right and at the bottom, by
+    repeating its last column and row, to multiples of the encoder's coarsest stride (32), and the logits are
+    cropped back.
 
     Raises:
         ValueError: images are not [B, 3, H, W] with H, W >= 1.
@@ -41,14 +42,14 @@ class FRDNet(nn.Module):
         )
         planes = 3 if self.stem is None else self.stem.channels
         self.trace = TraceBranch(planes, config.trace_widths) if config.trace_widths else None
-        halved = config.encoder_input == "trace"
-        entering = config.trace_widths[0] if halved else planes
-        self.encoder = create_encoder(config.encoder, entering, config.stages, config.drop_path)
+        at_half_size = config.encoder_input == "trace"
+        encoder_channels = config.trace_widths[0] if at_half_size else planes
+        self.encoder = create_encoder(config.encoder, encoder_channels, config.stages, config.drop_path)
         channels = self.encoder.channels
-        scale = 2 if halved else 1
+        scale = 2 if at_half_size else 1
         self.multiple = max(32, scale * max(self.encoder.reductions))
-        # MiT's first stage shrinks keys 8 times at 1/4 of its input's size.
-        self.least = 32 * scale
+        # MiT's first stage reduces its keys 8 times at 1/4 of the input's size, so a side has 32 pixels or more.
+        self.min_side = 32 * scale
         self.blocks = nn.ModuleList(FRDBlock(channels[-1], config) for _ in range(config.blocks))
         self.decoder: nn.Module
         if config.decoder == "deconv":
@@ -59,11 +60,11 @@ class FRDNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         _check_images(images)
-        x = _pad(images, self.multiple, self.least)
+        x = _pad(images, self.multiple, self.min_side)
         return _fit(self.logits(x), x, images)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The net on an image whose sides are multiples of `multiple`; logits at the decoder's own size."""
+        """Logits at the decoder's resolution, for images whose sides are multiples of `multiple`."""
         planes = x if self.stem is None else self.stem(x)
         traces = self.trace(planes) if self.trace is not None else []
         maps = self.encoder(traces[0] if self.config.encoder_input == "trace" else planes)
@@ -76,7 +77,7 @@ class FRDNet(nn.Module):
 
 
 def _check_images(images: Tensor) -> None:
-    # Sizes that torch.jit.trace records are tensors, to be asked nothing.
+    # Under torch.jit.trace sizes are tensors, and a branch on them would become part of the trace.
     is_image = images.dim() == 4 and (
         torch.jit.is_tracing() or (images.shape[1] == 3 and images.shape[2] >= 1 and images.shape[3] >= 1)
     )
@@ -86,33 +87,33 @@ def _check_images(images: Tensor) -> None:
         raise TypeError(f"images: must be floating point, got {images.dtype}")
 
 
-def _pad(images: Tensor, multiple: int, least: int) -> Tensor:
-    below, right = (_missing(side, multiple, least) for side in images.shape[-2:])
+def _pad(images: Tensor, multiple: int, min_side: int) -> Tensor:
+    below, right = (_missing(side, multiple, min_side) for side in images.shape[-2:])
     if not torch.jit.is_tracing() and not _is_symbolic(images) and not below and not right:
         return images
     return F.pad(images, (0, right, 0, below), mode="replicate")
 
 
 def _is_symbolic(images: Tensor) -> bool:
-    """Whether an export records sides of the images as symbols."""
+    """Whether the images are being exported with symbolic sides."""
     return torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in images.shape[-2:])
 
 
-def _missing(side: Any, multiple: int, least: int) -> Any:
-    """Pixels up to the next multiple that is at least `least`."""
-    if torch.jit.is_tracing():  # sizes are tensors
-        return torch.maximum(-side % multiple, least - side)
+def _missing(side: Any, multiple: int, min_side: int) -> Any:
+    """Pixels to pad up to the next multiple that is at least `min_side`."""
+    if torch.jit.is_tracing():
+        return torch.maximum(-side % multiple, min_side - side)
     if not (torch.compiler.is_exporting() and isinstance(side, torch.SymInt)):
-        return max(-side % multiple, least - side)
-    smallest = -(-least // multiple)
-    # In units, so that divisions by the encoder's strides come out even.
+        return max(-side % multiple, min_side - side)
+    smallest = -(-min_side // multiple)
+    # Counted in multiples, so that torch knows that the encoder's strides divide the sides.
     units: Any = (side + multiple - 1) // multiple
     if smallest > 1:
         units = torch.sym_max(units, smallest)
     if torch.onnx.is_in_onnx_export():
-        # As a size of its own: of an expression of the side, torch settles many a question by the example it traces,
-        # which makes guards of torch.export and nothing at all in ONNX. Not in torch.export: Inductor mistakes the
-        # layout of convolutions of such sizes on a CPU, without a word (torch 2.14).
+        # A symbol of its own. Comparisons of an expression in the side are decided by the traced example: torch.export
+        # adds a guard for each, ONNX does not check them. For ONNX only, as Inductor on a CPU silently picks a wrong
+        # layout for convolutions of such sizes (torch 2.14).
         units = torch.scalar_tensor(units, dtype=torch.int64).item()
         torch._check(units >= smallest)
         torch._check(units * multiple >= side)
@@ -120,17 +121,18 @@ def _missing(side: Any, multiple: int, least: int) -> Any:
 
 
 def _fit(logits: Tensor, padded: Tensor, images: Tensor) -> Tensor:
-    """The logits in the size of the padded images, cropped to that of the images."""
+    """Resize the logits to the padded images and crop them to the images."""
     size = padded.shape[-2:]
     if torch.jit.is_tracing() or logits.shape[-2:] != size:
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    if _is_symbolic(images):  # a slice would settle by the example that is traced whether it takes all
+    if _is_symbolic(images):
+        # Whether a slice takes the whole axis would be decided by the traced example.
         for axis in (-2, -1):
             logits = logits.index_select(axis, torch.arange(images.shape[axis], device=images.device))
         return logits
     return logits[..., : images.shape[-2], : images.shape[-1]]
 
 
-# What depends on sizes is one node in a graph of torch.fx, which knows none.
+# torch.fx traces without sizes: each function that depends on them is one node of its graph.
 for _name in ("_check_images", "_pad", "_fit"):
     torch.fx.wrap(_name)

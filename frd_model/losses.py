@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 FORMS = ("paper", "released")
 
-# Protects the plain dice of Eq. 9 from 0/0 only: an empty prediction of an empty mask costs 0. Far below one
-# pixel.
+# Avoids 0/0 in the dice of Eq. 9: an empty prediction of an empty mask costs 0. Far smaller than one pixel.
 DICE_EPS = 1e-6
 
 
@@ -69,8 +68,8 @@ class FRDLoss(nn.Module):
     """Region dice + edge_weight * edge dice (Eq. 8), optionally mixed with binary cross-entropy.
 
     `paper` compares the soft edge map of the prediction with the edge map of the mask; `released` compares
-    prediction and mask inside the mask's edge band. Sums run over the whole batch, so an untouched image
-    still pulls its predictions down. `bce_weight` adds the mean cross-entropy: dice alone is slow to start
+    prediction and mask inside the mask's edge band. Sums run over the whole batch, so false positives in
+    an untouched image still raise the loss. `bce_weight` adds the mean cross-entropy: dice alone starts slowly
     from scratch.
 
     Called with logits and mask [B,1,H,W]; returns 0-d tensors "total", "region", "edge" (and "bce" where its

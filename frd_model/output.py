@@ -1,4 +1,4 @@
-"""Outputs that are checked before the work, and messages of one line that print on any terminal."""
+"""Checks of outputs before the work starts, and one-line messages that print on any terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 
 
 def check_output_folder(flag: str, folder: Path) -> None:
-    """Make the folder where it is missing; ValueError where files cannot be written into it."""
+    """Create the folder if it is missing; ValueError if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -23,7 +23,7 @@ def check_output_folder(flag: str, folder: Path) -> None:
 
 
 def check_output_file(flag: str, file: Path, *, overwrite: bool) -> None:
-    """ValueError where the file cannot be written, or is there already and `overwrite` was not given."""
+    """ValueError if the file cannot be written, or exists and `overwrite` is False."""
     if os.path.lexists(file):
         if not file.is_file():
             raise ValueError(f"{flag} must be a regular file, got {str(file)!r}, which is something else")
@@ -35,7 +35,7 @@ def check_output_file(flag: str, file: Path, *, overwrite: bool) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text in one line, with its type before it where the text alone may say little."""
+    """An error's text in one line, after the name of its type if the text alone may say little."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return f"out of memory: {text}".rstrip(": ")
@@ -44,7 +44,7 @@ def one_line(error: BaseException) -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print one line whatever it holds: what is not printable, or not in the stream's encoding, is escaped."""
+    """Print one line, with characters escaped that are not printable or not in the stream's encoding."""
     stream = sys.stdout if file is None else file
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     encoding = getattr(stream, "encoding", None) or "utf-8"

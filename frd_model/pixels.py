@@ -1,4 +1,4 @@
-"""Any picture that callers hold, as the uint8 RGB array that the network's input is made from."""
+"""Convert any kind of image to the uint8 RGB array that the network's input is made from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ UInt8 = npt.NDArray[np.uint8]
 Picture = str | os.PathLike[str] | npt.NDArray[Any] | Image.Image | torch.Tensor
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# What rounding in another program may leave above one or below zero.
+# Rounding in other programs may leave values this far outside [0, 1].
 _SLACK = 1e-5
 
 
 def as_pixels(image: Any) -> UInt8:
     """uint8 RGB [H, W, 3] of a file, a NumPy array, a PIL image or a torch tensor; see `frd_model.predict`.
 
-    Raises ImageError for a file that cannot be read, TypeError and ValueError for what is no image.
+    Raises ImageError for a file that cannot be read, TypeError and ValueError for anything that is not an image.
     """
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
@@ -67,7 +67,7 @@ def _from_array(values: npt.NDArray[Any]) -> UInt8:
         return pixels
     if channels == 1:
         return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
-    # alpha: composited as that of a file
+    # Alpha is composited as for a file.
     return from_pillow(Image.fromarray(np.ascontiguousarray(pixels), _MODES[channels]))
 
 
@@ -80,7 +80,7 @@ def _to_8_bit(values: npt.NDArray[Any]) -> UInt8:
     if kind != "f":
         raise TypeError(f"image must be uint8, uint16 or float in [0, 1], got {values.dtype}")
     low, high = float(values.min()), float(values.max())
-    # also False for NaN
+    # False for NaN too.
     if not (low >= -_SLACK and high <= 1 + _SLACK):
         raise ValueError(
             f"image of floats must lie in [0, 1] (neither 0 to 255 nor normalised), got {low:g} to {high:g}"

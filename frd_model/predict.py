@@ -1,7 +1,7 @@
-"""Localize edits in photos: any size in, a probability map of the same size out.
+"""Localize edits in photos of any size: a probability map of the photo's own size.
 
-Camera traces live at the pixel scale, so nothing is resized unless asked for: a photo of up to `WHOLE_LIMIT`
-pixels goes through the network in one piece, a larger one as overlapping tiles whose maps are blended.
+Camera traces are at the scale of pixels, so nothing is resized by default: a photo of up to `WHOLE_LIMIT` pixels goes
+through the network as a whole, a larger one as overlapping tiles whose maps are blended.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ FloatMap = npt.NDArray[np.float32]
 
 
 class PredictionError(RuntimeError):
-    """What the network gave is no map of logits: NaN, infinity or another shape; one line."""
+    """The network's output is not a map of logits: it has NaN, infinity or another shape."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says of one photo.
+    """The network's result for one photo.
 
     probability: [H, W] float32 in [0, 1], at the photo's own size.
     mask: [H, W] bool, probability > threshold.
-    score: float in [0, 1], how likely the photo was edited anywhere (`metrics.image_score`).
+    score: float in [0, 1], how likely it is that the photo was edited anywhere (`metrics.image_score`).
     size: (H, W) of the photo.
-    seconds: time spent in the network and the blending, without reading the file.
+    seconds: time in the network and in blending, without reading the file.
     """
 
     probability: FloatMap
@@ -90,27 +90,27 @@ def predict(  # type: ignore[misc]  # the options are spelled out here alone
     batch_size: int = 2,
     progress: bool = False,
 ) -> Prediction | list[Prediction]:
-    """Find the edited pixels of a photo, or of each in a list or tuple (then a list comes back).
+    """Find the edited pixels of a photo, or of each photo in a list or tuple (which returns a list).
 
     Args:
         image: a file; a PIL image of any mode, converted as a file is, EXIF rotation included; a NumPy array [H, W]
             (grey), [H, W, 1], [H, W, 2] (grey and alpha), RGB [H, W, 3] or RGBA [H, W, 4]; or a torch tensor
             [H, W] or [C, H, W] with the same channels. Arrays and tensors are uint8, uint16 (0 to 65535) or float
             in [0, 1], not normalised; all become 8 bit, and alpha is composited over white.
-        model: logits [B, 1, H, W] from normalised images [B, 3, H, W] of any size. It computes in eval mode and gets
-            its input in its parameters' dtype; its own mode, device and attributes stay as they are (`eval_view`), so
-            that several threads may share it.
+        model: logits [B, 1, H, W] from normalised images [B, 3, H, W] of any size. It runs in eval mode, with inputs
+            in its parameters' dtype; its own mode, device and attributes do not change (`eval_view`), so that
+            several threads may share it.
         size: "auto" (whole photo up to one megapixel, tiles above), "whole", "tiles", or "resize": the photo is
             scaled to 512 x 512 by area averaging and the map scaled back to the photo's size. Evaluation protocols
             that resize use other filters and score at the small size: `frd evaluate --preset benco-512` follows one.
         tile, overlap: side of a tile and the width over which neighbours are blended, in pixels.
         device: where to run; None takes the model's. On another device a copy of the model runs, made at each call:
-            move the model first where there are many photos.
-        batch_size: tiles that go through the network at once.
-        progress: show a bar of the tiles of a large photo on stderr.
+            for many photos, move the model first.
+        batch_size: tiles per forward pass.
+        progress: show a progress bar for the tiles of a large photo on stderr.
 
     Raises ImageError for a file that cannot be read as an image, ValueError and TypeError for bad arguments,
-    PredictionError where the network gives NaN, infinity or another shape.
+    PredictionError if the network returns NaN, infinity or another shape.
     """
     options = {"size": size, "tile": tile, "overlap": overlap, "batch_size": batch_size, "progress": progress}
     check_options(size, tile, overlap, threshold, batch_size)
@@ -133,14 +133,14 @@ def probability_map(
     batch_size: int = 2,
     progress: bool = False,
 ) -> FloatMap:
-    """The probability [H, W] float32 that each pixel of uint8 RGB [H, W, 3] was edited: the one path of inference.
+    """The probability [H, W] float32 that each pixel of a uint8 RGB image [H, W, 3] was edited.
 
-    `predict`, `evaluate` and the validation of a training run all come here. A module computes as `predict`
-    says. Any other callable gets float32 [B, 3, H, W] on `device` (None: the CPU) and gives logits
-    [B, 1, H, W]; it sees to its mode itself. No gradients are recorded. Memory beyond the image: the map, and
-    what the network takes for `batch_size` tiles.
+    `predict`, `evaluate` and the validation of a training run all use it. A module runs as described for `predict`.
+    Any other callable gets float32 [B, 3, H, W] on `device` (None: the CPU), returns logits [B, 1, H, W] and sets its
+    own mode. No gradients are recorded. Memory beyond the image: the map, and the network's own for `batch_size`
+    tiles.
 
-    Raises ValueError for bad arguments, PredictionError where the network gives NaN, infinity or another shape.
+    Raises ValueError for bad arguments, PredictionError if the network returns NaN, infinity or another shape.
     """
     check_options(size, tile, overlap, 0.5, batch_size)
     if isinstance(model, nn.Module):
@@ -161,7 +161,7 @@ def probability_map(
 
 
 def check_options(size: str, tile: int, overlap: int, threshold: float, batch_size: int) -> None:
-    """ValueError or TypeError, one line, for what `predict` does not take."""
+    """ValueError or TypeError for options that `predict` does not accept."""
     for name, value in (("tile", tile), ("overlap", overlap), ("batch_size", batch_size)):
         try:
             operator.index(value)
@@ -219,12 +219,12 @@ def _tiled(
             for (y, wy, x, wx), probability in zip(batch, maps, strict=True):
                 result[y : y + len(wy), x : x + len(wx)] += probability * wy[:, None] * wx
             bar.update(len(batch))
-    # The weights sum to one up to rounding, which must not push a probability above one.
+    # The weights sum to one up to rounding, which must not raise a probability above one.
     return np.clip(result, 0.0, 1.0, out=result)
 
 
 def _progress_bar(tiles: int, progress: bool) -> Any:
-    """On a terminal for all but small photos, in a log for large ones, seldom updated."""
+    """Shown on a terminal except for small photos; in a log for large photos only, and updated rarely."""
     terminal = sys.stderr is not None and sys.stderr.isatty()
     shown = progress and tiles >= (8 if terminal else 100)
     return tqdm(
@@ -262,7 +262,7 @@ def _forward(
 
 
 def parse_device(name: str | torch.device) -> torch.device:
-    """Raises ValueError for a name torch does not know, or a device that is not there or holds no data."""
+    """A torch device. ValueError for an unknown name or a device that cannot be used here."""
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""Parameter names of other checkpoints: where each own parameter lives in them, and in which shape.
+"""Names of parameters in other code's state dicts, and the part of a file that holds a network.
 
-A table runs one way only, from the own name to the foreign ones; reading and writing are both derived from
-it, so they cannot drift apart.
+Each table maps our name of a parameter to its names and its shape in the other code. Reading and writing are both
+derived from it, so they cannot drift apart.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from torch import Tensor
 
 
 class Foreign(NamedTuple):
-    """Where an own parameter lives: foreign names, joined along dimension 0, each of `dims` dimensions
-    (None: as many as the own one; 2 against 4 is a linear layer against a 1x1 convolution)."""
+    """Where another state dict stores one of our parameters.
+
+    names: the tensors that, concatenated along dimension 0, are the parameter.
+    dims: their number of dimensions, or None for the parameter's own. A linear layer has 2, a 1x1 convolution 4.
+    """
 
     names: tuple[str, ...]
     dims: int | None = None
@@ -27,7 +30,7 @@ class Foreign(NamedTuple):
 Naming = Callable[[str], Foreign]
 State = dict[str, Tensor]
 
-# Names that torch's wrappers put between the names of a module and those of its children.
+# Names that torch's wrappers add between the name of a module and those of its children.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _AVERAGED = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|shadow)(?:_|$)")
 _CONTAINERS = WRAPPERS | {"model", "net", "network", "state_dict", "model_state_dict", "params", "weights"}
@@ -56,7 +59,7 @@ def original_encoder(key: str) -> Foreign:
 
 
 def huggingface_encoder(key: str) -> Foreign:
-    """The naming of Hugging Face's Segformer encoder: queries, keys and values apart."""
+    """The naming of Hugging Face's Segformer encoder: separate queries, keys and values."""
     stage, part, rest = _stage(key)
     if part == "norm":
         return Foreign((f"encoder.layer_norm.{stage}.{rest}",))
@@ -139,14 +142,14 @@ def _released_icm(head: str, rest: str) -> Foreign:
 def import_state(
     own: Mapping[str, Tensor], foreign: Mapping[str, Tensor], naming: Naming
 ) -> dict[str, Tensor]:
-    """`foreign` under the own names.
+    """`foreign` under our names.
 
     Args:
-        own: the model's state, for its names and shapes.
-        foreign: a state in the other naming.
+        own: the model's state dict, for its names and shapes.
+        foreign: a state dict in the other naming.
 
     Raises:
-        ValueError: names missing in `foreign` or left over, shapes that do not fit; one line.
+        ValueError: missing or unexpected names in `foreign`, or shapes that do not match.
     """
     places = {key: naming(key) for key in own}
     wanted = {name for place in places.values() for name in place.names}
@@ -165,7 +168,7 @@ def import_state(
 
 
 def export_state(own: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
-    """The inverse of :func:`import_state`: the own state under the foreign names, in the foreign shapes."""
+    """The inverse of :func:`import_state`: our state dict under the other names and shapes."""
     state = {}
     for key, tensor in own.items():
         place = naming(key)
@@ -184,7 +187,7 @@ def _foreign_shape(shape: list[int], place: Foreign) -> list[int]:
 
 
 def check_names(wanted: set[str], got: set[str]) -> None:
-    """ValueError, in one line, unless both sets are the same."""
+    """ValueError unless both sets are the same."""
     missing, extra = sorted(wanted - got), sorted(got - wanted)
     if missing or extra:
         raise ValueError(f"{_listed('missing', missing)}, {_listed('unexpected', extra)}")
@@ -196,7 +199,7 @@ def _listed(what: str, names: list[str]) -> str:
 
 
 class Fit(NamedTuple):
-    """The tensors under one prefix of a file; `matched` of them have names that are looked for."""
+    """The tensors under one prefix of a file, of which `matched` have the wanted names."""
 
     prefix: str
     state: State
@@ -204,13 +207,13 @@ class Fit(NamedTuple):
 
 
 def fit(file: Path, state: Mapping[str, Tensor], names: Collection[str]) -> Fit:
-    """The part of `state` whose names, behind a common prefix and without the names of wrappers, are `names`.
+    """The part of `state` whose names, after a common prefix and without those of wrappers, are `names`.
 
-    Of several complete ones, averaged weights (``ema``, ``swa``, ...) win, then those under usual names (``model``,
-    ``state_dict``, ...). Where none is complete, the one with the most names.
+    If several parts are complete, averaged weights (``ema``, ``swa``, ...) come first, then weights under usual names
+    (``model``, ``state_dict``, ...). If none is complete, the part with the most names is returned.
 
     Raises:
-        ValueError: two different nets, of which neither is preferred.
+        ValueError: two different networks, neither of which comes first.
     """
     fits = list(_fits(state, set(names)))
     complete = [f for f in fits if f.matched == len(names)]
@@ -234,7 +237,7 @@ def _fits(state: Mapping[str, Tensor], names: set[str]) -> Iterator[Fit]:
         for i in range(len(parts)):
             if ".".join(p for p in parts[i:] if p not in wrappers) in names:
                 counts[".".join([*parts[:i], ""])] += 1
-    # "model." and "model.module." may be the same net: the longer prefix leaves fewer strangers beside it.
+    # "model." and "model.module." may be the same network: the longer prefix has fewer other tensors under it.
     seen: list[tuple[str, int]] = []
     for prefix, count in sorted(counts.items(), key=lambda item: -len(item[0])):
         if any(longer.startswith(prefix) and count == other for longer, other in seen):

@@ -1,7 +1,7 @@
-"""Reading foreign state dicts: what a file is, which of its tensors are the net's, and under which prefix.
+"""Read the tensors of any checkpoint file, and the configuration that it holds.
 
-Nothing is unpickled beyond tensors and plain containers (``weights_only=True``); objects of other classes
-become placeholders without behaviour.
+Only tensors and plain containers are unpickled (``weights_only=True``); objects of other classes become placeholders
+without behaviour.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .state_dicts import State
 
 FORMAT = "frd_model"
 _SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.")
-# Functions and lower-case classes that only build values; any other function in a pickle is refused.
+# Functions and lower-case classes that only build values. All other functions in a pickle are refused.
 _VALUES = {
     "copyreg._reconstructor",
     "collections.defaultdict",
@@ -39,18 +39,18 @@ _SHARDED = "holds one process's part of a sharded net: save the full state dict 
 
 
 class Stored(NamedTuple):
-    """The tensors of a file, by their dotted path in it, and the configuration it holds, if it does."""
+    """The tensors of a file by their dotted path, and the file's configuration, if it has one."""
 
     state: State
     config: FRDNetConfig | None
 
 
 def read(file: Path) -> Stored:
-    """Everything in a file of safetensors or of torch.save, or in the shards that an index names.
+    """Read a file of safetensors or torch.save, or all shards of an index.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is something else, is damaged, or holds no tensors; one line that says which.
+        ValueError: the file has another format, is damaged, or holds no tensors.
     """
     start = _start(file)
     if _is_index(file):
@@ -71,14 +71,14 @@ def read(file: Path) -> Stored:
 
 
 def _gather(file: Path, state: State) -> State:
-    """The full tensors of which the file, one of each process, holds parts; a call of all processes."""
+    """The full tensors of a file that holds this process's shards. All processes must call it."""
     if not torch.distributed.is_initialized():
         raise ValueError(f"{file}: {_SHARDED}")
     return {key: t.full_tensor() if hasattr(t, "full_tensor") else t for key, t in state.items()}
 
 
 def _tensors(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested mappings by their dotted path. Sequences hold optimizers' states and histories only."""
+    """Tensors in nested mappings by their dotted path. Sequences hold only optimizer states and histories."""
     if not isinstance(value, Mapping) or depth > 8:
         return
     for key, inner in value.items():
@@ -89,7 +89,7 @@ def _tensors(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str,
 
 
 def is_safetensors(file: Path) -> bool:
-    """By content: such a file starts with the length of its JSON header, then the header's brace."""
+    """Whether the file starts as safetensors does: the length of the JSON header, then its opening brace."""
     start = _start(file)
     return start[8:9] == b"{" and start[5:8] == bytes(3)
 
@@ -103,7 +103,7 @@ def _start(file: Path) -> bytes:
         raise ValueError(f"{file}: a directory; a file is needed{hint}")
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
-    # opening a pipe would wait for a writer
+    # Opening a pipe would wait for a writer.
     if not file.is_file():
         raise ValueError(f"{file}: a device, pipe or socket; a file is needed")
     with file.open("rb") as stream:
@@ -116,7 +116,7 @@ def _start(file: Path) -> bytes:
 
 
 def _refuse_foreign(file: Path, start: bytes) -> None:
-    """ValueError that names the format, for files that are neither of safetensors nor of torch.save."""
+    """ValueError that names the format of a file that neither safetensors nor torch.save wrote."""
     what = ""
     if file.suffix == ".safetensors" and not start.startswith((b"PK", b"\x80")):
         what = "no valid safetensors file"
@@ -172,7 +172,7 @@ def _read_shards(file: Path) -> State:
 
 
 def read_safetensors(file: Path, *, tensors: bool = True) -> tuple[State, dict[str, str]]:
-    """Tensors (or none) and header of a safetensors file; ValueError where it is damaged."""
+    """Tensors (unless `tensors` is False) and header of a safetensors file; ValueError if it is damaged."""
     try:
         with safe_open(str(file), framework="pt") as opened:
             state = {key: opened.get_tensor(key) for key in opened.keys()} if tensors else {}  # noqa: SIM118
@@ -192,7 +192,7 @@ def config_in_header(file: Path, header: Mapping[str, str]) -> FRDNetConfig | No
 
 
 def config_beside(file: Path) -> FRDNetConfig | None:
-    """The fields of FRDNetConfig in config.json beside the file; None where it has none of them."""
+    """The configuration in config.json next to the file; None if there is none."""
     path = file.with_name("config.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -209,7 +209,7 @@ def config_beside(file: Path) -> FRDNetConfig | None:
 
 
 def _config_in(file: Path, loaded: Any) -> FRDNetConfig | None:
-    """The model's section in the configuration of `frd train`, which last.pt holds."""
+    """The model section of the training configuration in last.pt of `frd train`."""
     config = loaded.get("config") if isinstance(loaded, Mapping) else None
     section = config.get("model") if isinstance(config, Mapping) else None
     if not isinstance(section, Mapping) or not {"name", "preset"} <= section.keys():
@@ -221,7 +221,7 @@ def _config_in(file: Path, loaded: Any) -> FRDNetConfig | None:
 
 
 class _Placeholder(list[Any]):
-    """Stands for an object of a class that is not needed: takes any arguments, elements and state."""
+    """Stands in for an object of any other class: accepts any arguments, elements and state."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -235,7 +235,8 @@ def _read_pickle(file: Path, start: bytes) -> Any:
     is_zip = start.startswith(b"PK")
     try:
         names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) if is_zip else set()
-    except Exception as error:  # torch raises half a dozen types for files it cannot read
+    # torch raises half a dozen types for files it cannot read.
+    except Exception as error:
         raise ValueError(f"{file}: no checkpoint of tensors alone: {_reason(error)}") from error
     _refuse_globals(file, names)
     try:
@@ -246,12 +247,12 @@ def _read_pickle(file: Path, start: bytes) -> Any:
 
 
 def _stand_in(name: str) -> tuple[Any, str]:
-    # The unpickler fills dictionaries of exactly this type only.
+    # The unpickler fills dictionaries of exactly this type.
     return (lambda *_: {}) if name == "collections.defaultdict" else type("_P", (_Placeholder,), {}), name
 
 
 def _refuse_globals(file: Path, names: set[str]) -> None:
-    """ValueError for what a placeholder cannot stand for: parts of a tensor, the whole net, functions."""
+    """ValueError for objects that a placeholder cannot replace: tensor shards, whole networks, functions."""
     if any(n.startswith("torch.distributed.") and n.endswith(("DTensor", "ShardedTensor")) for n in names):
         raise ValueError(f"{file}: {_SHARDED}")
     if any(n.startswith("frd_model.") and n.endswith(".FRDNet") for n in names):
@@ -269,7 +270,7 @@ def _is_value(name: str) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """What torch.load has met, behind its advice of several lines."""
+    """The cause in torch.load's message of several lines."""
     found = re.search(r"WeightsUnpickler error: Unsupported global: GLOBAL (\S+)", str(error))
     if found:
         return f"it holds {found[1]}; {_WAY_OUT}"
@@ -282,6 +283,6 @@ def _kind(loaded: Any) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for messages of one line."""
+    """The first line of an error's text."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

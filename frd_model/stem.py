@@ -1,4 +1,4 @@
-"""Before the encoder: pixel differences beside the image, and a shallow pyramid on them at high resolution."""
+"""What runs before the encoder: pixel differences of the image, and a shallow high-resolution pyramid on them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import frd_kernels as fk
 
 
 class PDCStem(nn.Module):
-    """The image beside its pixel differences. [B, 3, H, W] -> [B, 3 + central + angular, H, W].
+    """Concatenate the image and its pixel differences. [B, 3, H, W] -> [B, 3 + central + angular, H, W].
 
-    Differences are free of the local mean, so camera noise, resampling and compression show from the first
-    layer on; a plain convolution would first have to learn to subtract the image content. With `gain`, differences
-    are bounded as the truncated residuals of steganalysis are (Fridrich and Kodovsky, 2012), smoothly.
+    Differences remove the local mean, so camera noise, resampling and compression are visible to the first layer; a
+    plain convolution would first have to learn to subtract the image content. With `gain`, the differences d become
+    tanh(gain * d), a smooth form of steganalysis's truncated residuals (Fridrich and Kodovsky, 2012).
     """
 
     def __init__(self, central: int, angular: int, gain: float | None = None) -> None:
         super().__init__()
         kinds = [(kind, n) for kind, n in (("central", central), ("angular", angular)) if n > 0]
-        # replicate: with zeros outside, every border pixel would show a false difference
+        # With zero padding every border pixel would show a false difference.
         self.layers = nn.ModuleList(
             fk.PDC2d(3, n, padding=1, bias=False, padding_mode="replicate", kind=kind) for kind, n in kinds
         )
@@ -36,10 +36,10 @@ class PDCStem(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """3x3 convolution, every channel normalised over its own image, GELU.
+    """3x3 convolution, instance normalisation, GELU.
 
-    Without mean and scale of the whole image, what is left of a channel is how a place differs from the rest of
-    its photo: the inconsistency that an edit leaves, whatever camera and compression the photo went through.
+    Normalising each channel over its own image removes the photo's overall statistics (camera, compression) and keeps
+    how each place differs from the rest, which is the trace that an edit leaves.
     """
 
     def __init__(self, source: int, target: int, stride: int = 1) -> None:
@@ -51,8 +51,7 @@ class ConvNorm(nn.Sequential):
 class TraceBranch(nn.Module):
     """A shallow convolutional pyramid on the stem's planes. [B, P, H, W] -> [B, widths[i], H / 2^(i+1), W / 2^(i+1)].
 
-    It exists because noise and resampling traces live in the highest frequencies, which the encoder's first
-    stride of 4 folds away.
+    Traces of noise and resampling are in the highest frequencies, which the encoder's first stride of 4 discards.
     """
 
     def __init__(self, planes: int, widths: Sequence[int]) -> None:

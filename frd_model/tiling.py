@@ -1,4 +1,4 @@
-"""How a photo is cut for the network: the policies, and overlapping tiles whose weights sum to one."""
+"""How a photo is split for the network: the size policies, and overlapping tiles whose weights sum to one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def blend_windows(length: int, tile: int, overlap: int) -> list[tuple[int, npt.N
     """(start, weights) of each tile along one axis; the weights of all tiles sum to one at every pixel.
 
     Ramps across the overlap; the product of a row's and a column's weights is the weight of a 2-D tile, so no
-    image of weights is ever held.
+    image of weights is ever in memory.
     """
     starts = tile_starts(length, tile, overlap)
     extent = min(tile, length)

@@ -1,4 +1,4 @@
-"""Weights on disk: own self-describing safetensors files, checkpoints of other code, encoder weights."""
+"""Save and load weights: safetensors files with their configuration, other code's checkpoints, encoder weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .state_files import FORMAT, config_in_header, is_safetensors, read, read_sa
 
 VERSION = 1
 ASSUMED = "released"
-# Keys of classification and segmentation heads, which an encoder has no use for.
+# Classification and segmentation heads, which an encoder does not have.
 _HEADS = ("head.", "classifier.", "decode_head.")
 _FOREIGN_STAGE = re.compile(
     r"(?:patch_embed|block|norm)(\d)\.|encoder\.(?:patch_embeddings|block|layer_norm)\.(\d+)\."
@@ -45,7 +45,7 @@ _FIRST_WEIGHT = "stages.0.patch_embed.proj.weight"
 
 
 def demo_path() -> Path:
-    """The demo weights inside the package. FileNotFoundError where the installation lacks them."""
+    """The demo weights inside the package. FileNotFoundError if they are not installed."""
     path = Path(__file__).parent / "assets" / "demo.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"pretrained='demo': this installation has no {path.name}")
@@ -58,11 +58,11 @@ def save_model(
     """Write `model` as safetensors with its configuration inside; :func:`load_model` needs nothing else.
 
     Args:
-        model: an :class:`FRDNet`, or anything around one: DistributedDataParallel, torch.compile, AveragedModel,
-            a LightningModule, ... The parameters are stored under the net's own names, in the dtypes that they
-            have. Sharded nets (FSDP, ``fully_shard``) are gathered: call it in every process, the first one writes.
-        path: the file, ``~`` is expanded; it appears whole or not at all.
-        metadata: anything JSON can hold, for example the training command; :func:`read_metadata` returns it.
+        model: an :class:`FRDNet`, or a wrapper of one: DistributedDataParallel, torch.compile, AveragedModel, a
+            LightningModule, ... Parameters are stored under the FRDNet's names in their own dtypes. Sharded
+            models (FSDP, ``fully_shard``) are gathered: call it in every process; the first one writes.
+        path: the file; ``~`` is expanded. Written atomically.
+        metadata: any JSON values, for example the training command; :func:`read_metadata` returns them.
         half: store floating-point parameters as float16, half the size.
 
     Raises:
@@ -70,7 +70,7 @@ def save_model(
         ValueError: it holds several; parameters that are not those of its configuration (adapters,
             parametrisations, pruning) or have no data (meta device); with `half`, a value that float16 cannot
             hold; metadata that JSON cannot hold.
-        OSError: a file that cannot be written.
+        OSError: the file cannot be written.
     """
     net = _find_net(model)
     state = {key: _storable(key, tensor, half) for key, tensor in _full_state(model, net).items()}
@@ -99,7 +99,7 @@ def _find_net(model: nn.Module) -> FRDNet:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP, of either kind, keeps parts of the parameters in other processes."""
+    """Whether FSDP (version 1 or 2) keeps shards of the parameters in other processes."""
     if not dist.is_available() or not dist.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -108,7 +108,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _full_state(model: nn.Module, net: FRDNet) -> State:
-    """The net's parameters under its own names, whole."""
+    """The full parameters of the network, under its own names."""
     if not _is_sharded(model):
         return {_own_name(key): tensor for key, tensor in net.state_dict().items()}
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -118,7 +118,7 @@ def _full_state(model: nn.Module, net: FRDNet) -> State:
 
 
 def _outermost(model: nn.Module, net: FRDNet) -> nn.Module:
-    """The outermost of the wrappers that add nothing to `net`: FSDP gathers through the one it made."""
+    """The outermost wrapper around `net` alone, which is the one that FSDP gathers through."""
     for module in model.modules():
         inner: Any = module
         while inner is not net and inner is not None:
@@ -129,14 +129,14 @@ def _outermost(model: nn.Module, net: FRDNet) -> nn.Module:
 
 
 def _own_name(key: str) -> str:
-    """Without the names that torch.compile and others put before those of a wrapped part of the net."""
+    """`key` without the names that wrappers such as torch.compile add."""
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def _storable(key: str, tensor: Tensor, half: bool) -> Tensor:
     if tensor.is_meta:
         raise ValueError(f"{key}: has no data (meta device); load weights first")
-    # A copy of its own: safetensors refuses tensors that share memory.
+    # A copy: safetensors refuses tensors that share memory.
     tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     if half and tensor.is_floating_point():
         if not torch.isfinite(tensor.half()).all():
@@ -146,13 +146,13 @@ def _storable(key: str, tensor: Tensor, half: bool) -> Tensor:
 
 
 def _plan(config: FRDNetConfig) -> State:
-    """Names and shapes of a net, without its memory."""
+    """Names and shapes of a network, without allocating it."""
     with torch.device("meta"):
         return FRDNet(config).state_dict()
 
 
 def _check_own_names(config: FRDNetConfig, state: State) -> None:
-    """What load_model will build must be what is written."""
+    """ValueError unless the state has the names of the network that load_model will build."""
     try:
         check_names(set(_plan(config)), set(state))
     except ValueError as error:
@@ -168,7 +168,7 @@ def _write_atomically(path: Path, data: bytes) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such directory")
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    # The mode that open() gives: as readable as any other file of the user, by umask and folder.
+    # Mode 0o666 as open() uses, so that umask and folder decide who may read the file.
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -182,10 +182,10 @@ def _write_atomically(path: Path, data: bytes) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What :func:`save_model` wrote beside the tensors: ``{"config": FRDNetConfig, "metadata": dict}``.
+    """What :func:`save_model` stored with the tensors: ``{"config": FRDNetConfig, "metadata": dict}``.
 
     Raises:
-        ValueError: no safetensors file, or one without an FRD-Net configuration.
+        ValueError: not a safetensors file, or one without an FRD-Net configuration.
     """
     file = _expand(path)
     if not is_safetensors(file):
@@ -204,20 +204,20 @@ def load_model(
     model: str | None = None,
     preset: str | None = None,
 ) -> FRDNet:
-    """The model a file holds, in eval mode and in float32, whatever dtype the file has.
+    """Load a model from a file, in eval mode and in float32, whatever the dtype of the file.
 
     Args:
         path: ``"demo"``, a file of :func:`save_model`, or ``last.pt`` of a training run (its averaged weights,
-            where it has them); or a checkpoint without a configuration: a state dict (.pth, .safetensors, or the
-            index of several) as any wrapper or trainer saves it, in the own names or those of the authors' code.
-            A ``config.json`` beside it, with fields of :class:`FRDNetConfig`, tells its configuration.
-        device: where to put it.
+            if it has them); or a checkpoint without a configuration: a state dict (.pth, .safetensors, or the
+            index of several) as any wrapper or trainer saves it, in our names or those of the authors' code. Its
+            configuration may be in a ``config.json`` next to it, with fields of :class:`FRDNetConfig`.
+        device: of the model.
         model, preset: name and preset of :func:`frd_model.create_model`, for files without a configuration.
-            Without both a .pth is read as the preset ``released``.
+            Without either, a .pth is read as the preset ``released``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a corrupt file, or one that does not hold such a model.
+        ValueError: a corrupt file, or one that does not hold this model.
     """
     file = _expand(path)
     stored = read(file)
@@ -239,7 +239,7 @@ def load_model(
 def _choose_config(
     file: Path, stored: FRDNetConfig | None, model: str | None, preset: str | None
 ) -> tuple[FRDNetConfig, str | None]:
-    """The configuration to build, and the preset where it is a guess."""
+    """The configuration to build, and the preset's name if it is a guess."""
     if model is None and preset is None:
         if stored is None and file.suffix in (".safetensors", ".json"):
             raise ValueError(
@@ -264,13 +264,13 @@ def _choose_config(
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill `model`, an FRDNet or a module around one, from any file that :func:`load_model` reads.
+    """Load any file that :func:`load_model` reads into `model`, an FRDNet or a wrapper of one.
 
     Values are converted to the dtype of the model's parameters.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a corrupt file, one of another configuration, names or shapes that do not fit.
+        ValueError: a corrupt file, one of another configuration, names or shapes that do not match.
     """
     file, net = _expand(path), _find_net(model)
     stored = read(file)
@@ -283,15 +283,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
-    """Fill a MiT encoder from Hugging Face's (``nvidia/mit-b*``) or the original (``mit_b*.pth``) naming.
+    """Load pretrained weights into a MiT encoder, from Hugging Face (``nvidia/mit-b*``) or the original ``mit_b*.pth``.
 
-    Classification and segmentation heads in the file are ignored, as are stages behind the encoder's last
-    one; everything else must fit. An encoder with more than three input planes takes the file's weights for
-    RGB and starts with zeros for the others, so that it begins as the pretrained one.
+    Classification and segmentation heads in the file are ignored, as are stages after the encoder's last one;
+    everything else must match. In an encoder with more than three input planes the file's weights are used for RGB
+    and zeros for the others, so that its output is initially that of the pretrained encoder.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a corrupt file, names or shapes that do not fit.
+        ValueError: a corrupt file, names or shapes that do not match.
     """
     file = _expand(path)
     if not isinstance(encoder, MixTransformer):
@@ -319,7 +319,7 @@ def _widen(encoder: MixTransformer, state: dict[str, Tensor], first: str) -> Non
 
 
 def export_released(model: FRDNet) -> dict[str, Tensor]:
-    """The state of a `released` model in the authors' naming and shapes."""
+    """The state dict of a `released` model in the names and shapes of the authors' code."""
     return export_state(model.state_dict(), released_model)
 
 
@@ -335,12 +335,13 @@ def _own(key: str) -> Foreign:
 
 
 def _best_fit(file: Path, state: State, own: State, namings: Sequence[Naming]) -> tuple[Naming, Fit]:
-    """The naming in which the file has most of the names of `own`, and what it has there."""
+    """The naming under which the file has the most parameters of `own`, and that part of the file."""
     found: list[tuple[Naming, Fit]] = []
     for naming in namings:
         try:
             names = {name for key in own for name in naming(key).names}
-        except ValueError:  # the module has parts that this naming does not know
+        # The module has parts that this naming does not know.
+        except ValueError:
             continue
         found.append((naming, fit(file, state, names)))
     return max(found, key=lambda pair: pair[1].matched)
@@ -360,7 +361,7 @@ def _fill(model: nn.Module, net: FRDNet, stored: State, file: Path) -> None:
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(_outermost(model, net), dict[str, Any](state), options=options)
         return
-    # A net on the meta device has no memory to copy to: it takes the tensors themselves.
+    # A network on the meta device has no memory to copy to: it takes the tensors themselves.
     meta = any(tensor.is_meta for tensor in own.values())
     if meta:
         state = {key: tensor.to(own[key].dtype, copy=True) for key, tensor in state.items()}

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,19 +38,19 @@ PASSED_ON: dict[str, tuple[str, str]] = {
     "info": ("frd_kernels.info", "print versions, backends and build facts"),
 }
 
-# What points at a defect of the code, not at what it was given, keeps its traceback.
+# Errors of these types are defects of the code rather than of its input, and keep their traceback.
 DEFECTS = (AssertionError, AttributeError, LookupError, NameError)
 
 
 class Parser(argparse.ArgumentParser):
-    """Usage errors in one line; `~` is expanded in arguments of type Path. Its sub-commands are of the same class."""
+    """Reports usage errors in one line and expands `~` in arguments of type Path, as do its sub-parsers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register("type", Path, path)
 
     def error(self, message: str) -> NoReturn:
-        # argparse names a type by its function, which may be private.
+        # argparse shows the name of a type's function, which may be private.
         text = re.sub(r"\binvalid _+(\w+) value", r"invalid \1 value", " ".join(message.split()))
         self.exit(2, f"{self.prog}: {text} (see `{self.prog} --help`)\n")
 
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status. Usage errors leave through SystemExit(2), as argparse does."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in PASSED_ON:
-        status: int | None = importlib.import_module(PASSED_ON[arguments[0]][0]).main(arguments[1:])
-        return status or 0
+        passed_on = importlib.import_module(PASSED_ON[arguments[0]][0])
+        return _until_stopped(lambda: passed_on.main(arguments[1:]) or 0)
     parser = Parser(
         prog="frd",
         description="Find what was edited in a photo: FRD-Net on fused pixel-difference and clustering kernels.",
@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         parser.exit(2)
-    return _run(chosen, parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    return _until_stopped(lambda: _run(chosen, args))
 
 
 def _version() -> str:
@@ -87,23 +88,36 @@ def _version() -> str:
         return "(a source tree that is not installed)"
 
 
-def _run(module: Any, args: argparse.Namespace) -> int:
-    # Pillow's remarks on odd files, in a process of our own; what matters of them comes as an error.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+def _until_stopped(work: Callable[[], int]) -> int:
+    """The status of `work`, also if Ctrl+C or the reader of its output ends it."""
     try:
-        status: int = module.run(args)
-        if sys.stdout is not None:  # closed by the caller: `>&-`
-            sys.stdout.flush()
+        status = work()
+        _flush()
     except KeyboardInterrupt:
         print("frd: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has left: nothing more to say, and nothing may be flushed at exit.
+        # The reader (such as `| head`) is gone: nothing may be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except DEFECTS:
+    return status
+
+
+def _run(module: Any, args: argparse.Namespace) -> int:
+    # Pillow warns about unusual files; those that cannot be used raise an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        status: int = module.run(args)
+        _flush()
+    except (BrokenPipeError, *DEFECTS):
         raise
     except Exception as error:
         say(f"frd {args.command}: {one_line(error)}", sys.stderr)
         return 1
     return status
+
+
+def _flush() -> None:
+    # None if the caller has closed it (`>&-`).
+    if sys.stdout is not None:
+        sys.stdout.flush()

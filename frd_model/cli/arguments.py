@@ -1,6 +1,6 @@
 """Arguments that several commands share: paths, numbers, and the checkpoint to use.
 
-Imports neither torch nor OpenCV, so that `frd COMMAND --help` and usage errors come at once.
+Imports neither torch nor OpenCV, so that `frd COMMAND --help` and usage errors are immediate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def path(text: str) -> Path:
-    """A flag's path, with ~ and ~user expanded however the flag is written (the shell leaves --out=~/x alone)."""
+    """A path with ~ and ~user expanded (the shell does not expand --out=~/x)."""
     if not text:
         raise argparse.ArgumentTypeError("must name a file or directory, got an empty text")
     return Path(os.path.expanduser(text))
@@ -65,7 +65,7 @@ def tile_side(text: str) -> int:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded network and the name under which results mention it."""
+    """A loaded network and its name in results."""
 
     model: nn.Module
     label: str
@@ -100,7 +100,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, preset_flag: str = "--p
 def open_checkpoint(
     name: str | None, device: str, *, model: str | None = None, preset: str | None = None, quiet: bool = False
 ) -> Checkpoint:
-    """Load a checkpoint for inference. None means the demo, and says on stderr that it is a demonstration.
+    """Load a checkpoint for inference. None loads the demo and says on stderr that it is one.
 
     Args:
         model, preset: see :func:`frd_model.load_model`.

@@ -1,4 +1,4 @@
-"""`frd bench`: hands over to `benchmarks/`, which lies in a source checkout and is not installed."""
+"""`frd bench`: runs `benchmarks/` of a source checkout, which is not installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAME = "benchmarks"
 
 
 def checkout() -> Path | None:
-    """The source checkout that the current folder, or else this package, lies in."""
+    """The source checkout of the current folder, or else of this package."""
     here = Path.cwd()
     for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
         if (folder / NAME / "__main__.py").is_file() and (folder / "csrc" / "register.cpp").is_file():
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         )
         return 2
     if NAME not in sys.modules:
-        # By its place: sys.path need not contain the checkout, whose packages would come before the installed ones.
+        # By its path: on sys.path the checkout would shadow the installed packages.
         spec = importlib.util.spec_from_file_location(
             NAME, root / NAME / "__init__.py", submodule_search_locations=[str(root / NAME)]
         )

@@ -1,4 +1,4 @@
-"""`frd predict`: localize edits in files, directories and globs, and write what was found."""
+"""`frd predict`: find the edited pixels of photos and write masks, overlays and scores."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from frd_model.predict import Prediction
 
 ENDINGS = ("_mask.png", "_overlay.png", ".json")
-# Room for the longest ending and for a number that tells equal names apart.
+# Bytes for the longest ending and for the number that distinguishes equal names.
 NAME_MARGIN = 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """One photo and the stem of the files that are written for it."""
+    """One photo, and the name of its results without their endings."""
 
     path: Path
     name: str
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Collected:
-    """The photos that arguments name, each once, under distinct names; arguments that failed; what was passed over."""
+    """The photos that the arguments name, each once and under a distinct name, failed arguments, and skipped files."""
 
     jobs: list[Job]
     failed: list[tuple[str, str]]
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Localize every photo; a bad one is reported and the others are still done. Status 1 if any failed."""
+    """Predict every photo. A bad one is reported and the others are still done; the status is then 1."""
     from frd_model.data.files import describe_skipped
 
     check_output_folder("--out", args.out)
@@ -106,13 +106,13 @@ def run(args: argparse.Namespace) -> int:
         failed += sum(not _do(job, checkpoint, args) for job in jobs)
     done = len(jobs) - (failed - len(found.failed))
     earlier = f", {len(found.jobs) - len(jobs)} done before" if args.resume else ""
-    # On stdout a program reads records.
+    # With --json stdout holds records only.
     say(f"{done} done, {failed} failed{earlier}", sys.stderr if args.json else None)
     return 1 if failed else 0
 
 
 def collect(paths: list[str], out: Path, recursive: bool = False) -> Collected:
-    """What the arguments name. Results of an earlier run that lie in `out` are no photos."""
+    """The photos that the arguments name, without results of an earlier run in `out`."""
     from frd_model.data.files import Skipped, scan_images
 
     files: dict[str, Path] = {}
@@ -121,7 +121,8 @@ def collect(paths: list[str], out: Path, recursive: bool = False) -> Collected:
     for name in paths:
         try:
             found = scan_images([name], recursive=recursive)
-        except Exception as error:  # one argument's trouble, whatever it is, is not the others'
+        # Any error of one argument must not stop the others.
+        except Exception as error:
             failed.append((name, one_line(error)))
             continue
         skipped |= {entry.path: entry for entry in found.skipped}
@@ -134,10 +135,10 @@ def collect(paths: list[str], out: Path, recursive: bool = False) -> Collected:
 
 
 def name_jobs(files: list[Path], longest: int = 255) -> list[Job]:
-    """Name each file by its stem; where stems collide by PARENT_STEM_EXTENSION, then with a number.
+    """Name each file by its stem; equal stems become PARENT_STEM_EXTENSION, then get a number.
 
-    Compared without case and Unicode form, since the results may lie on a file system that ignores them. A name
-    that leaves no room for its endings in `longest` bytes is cut and gets a digest of the whole.
+    Names are compared without case and Unicode form, which the file system of the results may ignore. A name that
+    leaves no room for its endings in `longest` bytes is truncated and gets a digest of the full name.
     """
     stems = Counter(_folded(f.stem) for f in files)
     taken: set[str] = set()
@@ -166,7 +167,7 @@ def save_prediction(
 ) -> dict[str, Any]:
     """Write NAME_mask.png (0 or 255), NAME_overlay.png and NAME.json into `out`, each atomically, JSON last.
 
-    `settings`, such as the size policy, are noted in the JSON file.
+    `settings`, such as the size policy, are stored in the JSON file.
     """
     from frd_model.data.images import overlay_bands, write_json, write_png, write_png_bands
 
@@ -190,12 +191,12 @@ def save_prediction(
 
 
 def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
-    """Predict, write and report one photo; whatever goes wrong is reported as this photo's and nothing stays."""
+    """Predict one photo and write and report its results. On any error, report it and leave no results."""
     from frd_model.data.images import read_image
     from frd_model.predict import predict
 
     try:
-        # An old result must not be taken for the new one where the new one fails.
+        # If this run fails, an old result must not be taken for its own.
         _remove(job, args.out)
         pixels = read_image(job.path)
         result = predict(
@@ -209,7 +210,8 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
             progress=True,
         )
         record = save_prediction(args.out, job, pixels, result, checkpoint.label, _settings(args))
-    except Exception as error:  # decoders, allocators and file systems raise anything
+    # Decoders, allocators and file systems raise errors of any type.
+    except Exception as error:
         _complain(job.path, one_line(error), as_json=args.json)
         _remove(job, args.out, suppress=True)
         return False
@@ -222,7 +224,7 @@ def _outputs(job: Job, out: Path) -> list[Path]:
 
 
 def _remove(job: Job, out: Path, *, suppress: bool = False) -> None:
-    """The JSON file first, which says that the others are there."""
+    """Delete the results, first the JSON file, which marks them as complete."""
     for file in reversed(_outputs(job, out)):
         try:
             file.unlink(missing_ok=True)
@@ -238,7 +240,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _refuse_to_destroy(jobs: list[Job], out: Path) -> None:
-    """ValueError where a result would take the place of a photo of this run."""
+    """ValueError if a result would replace a photo of this run."""
     photos = {os.path.realpath(job.path) for job in jobs}
     for file in (file for job in jobs for file in _outputs(job, out)):
         if os.path.realpath(file) in photos:
@@ -258,7 +260,7 @@ def _refuse_to_overwrite(jobs: list[Job], out: Path) -> None:
 
 
 def _is_done(job: Job, args: argparse.Namespace) -> bool:
-    """Whether the photo's results are there. ValueError where they are another photo's or of other settings."""
+    """Whether the photo's results exist. ValueError if they are of another photo or other settings."""
     file = args.out / f"{job.name}.json"
     try:
         record = json.loads(file.read_bytes())
@@ -286,7 +288,7 @@ def _shortened(name: str, limit: int) -> str:
     if len(raw) <= limit:
         return name
     digest = hashlib.sha256(raw).hexdigest()[:12]
-    # No character is cut in two, and the locale need not be that of the name.
+    # Cut between characters; the name may be in another encoding than the locale's.
     start = raw[: max(1, limit - 13)].decode(errors="ignore")
     return f"{os.fsdecode(start.encode())}-{digest}"
 

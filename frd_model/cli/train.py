@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     _check_limits(args)
     changes = overrides(args)
     config = load_config(args.config or _saved_config(args.resume, changes), changes)
-    # After the configuration has been read: a typing mistake in it should not wait for torch.
+    # After the configuration is read: its mistakes are reported before torch is imported.
     from frd_model.train import Trainer
 
     trainer = Trainer(config)
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags change, by dotted key; --set comes last."""
+    """The settings that the flags change, by dotted key; --set has the last word."""
     from frd_model.train.config import ConfigError, parse_override
 
     found = {key: getattr(args, key) for key, _, _ in FLAGS.values() if getattr(args, key) is not None}
@@ -113,7 +113,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         found["channels_last"] = args.channels_last
     if args.recursive is not None:
         found["data.recursive"] = args.recursive
-    # A set that is named by flags replaces the one of the configuration file.
+    # A data set given by flags replaces the one of the configuration file.
     for part in ("train", "val"):
         images, masks, listed = (f"data.{part}_{kind}" for kind in ("images", "masks", "json"))
         folder = images in found or masks in found
@@ -131,7 +131,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _saved_config(resume: bool, changes: dict[str, Any]) -> Path | None:
-    """Without --config a run is resumed with the configuration that it stored, so that flags need no repeating."""
+    """The stored configuration of the run to resume, used without --config, so that flags need not be repeated."""
     from frd_model.train.config import TrainConfig
 
     path = Path(str(changes.get("output", TrainConfig.output))).expanduser() / "config.yaml"

@@ -1,4 +1,4 @@
-"""What a forger draws from. Without OpenCV, which the help of the commands does not need."""
+"""Options of forging. Without OpenCV, so that the help of the commands need not import it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,29 @@ class ForgeOptions:
     shapes: tuple[str, ...] = SHAPES
     area: tuple[float, float] = (0.02, 0.30)
     removal_area: tuple[float, float] = (0.02, 0.12)
-    follow_content: float = 0.4  # splicing and copy-move: cut along the content's own borders
-    feather: tuple[float, float] = (0.4, 2.5)  # standard deviation of the soft border, in pixels
+    # Splicing and copy-move: cut along the borders of the content.
+    follow_content: float = 0.4
+    # Standard deviation of the soft border, in pixels.
+    feather: tuple[float, float] = (0.4, 2.5)
     hard_border: float = 0.25
-    transform: float = 0.6  # splicing and copy-move: resize, rotate or mirror the pasted part
+    # Splicing and copy-move: resize, rotate or mirror the pasted part.
+    transform: float = 0.6
     scale: tuple[float, float] = (0.6, 1.7)
-    rotation: float = 40.0  # degrees either way
-    colour: float = 0.5  # colour jitter of the pasted part
-    match_colour: float = 0.4  # splicing: move the part's mean towards its new surroundings
-    filter_history: float = 0.5  # a filter in a photo's history, drawn for host and donor apart
-    jpeg_history: float = 0.5  # a compression in a photo's history
-    local_trace: float = 0.6  # a filter on the edited region alone
+    # In degrees, in either direction.
+    rotation: float = 40.0
+    # Colour jitter of the pasted part.
+    colour: float = 0.5
+    # Splicing: move the part's mean towards its new surroundings.
+    match_colour: float = 0.4
+    # A filter in a photo's history, drawn separately for host and donor.
+    filter_history: float = 0.5
+    # A compression in a photo's history.
+    jpeg_history: float = 0.5
+    # A filter on the edited region only.
+    local_trace: float = 0.6
     history_quality: tuple[int, int] = (60, 98)
-    final_filter: float = 0.1  # a filter over the finished image
+    # A filter over the finished image.
+    final_filter: float = 0.1
     final_jpeg: float = 0.5
     final_quality: tuple[int, int] = (70, 98)
 

@@ -16,7 +16,7 @@ import yaml
 
 
 class ConfigError(ValueError):
-    """A configuration that names an unknown key or holds a value of the wrong kind."""
+    """A configuration with an unknown key or an invalid value."""
 
 
 @dataclass
@@ -49,19 +49,19 @@ class DataSection:
     Attributes:
         source: of the training images: "sample" (forgeries of the photos that ship with scikit-image and scikit-learn,
             by split), "folder" (train_images, train_masks) or "json" (train_json).
-        val_images and val_masks, or val_json: the validation set. Without it "sample" validates on forgeries of other
-            sample photos, "folder" and "json" hold out the share `val_share` of the training set, at least one photo
-            and forged and untouched ones apart, drawn by `val_seed`.
-        recursive: folders are searched with their sub-folders.
+        val_images and val_masks, or val_json: the validation set. Without one, "sample" validates on forgeries of other
+            sample photos, and "folder" and "json" hold out a fraction `val_share` of the training set, at least one
+            photo, drawn by `val_seed` from forged and untouched photos separately.
+        recursive: search sub-folders too.
         invert_masks: masks are black where edited.
-        crop: side of the square training images in pixels. It is cut at random out of the photo at the photo's own
-            scale: nothing is squashed or resized. A smaller photo is continued by reflection, its mask alike.
-        augment: what else is done to a crop ("folder" and "json").
-        max_bad: share of the photos of a set that may turn out unusable, one at least unless it is 0. They are named
-            and another photo takes their place; beyond it the run stops.
+        crop: side of the square training images in pixels. It is a random crop at the photo's own scale: nothing is
+            resized. Smaller photos and their masks are padded by reflection.
+        augment: augmentation of the crops ("folder" and "json").
+        max_bad: fraction of the photos of a set that may be unusable, at least one photo unless it is 0. They are
+            reported and replaced by other photos; with more of them the run stops.
         samples, val_samples: images of one epoch and of the fixed validation set ("sample").
-        authentic: share of untouched images among the generated ones.
-        zoom, colour: range of the random resize of a view, and share of views with changed colours ("sample").
+        authentic: fraction of untouched images among the generated ones.
+        zoom, colour: range of the random resize of a view, and fraction of views with changed colours ("sample").
         forge: fields of `ForgeOptions` to change.
     """
 
@@ -89,7 +89,7 @@ class DataSection:
 
 @dataclass
 class LossSection:
-    """form, edge_weight: of `FRDLoss`; bce: weight of an added binary cross entropy, which steadies a cold start."""
+    """form, edge_weight: of `FRDLoss`; bce: weight of an added binary cross-entropy, for training from scratch."""
 
     form: str = "released"
     edge_weight: float = 1.0
@@ -98,7 +98,7 @@ class LossSection:
 
 @dataclass
 class OptimSection:
-    """AdamW with a linear warm-up and a cosine to min_lr; clip_norm and ema of 0 switch them off."""
+    """AdamW with a linear warm-up and a cosine to min_lr; 0 disables clip_norm and ema."""
 
     lr: float = 5e-5
     min_lr: float = 5e-7
@@ -113,7 +113,7 @@ class OptimSection:
 class TrainConfig:
     """Everything a run depends on; `frd train` stores it next to the weights.
 
-    backend: of the kernels, see `frd_kernels.use_backend`; auto goes by the device.
+    backend: of the kernels, see `frd_kernels.use_backend`; "auto" chooses by device.
     """
 
     output: str = "runs/frdnet"
@@ -185,7 +185,7 @@ def _ordered(low: float, high: float) -> Rule:
 
 
 def _is_utf8(name: str) -> bool:
-    """TensorBoard writes to no directory with another name."""
+    """Whether TensorBoard can write to a directory of this name."""
     try:
         return b"\0" not in name.encode()
     except UnicodeEncodeError:
@@ -200,7 +200,7 @@ PATHS = (
     *(f"data.{split}_{kind}" for split in ("train", "val") for kind in ("images", "masks", "json")),
 )
 
-# NumPy's seeds; torch takes more.
+# The range of NumPy's seeds; torch accepts more.
 _SEED = _between(0, 2**32 - 1)
 _COUNT: Rule = (lambda value: value >= 1, "at least 1")
 _FROM_ZERO: Rule = (lambda value: 0 <= value < math.inf, "at least 0 and finite")
@@ -245,8 +245,8 @@ RULES: dict[str, Rule] = {
 def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> TrainConfig:
     """Read a YAML file (None: the defaults) and apply overrides, given by dotted name ("optim.lr": 1e-3).
 
-    Raises ConfigError that names the key for an unknown key or a value of the wrong type or out of range, or the
-    file that cannot be read.
+    Raises ConfigError that names an unknown key, a value of the wrong type or out of range, or a file that cannot be
+    read.
     """
     values: Any = {}
     if path is not None:
@@ -263,7 +263,7 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """Build a TrainConfig from nested plain values; the inverse of `TrainConfig.to_dict`."""
+    """A TrainConfig from nested plain values; the inverse of `TrainConfig.to_dict`."""
     return typing.cast(TrainConfig, _build(TrainConfig, values, ""))
 
 
@@ -287,7 +287,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _read_yaml(text: str | bytes, name: str) -> Any:
     try:
         return yaml.safe_load(text)
-    # ValueError: a date that does not exist, or bytes that are no text
+    # ValueError: a date that does not exist, or bytes that are not text.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -304,7 +304,7 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
-    # A section whose keys are all commented out reads as None.
+    # YAML reads a section whose keys are all commented out as None.
     values = {} if values is None and prefix else values
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, got {values!r}")

@@ -1,4 +1,4 @@
-"""The data sets that a training configuration names."""
+"""The data sets of a training configuration."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ REPLACEMENTS = 20
 
 
 class Failure(NamedTuple):
-    """A photo that could not be used, and why, in one line."""
+    """A photo that could not be used, and the reason in one line."""
 
     name: str
     reason: str
 
 
 class Sample(NamedTuple):
-    """image [3, crop, crop], mask [1, crop, crop]; None where no photo could be read. failures: photos passed over."""
+    """image [3, crop, crop] and mask [1, crop, crop], or None if no photo could be read. failures: skipped photos."""
 
     image: Tensor | None
     mask: Tensor | None
@@ -59,8 +59,8 @@ class ValidationData(Protocol):
 class TrainingPairs(Dataset[Sample]):
     """Augmented crops of the photos of a `PairDataset`.
 
-    An item depends on (seed, epoch, index) and the files alone, whatever the worker. A photo that cannot be used is
-    reported in `Sample.failures`, and another one, drawn by the same rule, takes its place.
+    A sample depends only on (seed, epoch, index) and the files, not on the worker. A photo that cannot be used is
+    reported in `Sample.failures` and replaced by another one, drawn by the same rule.
     """
 
     def __init__(self, pairs: PairDataset, augmentation: Augmentation, seed: int) -> None:
@@ -96,7 +96,7 @@ class TrainingPairs(Dataset[Sample]):
 
 
 class ForgedValidation:
-    """The photos of a `ForgeryDataset`, each made once in a run."""
+    """The photos of a `ForgeryDataset`, each generated once per run."""
 
     def __init__(self, source: ForgeryDataset) -> None:
         self.source = source
@@ -114,13 +114,13 @@ class ForgedValidation:
 
 
 def failure(data: Any, index: int, error: Exception) -> Failure:
-    """What to tell of a photo of a `PairDataset` that could not be loaded."""
+    """The failure to report for a photo of a `PairDataset` that could not be loaded."""
     name, reason = str(data.pairs[index].image), one_line(error)
     return Failure(name, reason if repr(name) in reason else f"{name!r}: {reason}")
 
 
 def collate(samples: Sequence[Any]) -> tuple[Tensor | None, Tensor | None, list[Failure]]:
-    """Images [B, 3, H, W], masks [B, 1, H, W] (None where there is none) and the failures of the samples."""
+    """Images [B, 3, H, W] and masks [B, 1, H, W] (None if no sample has one), and the failures of the samples."""
     made = [Sample(*sample) for sample in samples]
     failures = [failed for sample in made for failed in sample.failures]
     images = [sample.image for sample in made if sample.image is not None]
@@ -131,14 +131,15 @@ def collate(samples: Sequence[Any]) -> tuple[Tensor | None, Tensor | None, list[
 
 
 def start_worker(_: int) -> None:
-    """OpenCV's threads do not survive the fork of a process that has used them."""
+    """Turn off OpenCV's threads, which do not survive the fork of a process that has used them."""
     cv2.setNumThreads(0)
 
 
 def open_data(config: TrainConfig) -> tuple[Any, ValidationData]:
-    """Training set, with `set_epoch`, and validation set. ConfigError or DatasetError where they cannot be opened."""
+    """Training set, with `set_epoch`, and validation set. ConfigError or DatasetError if they cannot be opened."""
     data = config.data
-    forge_options(data.forge)  # a mistake in a section that is not in use is told as well
+    # Checked even if the section is not used.
+    forge_options(data.forge)
     validation = _open_pairs(data, "val")
     if data.source == "sample":
         return open_training_data(config), validation or _forged_validation(data)
@@ -163,23 +164,22 @@ def open_validation_data(config: TrainConfig) -> ValidationData:
 
 
 def split(pairs: PairDataset, share: float, seed: int) -> tuple[PairDataset, PairDataset]:
-    """Training and validation part. Photos with and without a mask are divided apart, by `share`.
-
-    At least one photo is held out, one with a mask where there are two of them.
+    """Split into a training and a validation set. A fraction `share` of the photos with and of those without a mask
+    is held out, at least one photo, and one with a mask if there are two of them.
     """
     rng = np.random.default_rng([seed, len(pairs)])
-    held: set[int] = set()
+    held_out: set[int] = set()
     for masked in (True, False):
         group = [i for i, pair in enumerate(pairs.pairs) if (pair.mask is not None) == masked]
-        least = 1 if len(group) > 1 and not held else 0
-        count = min(max(round(share * len(group)), least), max(len(group) - 1, 0))
-        held |= {group[i] for i in rng.permutation(len(group))[:count]}
-    if not held:
+        minimum = 1 if len(group) > 1 and not held_out else 0
+        count = min(max(round(share * len(group)), minimum), max(len(group) - 1, 0))
+        held_out |= {group[i] for i in rng.permutation(len(group))[:count]}
+    if not held_out:
         raise ConfigError(
             f"the training set must have two photos with a mask or two without for a validation set to be held out, "
             f"got {len(pairs)}; give data.val_images and data.val_masks, or data.val_json"
         )
-    parts = [[p for i, p in enumerate(pairs.pairs) if (i in held) == which] for which in (False, True)]
+    parts = [[p for i, p in enumerate(pairs.pairs) if (i in held_out) == which] for which in (False, True)]
     training, validation = (PairDataset(part, invert_masks=pairs.invert_masks) for part in parts)
     return training, validation
 
@@ -191,7 +191,7 @@ def pairs_of(data: Any) -> PairDataset | None:
 
 
 def digest(data: Any) -> str:
-    """Which files a set holds, in their order; "" for generated photos, which the configuration determines."""
+    """Count and hash of the files of a set, in order; "" for generated photos, which the configuration determines."""
     pairs = pairs_of(data)
     if pairs is None:
         return ""
@@ -248,7 +248,7 @@ def _forgeries(data: DataSection, photos: str, length: int, seed: int, colour: f
 
 
 def _open_pairs(data: DataSection, part: str) -> PairDataset | None:
-    """The photos that the keys of a part ("train" or "val") name, or None where they are not given."""
+    """The photos that the configuration names for a part ("train" or "val"), or None if it names none."""
     images, masks, listed = (getattr(data, f"{part}_{kind}") for kind in ("images", "masks", "json"))
     if listed is not None:
         return JsonDataset(listed, invert_masks=data.invert_masks)

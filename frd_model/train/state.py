@@ -1,4 +1,4 @@
-"""What a training run keeps beside the model: averaged weights, random states, and what a resumed run must share."""
+"""State of a training run beside the model: averaged weights, random states, and checks of a resumed run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import nn
 
 from .config import TrainConfig, flatten
 
-# What may differ in a resumed run: where it runs, what it shows, how long it goes on; nothing that its steps depend on.
+# What may differ in a resumed run: where it runs, what it logs, how long it goes on. Steps depend on none of it.
 FREE = ("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad")
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: a non-finite loss, too many bad files, a state or an output of another run."""
+    """Training cannot continue: a non-finite loss, too many bad files, or the state or output of another run."""
 
 
 class Ema:
     """Exponential moving average of a model's parameters and buffers.
 
-    The decay starts low and rises to its full value, so that the random start is soon forgotten.
+    The decay rises from a low value to its full one, so that the random initial weights are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -34,7 +34,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move every average towards the model's current value."""
+        """Update every average with the model's current value."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, value in model.state_dict().items():
@@ -45,7 +45,7 @@ class Ema:
 
     @contextlib.contextmanager
     def swapped_in(self, model: nn.Module) -> Iterator[None]:
-        """Within the block the model holds the averages; afterwards its own values again."""
+        """Within the block the model has the averaged values, afterwards its own again."""
         own = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(self.values)
         try:
@@ -85,7 +85,7 @@ def set_rng(state: dict[str, Any]) -> None:
 
 
 def check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
-    """TrainingError that names the settings in which two runs differ, but for FREE."""
+    """TrainingError that names the settings, except FREE, in which two runs differ."""
     theirs, ours = flatten(saved.to_dict()), flatten(wanted.to_dict())
     changed = [
         f"{key} was {theirs.get(key)!r} in the saved run, now {ours.get(key)!r}"
@@ -97,7 +97,7 @@ def check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
 
 
 def check_same_data(saved: dict[str, str], found: dict[str, str]) -> None:
-    """TrainingError where a set does not hold the files of the saved run."""
+    """TrainingError if a set does not have the files of the saved run."""
     for part, files in found.items():
         if saved.get(part, files) != files:
             raise TrainingError(

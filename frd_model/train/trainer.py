@@ -1,8 +1,8 @@
 """Train FRD-Net: `frd train`, or `Trainer(config).fit()`.
 
-A run is a function of its configuration: data depends on (seed, epoch, index), the learning rate on the step
-alone, and a resumed run continues bit for bit (same machine, same thread count). A run that is resumed with more
-epochs follows the learning rate of the longer run from there on: it rises again, and falls to min_lr at the new end.
+A run is determined by its configuration: data depends on (seed, epoch, index), the learning rate on the step only, and
+a resumed run continues bit for bit (on the same machine with as many threads). If it is resumed with more epochs, the
+learning rate follows the curve of the longer run from there on: it jumps up, and reaches min_lr at the new end.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PANEL = 384
 
 
 class Trainer:
-    """One training run. `fit` trains; `resume` first takes up the last state of the output directory.
+    """One training run. `fit` trains; call `resume` before it to continue from the output directory.
 
     Writes to config.output: config.yaml, last.pt (everything to resume from), last.safetensors and
     best.safetensors (the averaged weights where ema is on), and TensorBoard events.
@@ -98,13 +98,13 @@ class Trainer:
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        # The scheduler has set its warm-up's 0, at which a step outside of `fit` would change nothing.
+        # The scheduler has set the learning rate to 0, the start of its warm-up: a step outside `fit` would do nothing.
         self.learning_rate(warmup)
         self.epoch = 0
         self.best = -math.inf
         self.history: list[dict[str, float]] = []
         self.selects = True
-        # Per set, the photos that turned out unusable in this process.
+        # Photos of each set that could not be used in this process.
         self.bad: dict[str, set[str]] = {"training": set(), "validation": set()}
 
     def fit(
@@ -114,9 +114,9 @@ class Trainer:
 
         overwrite: remove the weights and the state of an earlier run in the output directory.
 
-        Returns the figures of the last epoch; those that are not defined on the validation set are missing. Raises
-        TrainingError when a loss is not finite, when more photos than `data.max_bad` allows cannot be used, and,
-        before any work, when the output directory holds another run; OSError where it cannot be written.
+        Returns the metrics of the last epoch, without those that are undefined on the validation set. Raises
+        TrainingError if a loss is not finite, if more photos than `data.max_bad` allows cannot be used, and,
+        before any work, if the output directory holds another run; OSError if it cannot be written.
         """
         writer = _summary_writer()
         self._prepare_output(overwrite)
@@ -142,10 +142,10 @@ class Trainer:
         return self.history[-1] if self.history else {}
 
     def validate(self, board: Any = None) -> dict[str, float]:
-        """Mean figures of the forged validation images, and the share of pixels falsely marked in untouched ones.
+        """Mean metrics of the forged validation images, and the fraction of pixels falsely marked in untouched ones.
 
-        Each image is predicted as `predict` does it, large ones in tiles, with the averaged weights where ema is on.
-        A figure that is not defined on the set is missing.
+        Images are predicted by `predict`, large ones in tiles, with the averaged weights if ema is on. Metrics that
+        are undefined on the set are left out.
         """
         rows: list[dict[str, float]] = []
         alarms: list[float] = []
@@ -170,7 +170,7 @@ class Trainer:
                     continue
                 if len(panels) < self.config.images_logged:
                     panels.append(_panel(image, mask, result.probability))
-                # The exact AUC sorts all pixels: of a large photo nothing else should be held meanwhile.
+                # The exact AUC sorts all pixels: free the rest of a large photo first.
                 probability = result.probability
                 del image, result
                 rows.append(image_metrics(probability, mask))
@@ -185,10 +185,10 @@ class Trainer:
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def resume(self) -> None:
-        """Take up the state in last.pt.
+        """Continue from last.pt.
 
-        Raises TrainingError when it belongs to another configuration or other files; what may differ stands in
-        `frd_model.train.state.FREE`.
+        Raises TrainingError if it belongs to another configuration or other files; `frd_model.train.state.FREE` lists
+        what may differ.
         """
         path = self.output / "last.pt"
         if not path.exists():
@@ -226,7 +226,7 @@ class Trainer:
 
         Linear warm-up, then a half cosine from optim.lr to optim.min_lr over the rest of the run.
         """
-        # timm's warm-up is 0 at update 0. Counted from 1, the first step learns and the last one has the full rate.
+        # timm's warm-up is 0 at update 0. Counted from 1, the first step learns and its last step has the full rate.
         self.scheduler.step_update(step + 1 if step < self.scheduler.warmup_t else step)
         return float(self.optimizer.param_groups[0]["lr"])
 
@@ -287,7 +287,7 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.train_data.set_epoch(self.epoch)
-        # The order is a function of seed and epoch, so a resumed run sees what an unbroken one would.
+        # The order depends on seed and epoch only, so a resumed run sees what an uninterrupted one would.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         loader = DataLoader(
             self.train_data,
@@ -308,7 +308,7 @@ class Trainer:
             yield image, mask
 
     def _skip(self, part: str, failed: Failure) -> None:
-        """Name a photo of a set that cannot be used, once; TrainingError where there are too many."""
+        """Report a photo that cannot be used, once; TrainingError if there are too many."""
         bad = self.bad[part]
         if failed.name in bad:
             return
@@ -324,7 +324,7 @@ class Trainer:
 
     def _prepare_output(self, overwrite: bool) -> None:
         earlier = [self.output / name for name in WEIGHTS if (self.output / name).exists()]
-        # A run that has been resumed, or that has trained already, goes on in its own output.
+        # A run that was resumed, or that has trained already, continues in its own output.
         if earlier and self.epoch == 0:
             if not overwrite:
                 raise TrainingError(
@@ -343,7 +343,7 @@ class Trainer:
             ) from None
 
     def _check_sets(self) -> None:
-        """Say before the first epoch what the sets can neither teach nor tell."""
+        """Warn before the first epoch about what the data sets cannot teach or measure."""
         training = pairs_of(self.train_data)
         if training is not None and all(pair.mask is None for pair in training.pairs):
             _warn("no training photo has a mask: the network can only learn to mark nothing")
@@ -373,7 +373,7 @@ class Trainer:
         return False
 
     def _merit(self, figures: dict[str, float]) -> float | None:
-        """What the best epoch is chosen by: the mean of AUC and permute-F1, as far as they are defined."""
+        """The criterion of the best epoch: the mean of AUC and permute-F1, or of the one that is defined."""
         values = [figures.get(name, math.nan) for name in ("val/auc", "val/permute_f1")]
         defined = [value for value in values if math.isfinite(value)]
         return sum(defined) / len(defined) if defined and self.selects else None
@@ -429,8 +429,8 @@ def _summary_writer() -> Any:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of convolutions and linear layers, which decay, then norms, biases and scales, which do not."""
-    # At a decay of 0 timm makes one group. last.pt always has two: 1e-30 changes no weight (1 - lr * 1e-30 is 1).
+    """Weights of convolutions and linear layers, with decay, then norms, biases and scales, without."""
+    # Without decay timm makes one group, but last.pt has two. 1e-30 changes no weight: 1 - lr * 1e-30 is exactly 1.
     groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay or 1e-30)
     return groups[::-1]
 
@@ -438,7 +438,7 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 def _panel(
     image: npt.NDArray[np.uint8], mask: npt.NDArray[np.bool_], probability: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.uint8]:
-    """Photo, truth and probability side by side, uint8 [h, 3 w, 3], sides of at most PANEL."""
+    """Photo, true mask and probability side by side, uint8 [h, 3 w, 3], with h and w at most PANEL."""
     scale = min(1.0, PANEL / max(mask.shape))
     height, width = (max(1, round(scale * side)) for side in mask.shape)
     image, mask = resize(image, mask, (height, width))

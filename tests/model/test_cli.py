@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,21 @@ def test_help_imports_neither_torch_nor_opencv(command: str) -> None:
         "sys.exit(any(m in sys.modules for m in ('torch', 'cv2', 'timm')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", ["info", "data"])
+def test_a_reader_that_is_gone_is_no_traceback(command: str, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
+    check = ["check", "--images", str(tmp_path), "--masks", str(tmp_path)]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "frd_model", command, *(check if command == "data" else [])],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+        )
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_bad_configuration_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
