@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         parser.exit(2)
-    args = parser.parse_args(arguments)
-    return _until_stopped(lambda: _run(chosen, args))
+    return _run(chosen, parser.parse_args(arguments))
 
 
 def _version() -> str:
@@ -86,6 +85,25 @@ def _version() -> str:
         return importlib.metadata.version("frd-kernels")
     except importlib.metadata.PackageNotFoundError:
         return "(a source tree that is not installed)"
+
+
+def _run(module: Any, args: argparse.Namespace) -> int:
+    # Pillow warns about unusual files; those that cannot be used raise an error.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    return _until_stopped(lambda: _work(module, args))
+
+
+def _work(module: Any, args: argparse.Namespace) -> int:
+    """Run a command; an error other than DEFECTS becomes one line on stderr and status 1."""
+    try:
+        status: int = module.run(args)
+        _flush()
+    except (BrokenPipeError, *DEFECTS):
+        raise
+    except Exception as error:
+        say(f"frd {args.command}: {one_line(error)}", sys.stderr)
+        return 1
+    return status
 
 
 def _until_stopped(work: Callable[[], int]) -> int:
@@ -99,20 +117,6 @@ def _until_stopped(work: Callable[[], int]) -> int:
     except BrokenPipeError:
         # The reader (such as `| head`) is gone: nothing may be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
-
-
-def _run(module: Any, args: argparse.Namespace) -> int:
-    # Pillow warns about unusual files; those that cannot be used raise an error.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    try:
-        status: int = module.run(args)
-        _flush()
-    except (BrokenPipeError, *DEFECTS):
-        raise
-    except Exception as error:
-        say(f"frd {args.command}: {one_line(error)}", sys.stderr)
         return 1
     return status
 
