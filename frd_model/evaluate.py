@@ -1,4 +1,4 @@
-"""Score maps of forged photos against known masks: figures per image, their means, and an all-white mask beside them.
+"""Score maps of forged photos against known masks: metrics per image, their means, and an all-white mask to compare.
 
 The maps come from a network (`evaluate`) or from files that any method saved (`evaluate_saved`).
 """
@@ -300,7 +300,8 @@ def _evaluate(
             continue
         try:
             _score(sample, source(sample, report), report)
-        except Exception as error:  # one image's trouble, whatever it is, is not the others'
+        # Any error of one image must not stop the others.
+        except Exception as error:
             report.failed.append({"name": sample.name, "error": one_line(error)})
     return report
 
@@ -452,7 +453,8 @@ def _read(data: PairDataset) -> Iterator[Labelled | Unusable]:
     for index, name in enumerate(data.names):
         try:
             image, mask = data.load(index)
-        except Exception as error:  # a damaged or vanished file, or one too large for the memory
+        # A damaged or missing file, or one too large for the memory.
+        except Exception as error:
             yield Unusable(name, one_line(error))
             continue
         yield Labelled(name, "", image, mask, data.pairs[index].image)

@@ -1,4 +1,4 @@
-"""What training does to a photo and its mask together: a crop at the photo's own scale, then random changes."""
+"""Augmentation of a photo and its mask: a random crop at the photo's own scale, then random changes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Bool = npt.NDArray[np.bool_]
 
 
 class Augmentation:
-    """(photo [H,W,3], mask [H,W]) of any size -> the same of size `crop` x `crop`.
+    """(photo [H,W,3], mask [H,W]) of any size -> photo and mask of `crop` x `crop` pixels.
 
-    A random crop, never resized; a smaller photo is first continued by reflection. Reflection keeps the photo's noise
-    and makes no edge where the photo ends, and the mask is reflected alike, so that labels stay true. To add a
-    change, append it to the list of torchvision's v2 transforms here: each gets photo and mask together.
+    A random crop, never resized; smaller photos are first padded by reflection, which keeps the photo's noise and makes
+    no edge at its border. The mask is reflected too, so that labels stay correct. To add a change, append it to the
+    list of torchvision's v2 transforms here: each gets photo and mask together.
 
     Args:
         crop: side of the result, in pixels.
@@ -55,7 +55,7 @@ class Augmentation:
         )
 
     def __call__(self, image: UInt8, mask: Bool, seed: int) -> tuple[UInt8, Bool]:
-        """The sample is a function of the arguments alone; torch's random state is left as it was."""
+        """The result depends on the arguments only; torch's random state does not change."""
         with _seeded(seed):
             image, mask = self._pad(image, mask)
             photo = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
@@ -63,19 +63,19 @@ class Augmentation:
         return np.ascontiguousarray(photo.permute(1, 2, 0).numpy()), np.ascontiguousarray(marked.numpy())
 
     def _pad(self, image: UInt8, mask: Bool) -> tuple[UInt8, Bool]:
-        """Photo and mask with sides of at least `crop`, the photo somewhere within."""
+        """Pad photo and mask to sides of at least `crop`, with the photo at a random place."""
         missing = [max(0, self.crop - side) for side in mask.shape]
         if not any(missing):
             return image, mask
         before = [int(torch.randint(n + 1, ())) for n in missing]
         widths = [(b, n - b) for b, n in zip(before, missing, strict=True)]
-        # NumPy's, as torchvision's reflection cannot be wider than the photo.
+        # By NumPy: torchvision's reflection cannot be wider than the photo.
         return np.pad(image, [*widths, (0, 0)], mode="reflect"), np.pad(mask, widths, mode="reflect")
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Within the block torch draws from `seed`. On the CPU only: `torch.manual_seed` would touch the GPUs' states."""
+    """Seed torch's CPU generator within the block; `torch.manual_seed` would change the GPUs' generators too."""
     generator = torch.default_generator
     state = generator.get_state()
     generator.manual_seed(seed)

@@ -26,9 +26,9 @@ Sample = tuple[Tensor, Tensor]
 
 
 class ForgeryDataset(Dataset[Sample]):
-    """Forgeries made on the fly from photos: a random view, then an edit, or none (share `authentic`).
+    """Forgeries made on the fly from photos: a random view, then an edit, or none (a fraction `authentic`).
 
-    An item depends on (seed, epoch, index) alone, whatever the worker or the order. Call `set_epoch` before
+    A sample depends on (seed, epoch, index) only, not on worker or order. Call `set_epoch` before
     each epoch; it reaches running workers too.
 
     Args:
@@ -97,14 +97,14 @@ class ForgeryDataset(Dataset[Sample]):
         return random_look(rng, view, self.colour)
 
     def _donor(self, rng: np.random.Generator, host: int) -> int | None:
-        """Another photo, three times of four a colour one for a colour host and a grey one for a grey host.
+        """Another photo: in three of four cases in colour for a colour host, and grey for a grey host.
 
-        Otherwise colour inside grey would be the easiest cue of many samples, and of no real photo.
+        Otherwise colour inside a grey photo would be an easy cue in many samples, and in no real photo.
         """
         others = np.delete(np.arange(len(self.photos)), host)
-        alike = others[self._coloured[others] == self._coloured[host]]
-        if len(alike) and rng.random() < 0.75:
-            others = alike
+        same_kind = others[self._coloured[others] == self._coloured[host]]
+        if len(same_kind) and rng.random() < 0.75:
+            others = same_kind
         return int(rng.choice(others)) if len(others) else None
 
     def __getitem__(self, index: int) -> Sample:
@@ -113,7 +113,7 @@ class ForgeryDataset(Dataset[Sample]):
 
 
 class Inspection(NamedTuple):
-    """What `frd data check` tells of a data set: faults, what may be meant so, and the number of untouched photos."""
+    """What `frd data check` reports: faults, notes on what may be intended, and the number of untouched photos."""
 
     faults: list[str]
     notes: list[str]
@@ -125,7 +125,7 @@ def _note(files: list[Path], what: str) -> str:
 
 
 def is_inverted(mask: Bool) -> bool:
-    """Whether a mask [H,W] marks more than half of its photo, as one does that is black where edited."""
+    """Whether a mask [H,W] marks more than half of its photo, which suggests that it is black where edited."""
     return bool(mask.mean() > 0.5)
 
 
@@ -133,8 +133,9 @@ class PairDataset(Dataset[Sample]):
     """Photos and masks on disk. `pairs` lists the files, `names` the photos' names.
 
     Args:
-        pairs: the files, in order. size: None for each photo's own size (batches then need equal photos), or
-        (height, width) to resize to. invert_masks: for data sets whose masks are white on untouched pixels.
+        pairs: the files, in order.
+        size: (height, width) to resize to, or None for each photo's own size (batches then need equal photos).
+        invert_masks: for data sets whose masks are white on untouched pixels.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class PairDataset(Dataset[Sample]):
         return len(self.pairs)
 
     def load(self, index: int) -> tuple[UInt8, Bool]:
-        """Photo uint8 RGB [H,W,3] and mask bool [H,W] at their own size; ImageError where they do not fit."""
+        """Photo uint8 RGB [H,W,3] and mask bool [H,W] at their own size; ImageError if the sizes differ."""
         pair = self.pairs[index]
         image = read_image(pair.image)
         size = (image.shape[0], image.shape[1])
@@ -167,11 +168,11 @@ class PairDataset(Dataset[Sample]):
         return to_tensor(image), mask_to_tensor(mask)
 
     def check(self) -> list[str]:
-        """One line for each pair that is unreadable, of two sizes, stands twice, or has no mask or an odd one."""
+        """One line for each pair that is unreadable, has two sizes, appears twice, or has an inverted mask."""
         return self.inspect().faults
 
     def inspect(self) -> Inspection:
-        """Read every pair: the faults of `check`, and what may be meant so."""
+        """Read every pair: the faults of `check`, and notes on what may be intended."""
         faults: list[str] = []
         black: list[Path] = []
         twins: list[Path] = []
@@ -206,10 +207,10 @@ class PairDataset(Dataset[Sample]):
         return Inspection(faults, [note for note in notes if note], untouched)
 
     def inverted_masks(self, sample: int = 200) -> str:
-        """One line where masks mark more than half of their photo, which hints at black for edited; "" for none.
+        """One line if masks mark more than half of their photo, so that they seem black where edited; else "".
 
-        Reads at most `sample` masks, spread over the set, and no photos: cheap enough for before the work.
-        Masks that cannot be read are left to `load`.
+        Reads at most `sample` masks, spread over the set, and no photos, so it is cheap before long work. Masks that
+        cannot be read are skipped: `load` reports them.
         """
         paths = [pair.mask for pair in self.pairs if pair.mask is not None]
         read, inverted = 0, []
@@ -233,8 +234,8 @@ class FolderDataset(PairDataset):
     """A folder of photos and one of masks, paired by name: NAME.* with NAME.*, NAME_gt.* or NAME_mask.*.
 
     A photo without a mask is an error that names it, unless `allow_authentic` counts it as untouched. A mask
-    without a photo is always an error: it means that names do not match. With `recursive` the folders inside
-    the two are read as well, and a name is the path below the folder. `skipped` lists what is no image.
+    without a photo is always an error, since it means that names do not match. With `recursive`, sub-folders
+    are read too, and a name is the path below the folder. `skipped` lists what is not an image.
     """
 
     def __init__(
@@ -270,8 +271,8 @@ class ManiDataset(FolderDataset):
 class JsonDataset(PairDataset):
     """A JSON list [[image, mask or "Negative"], ...]; relative paths start at the JSON file's folder.
 
-    A file that the list names and that is not there is the error of its pair, raised by `load`, unless none of
-    the pairs is complete.
+    If a file of the list is missing, `load` raises an error for its pair; if no pair is complete, the constructor
+    does.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Finding image files: which formats count, what a folder holds, and what of it is passed over."""
+"""Find image files: which formats count, and which entries of a folder are skipped."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _HEIF_EXTENSIONS = (".heic", ".heif", ".hif", ".heics", ".heifs")
 
 
 class ImageError(ValueError):
-    """A file that cannot be used as an image; one line with the path, the rule and what came."""
+    """A file that cannot be used as an image. The message is one line: path, rule, and what was found."""
 
 
 class Skipped(NamedTuple):
-    """An entry of a folder that was not taken for an image, and why."""
+    """An entry of a folder that was skipped, and the reason."""
 
     path: Path
     reason: str
 
 
 class Found(NamedTuple):
-    """The image files that paths name, sorted, and what their folders hold beside them."""
+    """The image files that paths name, sorted, and the skipped entries of their folders."""
 
     images: list[Path]
     skipped: list[Skipped]
@@ -41,7 +41,7 @@ class Found(NamedTuple):
 def image_extensions() -> frozenset[str]:
     """Lower-case extensions of the raster formats that the installed Pillow opens.
 
-    HEIC and its kin are among them where pillow-heif is installed (`pip install frd-kernels[heif]`).
+    HEIC and related formats are included if pillow-heif is installed (`pip install frd-kernels[heif]`).
     """
     try:
         import pillow_heif
@@ -57,7 +57,7 @@ def _opens(name: str) -> bool:
     if name not in Image.OPEN or name in _NO_PHOTOS:
         return False
     factory = Image.OPEN[name][0]
-    # a stub only recognizes its format and leaves the decoding to a handler that nobody has installed
+    # A stub only recognizes its format; decoding needs a handler that is not installed.
     return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
 
@@ -65,7 +65,7 @@ def expand_user(path: PathLike) -> Path:
     """`path` with a leading ~ or ~user replaced by that home directory, unless a file has that very name.
 
     Raises:
-        ImageError: an empty text, as an unset variable of a shell gives it; pathlib takes it for the working directory.
+        ImageError: an empty text (such as an unset shell variable), which pathlib would read as the working directory.
     """
     name = os.fspath(path)
     if not name:
@@ -76,9 +76,9 @@ def expand_user(path: PathLike) -> Path:
 def find_images(paths: PathLike | Iterable[PathLike], recursive: bool = False) -> list[Path]:
     """Image files named by files, directories and glob patterns; sorted, each file once.
 
-    Directories are read with the directories inside them only if `recursive`. A plain file name is handed back
-    as it is, whatever its extension and even if it does not exist, so that reading it reports the error and
-    the others of a batch are still done. `scan_images` also tells what was passed over.
+    Sub-directories are read only if `recursive`. A plain file name is returned unchanged, whatever its extension and
+    even if it does not exist, so that reading it reports the error and the rest of a batch is still done.
+    `scan_images` also returns what was skipped.
 
     Raises:
         ImageError: a directory holds no image or cannot be listed, a pattern matches none, or no path was
@@ -88,7 +88,7 @@ def find_images(paths: PathLike | Iterable[PathLike], recursive: bool = False) -
 
 
 def scan_images(paths: PathLike | Iterable[PathLike], recursive: bool = False) -> Found:
-    """`find_images`, and what the directories and patterns hold beside images. Raises as `find_images`."""
+    """`find_images`, and the skipped entries of directories and patterns. Raises as `find_images` does."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     found: dict[str, Path] = {}
@@ -108,9 +108,9 @@ def scan_images(paths: PathLike | Iterable[PathLike], recursive: bool = False) -
 
 
 def scan_folder(folder: PathLike, recursive: bool = False, leave_out: PathLike | None = None) -> Found:
-    """The images of one directory, links to one file each for itself, and what else it holds.
+    """The images of one directory, each link to the same file separately, and its skipped entries.
 
-    `leave_out` is a directory inside it that is not looked at.
+    `leave_out` is a directory inside it to ignore.
 
     Raises:
         ImageError: the directory cannot be listed.
@@ -143,8 +143,8 @@ def _expand(path: PathLike, recursive: bool) -> Found:
     else:
         return Found([Path(name)], [])
     if not found.images:
-        held = describe_skipped(found.skipped) or "nothing"
-        raise ImageError(f"{kind} {name!r} must hold at least one image, got {held}")
+        entries = describe_skipped(found.skipped) or "nothing"
+        raise ImageError(f"{kind} {name!r} must hold at least one image, got {entries}")
     return found
 
 
@@ -170,7 +170,7 @@ def _walk(folder: Path, recursive: bool, seen: set[tuple[int, int]]) -> Iterator
 def _classify(
     entries: Iterable[Path], recursive: bool, seen: set[tuple[int, int]]
 ) -> Iterator[Path | Skipped]:
-    """Each entry as an image or as skipped. `seen` are the directories read already: links may form circles."""
+    """Each entry as an image or as skipped. `seen` are the directories already read, since links may form cycles."""
     for entry in entries:
         reason = _skip_reason(entry)
         if reason is None:
@@ -188,7 +188,7 @@ def _classify(
 
 
 def _skip_reason(entry: Path) -> str | None:
-    """None for an image. A link that leads nowhere is one too: reading it says so."""
+    """None for an image, or the reason to skip. A broken link counts as an image: reading it reports the error."""
     if entry.name.startswith("."):
         return "hidden entry"
     try:

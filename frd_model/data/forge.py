@@ -1,8 +1,8 @@
 """Forgeries of authentic photos: splicing, copy-move and removal, with masks and a record of what was done.
 
 The edited region differs from its surroundings as in real forgeries: by another noise level, sharpness,
-resampling or JPEG history. No single trace means "edited": hosts, donors and untouched photos draw their
-histories from the same distribution, so only the inconsistency inside one image gives an edit away.
+resampling or JPEG history. No single trace means "edited": hosts, donors and untouched photos draw their histories
+from the same distribution, so only the inconsistency inside one image reveals an edit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Bool = npt.NDArray[np.bool_]
 Float = npt.NDArray[np.float32]
 
 _ATTEMPTS = 5
-_MIN_CHANGE = 4.0  # mean absolute change of the edited region, in grey levels
+# Mean absolute change of the edited region, in grey levels.
+_MIN_CHANGE = 4.0
 
 
 class Forgery(NamedTuple):
@@ -45,7 +46,7 @@ class _Edit(NamedTuple):
 
 
 class Forger:
-    """Draws forgeries from a seed or a NumPy generator; the same seed and calls give the same bytes."""
+    """Makes random forgeries from a seed or a NumPy generator; the same seed and calls give the same bytes."""
 
     def __init__(self, seed: int | np.random.Generator = 0, options: ForgeOptions | None = None) -> None:
         self.rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
@@ -84,10 +85,9 @@ class Forger:
         return self._finish(image, np.zeros(photo.shape[:2], np.bool_), "authentic", {"history": record})
 
     def _edit(self, host: UInt8, donor: UInt8 | None, kind: str) -> tuple[_Edit, dict[str, Any]]:
-        """The first of a few drawn edits that changes its region visibly, or the one that changes it most.
+        """The first of a few random edits that changes its region visibly, or else the one that changes it most.
 
-        Filling a hole in a clear sky, or copying sky onto sky, leaves nothing to find: its mask would be a
-        wrong label.
+        Filling a hole in a clear sky, or copying sky onto sky, leaves nothing to find: its mask would be wrong.
         """
         best: tuple[float, _Edit, dict[str, Any]] | None = None
         for _ in range(_ATTEMPTS):
@@ -167,7 +167,7 @@ class Forger:
         method = "telea" if self.rng.random() < 0.5 else "ns"
         radius = int(self.rng.integers(2, 7))
         flag = cv2.INPAINT_TELEA if method == "telea" else cv2.INPAINT_NS
-        # A filled hole wider than its mask, as a careful editor draws it, hides the object's rim.
+        # A hole slightly wider than the mask hides the object's rim, as a careful editor would.
         hole = cv2.dilate(inside.astype(np.uint8), np.ones((3, 3), np.uint8))
         source = np.asarray(cv2.inpaint(window, hole, radius, flag), dtype=np.uint8)
         parameters |= {"method": method, "radius": radius}
@@ -245,7 +245,8 @@ class Forger:
         image[window] = np.rint(mixed).astype(np.uint8)
         mask = np.zeros(host.shape[:2], np.bool_)
         mask[window] = alpha >= 0.5
-        if not mask.any():  # a region so thin that its soft border never reaches one half
+        # A region so thin that its soft border never reaches one half.
+        if not mask.any():
             mask[window] = edit.region
         return image, mask
 

@@ -39,14 +39,14 @@ def forge_folder(
 ) -> list[dict[str, Any]]:
     """Write `count` forgeries: images/NAME.png or .jpg, masks/NAME.png and manifest.json in out_dir.
 
-    Item i depends on (seed, i) and the photos alone. The photos take turns as host. With `extension` "jpg"
-    the file's own compression is the final one. Untouched photos (a share `authentic`) get a black mask.
+    Forgery i depends on (seed, i) and the photos only. The photos take turns as host. With `extension` "jpg"
+    the file's own compression is the final one. Untouched photos (a fraction `authentic`) get a black mask.
 
     Args:
         photos: name to uint8 RGB [H,W,3].
         kinds: the kinds to draw from, in equal parts; None for the options' weights.
         size: side of a random square view of the host; None forges the whole photo.
-        overwrite: replace the forgeries of an earlier call in out_dir, which is refused otherwise.
+        overwrite: replace the forgeries of an earlier call in out_dir, which are an error otherwise.
 
     Returns:
         The manifest's items: name, kind, host, donor, parameters.
@@ -90,9 +90,9 @@ def forge_folder(
 
 
 def check_output(out_dir: Path, overwrite: bool) -> list[Path]:
-    """Make the folders of a run; hands back the files of an earlier one, which are to go first.
+    """Create the folders of a run and return the files of an earlier one, to be removed first.
 
-    Forgeries of two runs in one folder would be one data set that no manifest describes.
+    With forgeries of two runs in one folder the manifest would not describe the data set.
 
     Raises:
         ValueError: a folder cannot be written, or holds such files or a manifest and `overwrite` is False.
@@ -102,7 +102,7 @@ def check_output(out_dir: Path, overwrite: bool) -> list[Path]:
         check_output_folder("output folder", folder)
     old = [file for folder in folders for file in folder.iterdir() if _FORGED.fullmatch(file.name)]
     manifest = out_dir / "manifest.json"
-    # the manifest goes first: a run that stops here leaves none that tells of files that are gone
+    # Remove the manifest first: a run that stops here must not leave one that lists missing files.
     old = [manifest, *old] if manifest.exists() else old
     if old and not overwrite:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Reading photos and masks of any common kind, finding them, and writing results atomically."""
+"""Read photos and masks of any common format, and write results atomically."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_P
     """Decode a photo to uint8 RGB [H,W,3].
 
     The EXIF rotation is applied. Grey, palette and CMYK images are converted, 16-bit samples are scaled to 8,
-    alpha is composited over a uniform `background` (white), and of an animation or a multi-page file the
-    first image counts.
+    alpha is composited over a uniform `background` (white), and of an animation or a
+    multi-page file the first image is read.
 
     Raises:
-        ImageError: the path cannot be read, is no complete image, or holds more than `max_pixels` pixels.
+        ImageError: the path cannot be read, is not a complete image, or has more than `max_pixels` pixels.
     """
     return _decode(path, max_pixels, lambda image, _: from_pillow(image, background))
 
@@ -44,10 +44,11 @@ def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_P
 def _decode(
     path: PathLike, max_pixels: int, convert: Callable[[Image.Image, str], npt.NDArray[T]]
 ) -> npt.NDArray[T]:
-    """`convert` of the loaded image and of Pillow's name for the file's samples; ImageError for a bad file."""
+    """`convert`, called with the loaded image and Pillow's name for the file's samples; ImageError for a bad file."""
     name = os.fspath(path)
     _check_readable(path)
-    image_extensions()  # registers the optional formats
+    # Registers the optional formats.
+    image_extensions()
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -71,7 +72,8 @@ def _decode(
         raise ImageError(
             f"image {name!r} must be an image file Pillow can read, got {_describe(path)}"
         ) from None
-    except Exception as error:  # decoders raise anything from OSError to struct.error on a damaged file
+    # Decoders raise anything from OSError to struct.error for a damaged file.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"image {name!r} must be a complete image, got: {reason}") from None
 
@@ -82,7 +84,7 @@ def from_pillow(image: Image.Image, background: int = 255) -> UInt8:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Pillow's name for the samples as they lie in the file, such as "RGB;16B"; "" where it has none."""
+    """Pillow's name for the samples as stored in the file, such as "RGB;16B"; "" if it has none."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0].args if tiles else None
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -95,7 +97,7 @@ def _check_readable(path: PathLike) -> None:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):
             raise ImageError(f"image {name} must be a file, got a directory")
-        # opening a pipe would wait for a writer
+        # Opening a pipe would wait for a writer.
         if not stat.S_ISREG(info.st_mode):
             raise ImageError(f"image {name} must be a file, got a device, pipe or socket")
         if info.st_size == 0:
@@ -106,7 +108,8 @@ def _check_readable(path: PathLike) -> None:
         raise ImageError(f"image {name} must be a readable file, got: {error.strerror}") from None
     except ImageError:
         raise
-    except ValueError as error:  # a name that no file can have
+    # A name that no file can have.
+    except ValueError as error:
         raise ImageError(f"image {name} must be a readable file, got: {error}") from None
 
 
@@ -118,10 +121,11 @@ def _describe(path: PathLike) -> str:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        # without anything to turn, exif_transpose would copy
+        # exif_transpose copies even if there is nothing to rotate.
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
-    except Exception:  # broken metadata is no reason to refuse intact pixels
+    # Broken metadata is no reason to reject intact pixels.
+    except Exception:
         return image
 
 
@@ -130,14 +134,15 @@ def _to_rgb(image: Image.Image, background: int) -> UInt8:
         grey = _grey_to_uint8(np.asarray(image))
         return np.repeat(grey[:, :, None], 3, axis=2)
     result = np.empty((image.height, image.width, 3), np.uint8)
-    # in bands, since Pillow's conversions and NumPy's view of them are copies
+    # In bands, since Pillow's conversions and their NumPy arrays are copies.
     for rows in row_bands(image.height, image.width):
         result[rows] = _band_to_rgb(image.crop((0, rows.start, image.width, rows.stop)), background)
     return result
 
 
 def _band_to_rgb(image: Image.Image, background: int) -> UInt8:
-    if image.mode == "La":  # Pillow knows no other way out of it
+    # Pillow converts "La" to nothing else.
+    if image.mode == "La":
         image = image.convert("LA")
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -166,13 +171,13 @@ def read_mask(
 ) -> npt.NDArray[np.bool_]:
     """Decode a mask to bool [H,W]: True where it is white, that is, where the photo was edited.
 
-    `size` is the (height, width) the mask must have, that of its photo. The samples count as they lie in the
-    file, whatever its kind, and must be plainly two-valued: black and white, grey at soft edges alone. Labels
-    such as 0 and 1, or a single colour, are an error (`frd_model.data.masks` states the rule). Transparent
-    pixels count as black. A black file is the mask of an untouched photo.
+    `size` is the (height, width) of the photo, which the mask must have. Samples are used as stored in the file and
+    must be clearly two-valued: black and white, with grey at soft edges only. Labels such as 0 and 1, or a single
+    colour, are an error (`frd_model.data.masks` states the rule). Transparent pixels count as black. A black file
+    is the mask of an untouched photo.
 
     Raises:
-        ImageError: the file cannot be read, has another size, or is no mask; names the values it holds.
+        ImageError: the file cannot be read, has another size, or is not a mask; the message names its values.
     """
     name = os.fspath(path)
 
@@ -193,7 +198,7 @@ def read_mask(
 
 
 def write_bytes(path: PathLike, data: bytes) -> Path:
-    """Write a file atomically: a reader sees the old content or all of the new. Makes folders."""
+    """Write a file atomically: a reader sees the old content or all of the new. Creates missing folders."""
     with _replacing(path) as file:
         file.write(data)
     return Path(path)
@@ -203,7 +208,7 @@ def write_bytes(path: PathLike, data: bytes) -> Path:
 def _replacing(path: PathLike) -> Iterator[BinaryIO]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own, not one made from the target's, which may be as long as names can be
+    # Not made from the target's name, which may already have the maximum length.
     part = target.with_name(f".{os.getpid()}-{next(_PARTS)}.part")
     try:
         with part.open("wb") as file:
@@ -223,7 +228,7 @@ def write_png(path: PathLike, array: npt.NDArray[Any]) -> Path:
 
 
 def write_png_bands(path: PathLike, height: int, width: int, channels: int, bands: Iterable[Any]) -> Path:
-    """`write_png` of an image that comes as bands of rows, which together are never held."""
+    """`write_png` for an image given as bands of rows, which are never all in memory."""
     with _replacing(path) as file:
         write_bands(file, height, width, channels, (_to_uint8(band) for band in bands))
     return Path(path)
@@ -263,8 +268,8 @@ def write_json(path: PathLike, value: Any) -> Path:
 def overlay(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) -> UInt8:
     """Heat map of probability [H,W] in [0, 1] over RGB image [H,W,3].
 
-    The photo is dimmed towards grey where nothing was found, and a dark-red to yellow ramp grows in with the
-    probability, so that the edited region stays recognisable.
+    The photo is faded towards grey, and a colour from dark red to yellow is blended in with the probability, so that
+    the edited region stays recognisable.
     """
     result = np.empty(image.shape, np.uint8)
     top = 0
@@ -275,14 +280,14 @@ def overlay(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) 
 
 
 def overlay_bands(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) -> Iterator[UInt8]:
-    """The rows of `overlay` from the top, in bands [rows,W,3]: little more memory than one of them is taken."""
+    """`overlay` from the top in bands of rows [rows,W,3], in little more memory than one band."""
     if image.shape[:2] != probability.shape:
         raise ValueError(f"probability must have the image's size {image.shape[:2]}, got {probability.shape}")
     return (_overlay(image[band], probability[band], strength) for band in row_bands(*image.shape[:2]))
 
 
 def row_bands(height: int, width: int, pixels: int = 1 << 20) -> Iterator[slice]:
-    """Slices that cover `height` rows, each of about `pixels` pixels and at least one row."""
+    """Slices that cover `height` rows; each has about `pixels` pixels and at least one row."""
     rows = max(1, pixels // max(1, width))
     return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
@@ -290,7 +295,7 @@ def row_bands(height: int, width: int, pixels: int = 1 << 20) -> Iterator[slice]
 def _overlay(image: UInt8, probability: npt.NDArray[Any], strength: float) -> UInt8:
     p = np.clip(np.nan_to_num(np.asarray(probability, np.float32)), 0, 1)
     ramp = cv2.cvtColor(
-        # up to yellow: the map's last quarter, white, would be lost on bright photos
+        # Up to yellow: white, the colour map's last quarter, would not show on bright photos.
         cv2.applyColorMap(np.rint(p * 190).astype(np.uint8), cv2.COLORMAP_HOT),
         cv2.COLOR_BGR2RGB,
     )

@@ -1,10 +1,10 @@
-"""What a mask file must hold, and which of its pixels are marked.
+"""Decode masks: what a mask file must contain, and which of its pixels are marked.
 
-A mask is black where the photo is untouched and white where it was edited. The rule is applied to the samples as the
-file holds them: white is 255, or 65535 where 16-bit samples go beyond 255, 1.0 for floats up to 1; colours count
-by their mean, transparent pixels as black. A sample up to an eighth of white off is still black or white, as
-JPEG leaves it, and a pixel is marked from half of white on. Grey is for soft edges alone: black and white must
-both lie within a few pixels. A class of its own, a colour or a label that happens to be 0 or 255 is no mask.
+A mask is black where the photo is untouched and white where it was edited. The rule applies to the samples as
+stored in the file: white is 255, or 65535 where 16-bit samples go beyond 255, 1.0 for floats up to 1; colours count
+by their mean, transparent pixels as black. A sample within an eighth of white of black or white counts as that,
+since JPEG changes samples, and a pixel is marked from half of white on. Grey is only allowed at soft edges, with black
+and white within a few pixels. Other classes, colours, or labels that happen to be 0 or 255 are not a mask.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ Bool = npt.NDArray[np.bool_]
 
 _INTEGER_WHITES = (255, 65535, 2**31 - 1, 2**32 - 1)
 _FLOAT_WHITES = (1, 255, 65535, 2**32)
-# Grey pixels away from edges that are put up with: noise of strong compression, dots too small to have a core.
+# Tolerated grey pixels away from edges: noise of strong compression, and dots too small to have a white core.
 _STRAY_OF_MARKED = 0.1
 _STRAY_OF_ALL = 0.002
 
 
 class MaskError(ValueError):
-    """A file whose samples are no mask: "must be ..., got ...", to be said after the file's name."""
+    """A file whose samples are not a mask. The message, "must be ..., got ...", follows the file's name."""
 
 
 class _Samples(NamedTuple):
-    """values [H,W] or colours [H,W,3] as the file holds them; grey [H,W] of the same, and white's grey."""
+    """values [H,W] or colours [H,W,3] as stored in the file, their grey [H,W], and the grey of white."""
 
     values: npt.NDArray[Any]
     grey: npt.NDArray[Any]
@@ -46,7 +46,7 @@ def marked_pixels(image: Image.Image) -> Bool:
     """The marked pixels [H,W] of a decoded mask.
 
     Raises:
-        MaskError: the samples are not plainly those of a mask.
+        MaskError: the samples are not clearly those of a mask.
     """
     samples = _read_samples(image)
     grey, white = samples.grey, samples.white
@@ -56,7 +56,7 @@ def marked_pixels(image: Image.Image) -> Bool:
             return high
         raise MaskError(_complaint(samples))
     low = grey < _level(grey, white / 8)
-    # Where white is exact no compression was at work: a flat area near black is a label, as in 0, 1 and 255.
+    # If white is exact, the file was not compressed lossily: a flat area near black is a label, as in 0, 1 and 255.
     if not (high & (grey < _level(grey, white))).any():
         labels = low & (grey != grey.min())
         if labels.any():
@@ -71,15 +71,15 @@ def marked_pixels(image: Image.Image) -> Bool:
 
 
 def _level(grey: npt.NDArray[Any], value: float) -> float:
-    """`value`, as an integer for integer samples, whose comparison then needs no conversion."""
+    """`value`, rounded up for integer samples, so that comparing needs no conversion."""
     return value if grey.dtype.kind == "f" else math.ceil(value)
 
 
 def widen(image: Image.Image, raw_mode: str, path: PathLike) -> Image.Image:
-    """The image with the whole range of its samples, of which Pillow keeps a part for two kinds of file.
+    """The image with the full range of its samples, which Pillow loses for two kinds of file.
 
-    Of 16-bit colours it drops the low bytes (255 becomes 0): they are read anew, as 16-bit grey. Unsigned 32-bit
-    samples become signed ones. `raw_mode` is Pillow's name for the file's samples, lost in `Image.load`.
+    Pillow drops the low bytes of 16-bit colours (255 becomes 0), so they are read again as 16-bit grey. It makes
+    unsigned 32-bit samples signed. `raw_mode` is Pillow's name for the file's samples, which `Image.load` removes.
     """
     if ";16" in raw_mode and image.mode in ("RGB", "RGBA"):
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
@@ -111,7 +111,7 @@ def _read_samples(image: Image.Image) -> _Samples:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         colours, alpha = np.asarray(rgba)[:, :, :3], np.asarray(rgba)[:, :, 3]
-        # black drawn on nothing, or white that is wholly transparent, holds something: it is no empty mask
+        # Black on a transparent background, or fully transparent white, is not an empty mask.
         empty = not colours.any() and alpha.min() == alpha.max()
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
         colours = np.asarray(image.convert("RGB"))
@@ -125,7 +125,7 @@ def _read_samples(image: Image.Image) -> _Samples:
 
 
 def _white(values: npt.NDArray[Any]) -> float:
-    """Full scale of the samples: the smallest of the usual ones that holds them."""
+    """The value of white: the smallest usual full scale that contains the samples."""
     low, high = values.min(), values.max()
     whites = _FLOAT_WHITES if np.issubdtype(values.dtype, np.floating) else _INTEGER_WHITES
     if low >= 0:
@@ -136,7 +136,7 @@ def _white(values: npt.NDArray[Any]) -> float:
 
 
 def _flat(grey: npt.NDArray[Any]) -> Bool:
-    """Pixels of one value with the eight around them."""
+    """Pixels that have the same value as their eight neighbours."""
     values, kernel = grey.astype(np.float32), np.ones((3, 3), np.uint8)
     return np.asarray(cv2.dilate(values, kernel) == cv2.erode(values, kernel))
 
@@ -157,7 +157,7 @@ def _complaint(samples: _Samples, share: str = "") -> str:
 
 
 def _describe_values(values: npt.NDArray[Any], limit: int = 6) -> str:
-    """The distinct values or colours, the first few where there are many."""
+    """The distinct values or colours, or the first few of many."""
     noun, flat = "values", values.reshape(-1)
     if values.ndim == 3:
         noun = "colours"

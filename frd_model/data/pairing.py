@@ -41,13 +41,13 @@ def pair_by_name(images: Path, masks: Path, allow_authentic: bool, recursive: bo
     accents still match. With `recursive` a name is the path below the folder.
 
     Raises:
-        DatasetError: a folder is missing, two files share a name, or a photo or mask stands alone.
+        DatasetError: a folder is missing, two files have the same name, or a photo or mask has no partner.
     """
     photos, photos_skipped = _named_files(images, recursive, masks)
     found, masks_skipped = _named_files(masks, recursive, images)
     if not photos:
-        held = describe_skipped(photos_skipped) or "nothing"
-        raise DatasetError(f"folder {str(images)!r} must hold at least one photo, got {held}")
+        entries = describe_skipped(photos_skipped) or "nothing"
+        raise DatasetError(f"folder {str(images)!r} must hold at least one photo, got {entries}")
     if not found and any(entry.reason != "hidden entry" for entry in masks_skipped):
         raise DatasetError(
             f"folder {str(masks)!r} must hold masks, got only {describe_skipped(masks_skipped)}"
@@ -59,7 +59,7 @@ def pair_by_name(images: Path, masks: Path, allow_authentic: bool, recursive: bo
 
 
 def _named_files(folder: Path, recursive: bool, other: Path) -> tuple[dict[str, Path], list[Skipped]]:
-    """The images of `folder` by key. The `other` folder may lie inside and is left out."""
+    """The images of `folder` by key. If the `other` folder is inside, it is ignored."""
     if not os.path.isdir(folder):
         raise DatasetError(f"folder {str(folder)!r} must be a directory, got none there")
     inside = os.path.isdir(other) and folder.resolve() in other.resolve().parents
@@ -81,12 +81,12 @@ def _named_files(folder: Path, recursive: bool, other: Path) -> tuple[dict[str, 
 
 def _key(file: Path, folder: Path) -> str:
     name = file.relative_to(folder).with_suffix("").as_posix()
-    # by the bytes on disk, which a process in another locale does not take for UTF-8
+    # From the bytes on disk, which a process in another locale would not decode as UTF-8.
     return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "surrogateescape"))
 
 
 def _match(photos: dict[str, Path], masks: dict[str, Path]) -> dict[str, Path]:
-    """Mask file by photo key: the mask of the very name, else the one with a suffix."""
+    """Mask file by photo key: the mask of exactly that name, otherwise the one with a suffix."""
     pairs = {key: masks[key] for key in photos if key in masks}
     for key, file in masks.items():
         base = _MASK_SUFFIX.sub("", key)
@@ -103,7 +103,7 @@ def _match(photos: dict[str, Path], masks: dict[str, Path]) -> dict[str, Path]:
 def _refuse_other_masks(
     pairs: dict[str, Path], photos: dict[str, Path], skipped: list[Skipped], masks: Path
 ) -> None:
-    """A mask in a file that is no image would otherwise turn its photo into an untouched one."""
+    """DatasetError for a mask in a file that is not an image: its photo would count as untouched."""
     for entry in skipped:
         key = _key(entry.path, masks)
         lone = {key, _MASK_SUFFIX.sub("", key)} & photos.keys() - pairs.keys()
@@ -139,7 +139,7 @@ def _lone(files: dict[str, Path], kind: str, rule: str, others: dict[str, Path])
 
 
 def closest_name(key: str, others: dict[str, Path]) -> str:
-    """How the most similar of the other names differs, as the end of a message; "" where none is similar."""
+    """How the most similar of the other names differs, as the end of a message; "" if none is similar."""
     name = _MASK_SUFFIX.sub("", key)
     plain = {other: _MASK_SUFFIX.sub("", other) for other in others}
     for what, simplify in _SIMPLER:
@@ -160,7 +160,7 @@ def _letters(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
 
 
-# What two names may differ in, and the form of a name that does not show it, from the smallest on.
+# Ways in which two names may differ, and the form of a name that ignores it, smallest difference first.
 _SIMPLER: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("letter case", str.casefold),
     ("spaces", _without_spaces),
@@ -181,15 +181,15 @@ def _character(text: str, place: int) -> str:
 
 
 def read_list(path: Path) -> tuple[list[Pair], dict[Path, str]]:
-    """The pairs of a JSON list [[image, mask or "Negative"], ...], and a complaint for each file that is not there.
+    """The pairs of a JSON list [[image, mask or "Negative"], ...], and a message for each missing file.
 
     Relative paths start at the list's folder.
 
     Raises:
-        DatasetError: no readable JSON list of pairs, or no pair whose files exist.
+        DatasetError: not a readable JSON list of pairs, or no pair whose files exist.
     """
     try:
-        # Windows editors put a byte order mark first
+        # Windows editors write a byte order mark first.
         entries: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DatasetError(f"list {str(path)!r} must be a readable file, got: {error.strerror}") from None
@@ -208,14 +208,14 @@ def read_list(path: Path) -> tuple[list[Pair], dict[Path, str]]:
         if not files or entry[0] == "Negative":
             raise DatasetError(f"list {str(path)!r} entry {number} must name an image, got {entry!r:.200}")
         pairs.append(Pair(files[0], files[1] if len(files) > 1 else None))
-    # such as paths from another folder or machine: the list is of no use
+    # For example paths of another folder or machine.
     if all(missing.keys() & set(pair) for pair in pairs):
         raise DatasetError(next(iter(missing.values())))
     return pairs, missing
 
 
 def _listed(path: Path, number: int, name: str, missing: dict[Path, str]) -> Path:
-    """The file that entry `number` of the list names, in whichever Unicode form the disk holds its name."""
+    """The file that entry `number` of the list names, in whichever Unicode form its name has on disk."""
     file = path.parent / expand_user(name)
     forms: Iterable[Path] = (file, *(Path(unicodedata.normalize(f, str(file))) for f in ("NFC", "NFD")))
     for form in forms:

@@ -1,4 +1,4 @@
-"""Authentic sample photos, from inside the installed scikit-image and scikit-learn. Nothing is downloaded."""
+"""Authentic sample photos from the installed scikit-image and scikit-learn. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-# Fixed, by photo: no scene stands in two splits (the two motorcycle views are one scene). Held-out and
-# validation are colour photographs of other subjects than training's; grey textures and micrographs help as
-# training material only. Left out, because they are drawings or hold no photographic noise: chessboard,
-# colour wheel, horse, logo, phantom.
+# Fixed by photo: no scene is in two splits (the two motorcycle views are one scene). Held-out and validation photos
+# are in colour and show other subjects than training; grey textures and micrographs are for training only. Left out,
+# because they are drawings or have no photographic noise: chessboard, colour wheel, horse, logo, phantom.
 SPLITS: dict[str, tuple[str, ...]] = {
     "heldout": ("astronaut.png", "china.jpg", "coffee.png"),
     "val": ("chelsea.png", "rocket.jpg"),

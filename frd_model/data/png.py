@@ -1,6 +1,6 @@
-"""PNG files written row band by row band, so that a large image is never held a second time.
+"""Write PNG files in bands of rows, so that a large image is never in memory twice.
 
-The libraries at hand either encode into memory (OpenCV) or copy the image first, at four bytes a pixel (Pillow).
+OpenCV encodes into memory, and Pillow first copies the image at four bytes per pixel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def write_bands(file: BinaryIO, height: int, width: int, channels: int, bands: I
     file.write(b"\x89PNG\r\n\x1a\n")
     colour = {1: _GREY, 3: _RGB}[channels]
     _write_chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
-    # The fast settings that OpenCV takes: run lengths of the differences between neighbours.
+    # OpenCV's fast settings: run lengths of the differences between neighbours.
     deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
     for band in bands:
         if data := deflate.compress(_filtered(band, channels)):

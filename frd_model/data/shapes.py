@@ -16,10 +16,9 @@ Rng = np.random.Generator
 def random_shape(
     rng: Rng, size: tuple[int, int], area: tuple[float, float], shape: str | None = None
 ) -> Bool:
-    """A region as bool [H,W] for size (height, width); its share of the image lies near a draw from `area`.
+    """A region as bool [H,W] for size (height, width); its fraction of the image is close to a random value in `area`.
 
-    The region lies wholly inside the image where it fits. The share is drawn log-uniformly: small edits are
-    common.
+    The region is inside the image if it fits. The fraction is drawn log-uniformly, since small edits are common.
     """
     height, width = size
     share = float(np.exp(rng.uniform(np.log(area[0]), np.log(area[1]))))
@@ -56,7 +55,7 @@ def _outline(rng: Rng, shape: str) -> npt.NDArray[np.float64]:
 
 
 def _blob(rng: Rng) -> npt.NDArray[np.float64]:
-    """A smooth closed curve [K,2]: a circle whose logarithmic radius is a random low Fourier series."""
+    """A smooth closed curve [K,2]: a circle whose log-radius is a random Fourier series of low order."""
     angle = np.linspace(0, 2 * np.pi, 96, endpoint=False)
     order = np.arange(1, 7)
     waves = rng.normal(size=(2, 6)) * (0.45 / order)
@@ -68,7 +67,7 @@ def _blob(rng: Rng) -> npt.NDArray[np.float64]:
 def _fit(
     outline: npt.NDArray[np.float64], pixels: float, aspect: float, turn: float, height: int, width: int
 ) -> npt.NDArray[np.float64]:
-    """Stretch, turn and scale an outline to an area in pixels, shrunk where it would not fit."""
+    """Stretch, rotate and scale an outline to an area in pixels, and shrink it if it does not fit."""
     outline = outline * (aspect**0.5, aspect**-0.5)
     cos, sin = np.cos(turn), np.sin(turn)
     outline = outline @ np.array([[cos, -sin], [sin, cos]])
@@ -81,10 +80,10 @@ def _fit(
 
 
 def follow_content(rng: Rng, image: UInt8, region: Bool) -> Bool | None:
-    """A part of `region` [H,W] that follows the content of image [H,W,3]; None where there is no good one.
+    """A part of `region` [H,W] that follows the content of image [H,W,3]; None if no good part is found.
 
-    Flood filling a smoothed copy from a random point of the region gives the borders of things rather than of
-    shapes, as in a cut-out made by hand. Accepted when it covers a quarter to nine tenths of the region.
+    Flood filling a smoothed copy from a random point of the region follows the borders of objects, as a cut-out made
+    by hand does. Accepted if it covers a quarter to nine tenths of the region.
     """
     points = np.flatnonzero(region)
     y, x = divmod(int(points[int(rng.integers(len(points)))]), region.shape[1])

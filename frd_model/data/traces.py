@@ -1,4 +1,4 @@
-"""Low-level traces of a photo's history: noise, blur, resampling, JPEG. Random, recorded, reproducible."""
+"""Low-level traces of a photo's history: noise, blur, resampling, JPEG. Random, recorded and reproducible."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def resample(image: UInt8, factor: float) -> UInt8:
 
 
 def jpeg(image: UInt8, quality: int, chroma: str = "420", shift: tuple[int, int] = (0, 0)) -> UInt8:
-    """Compress and decode. shift (dy, dx) in 0..7 is where the image's corner lies in the 8x8 block grid."""
+    """Compress and decode. shift (dy, dx) in 0..7 is the position of the image's corner in the 8x8 block grid."""
     dy, dx = shift
     if dy or dx:
         image = np.asarray(cv2.copyMakeBorder(image, dy, 0, dx, 0, cv2.BORDER_REPLICATE), dtype=np.uint8)
@@ -117,7 +117,7 @@ def random_filter(rng: Rng, image: UInt8) -> Trace:
 def random_history(
     rng: Rng, image: UInt8, filter_share: float, jpeg_share: float, quality: tuple[int, int]
 ) -> Trace:
-    """What a photo went through before the edit: maybe one filter, then maybe one JPEG compression."""
+    """A random history of a photo before the edit: possibly one filter, then possibly one JPEG compression."""
     record: dict[str, Any] = {}
     if rng.random() < filter_share:
         image, step = random_filter(rng, image)

@@ -1,4 +1,4 @@
-"""Between uint8 photos and the model's normalised tensors, and the random views of training."""
+"""Conversion between uint8 photos and the model's normalised tensors, and random views for training."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def random_view(
 ) -> UInt8:
     """A random square crop [size,size,3]: half of the time at the photo's own scale, else resized by `zoom`.
 
-    Of a few crops the first that is not nearly flat is taken (a black border or clear sky teaches nothing).
+    The first of a few crops that is not nearly flat is taken (a black border or clear sky teaches nothing).
     Photos smaller than the crop are enlarged.
     """
     height, width = photo.shape[:2]
@@ -89,7 +89,7 @@ def random_view(
 
 
 def random_look(rng: np.random.Generator, photo: UInt8, colour: float = 0.5) -> UInt8:
-    """Mirror, turn by quarters and, with probability `colour`, change gains, gamma and channel order."""
+    """Mirror, rotate by quarter turns and, with probability `colour`, change gains, gamma and channel order."""
     if rng.random() < 0.5:
         photo = photo[:, ::-1]
     turns = int(rng.integers(4)) if rng.random() < 0.5 else 0
