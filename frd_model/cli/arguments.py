@@ -18,6 +18,8 @@ from frd_model.config import NAME_PREFIX, PRESETS
 if TYPE_CHECKING:
     from torch import nn
 
+    from frd_model.data.dataset import PairDataset
+
 
 def path(text: str) -> Path:
     """A path with ~ and ~user expanded (the shell does not expand --out=~/x)."""
@@ -116,3 +118,59 @@ def open_checkpoint(
         )
     label = "demo" if name is None else name
     return Checkpoint(load_model(label, target, model=model, preset=preset), label)
+
+
+class UsageError(ValueError):
+    """Arguments that do not fit together."""
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:
+    """--data, or --images with --masks, --json or --mani. Returns the group, for what a command takes beside them."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--data",
+        action="append",
+        metavar="[NAME=]LAYOUT:PATH",
+        help="a data set, such as casia1:data/CASIA1, cover:DIR, json:FILE or collection:FILE; may be repeated "
+        "(docs/data.md lists the layouts)",
+    )
+    which.add_argument("--images", metavar="DIR", help="folder of photos; needs --masks")
+    which.add_argument("--json", metavar="FILE", help='list of [image, mask or "Negative"]')
+    which.add_argument("--mani", metavar="DIR", help="folder with Tp (photos) and Gt (masks)")
+    parser.add_argument("--masks", metavar="DIR", help="folder of masks, paired with the photos by name")
+    parser.add_argument("--recursive", action="store_true", help="read the folders inside folders too")
+    parser.add_argument(
+        "--invert-masks", action="store_true", help="the masks are the other way round: black where edited"
+    )
+    return which
+
+
+def open_data_arguments(args: argparse.Namespace, *, allow_authentic: bool = True) -> dict[str, PairDataset]:
+    """The data sets that the arguments name, by name. `allow_authentic`: a photo of --images may have no mask.
+
+    Raises:
+        UsageError: arguments that do not fit together.
+        DatasetError: a data set that cannot be used.
+    """
+    from frd_model.data.dataset import FolderDataset
+    from frd_model.data.sets import open_sets
+
+    if (args.masks is None) != (args.images is None):
+        given, other = ("--masks", "--images") if args.images is None else ("--images", "--masks")
+        raise UsageError(f"{given} needs {other}, got none")
+    if args.recursive and args.json is not None:
+        raise UsageError("--recursive goes with folders, got --json")
+    invert, recursive = args.invert_masks, args.recursive
+    if args.images is None:
+        specs = args.data or [f"json:{args.json}" if args.json is not None else f"mani:{args.mani}"]
+        return open_sets(specs, invert_masks=invert, recursive=recursive)
+    folders = FolderDataset(
+        args.images, args.masks, allow_authentic=allow_authentic, invert_masks=invert, recursive=recursive
+    )
+    return {_common_name(Path(args.images), Path(args.masks)): folders}
+
+
+def _common_name(images: Path, masks: Path) -> str:
+    """SET of SET/images and SET/masks, else the name of the photos' folder."""
+    images, masks = images.resolve(), masks.resolve()
+    return images.parent.name if images.parent == masks.parent else images.name

@@ -15,7 +15,15 @@ from frd_model.evaluate_presets import EVAL_PRESETS, eval_preset
 from frd_model.output import check_output_file, one_line, say
 from frd_model.tiling import POLICIES
 
-from .arguments import add_checkpoint_argument, at_least, fraction, open_checkpoint, path
+from .arguments import (
+    add_checkpoint_argument,
+    add_data_arguments,
+    at_least,
+    fraction,
+    open_checkpoint,
+    open_data_arguments,
+    path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -246,17 +254,10 @@ def _table(content: dict[str, Any]) -> str:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """--images with --masks, or --json, --mani or --sample."""
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--images", metavar="DIR", help="folder of photos; needs --masks")
-    which.add_argument("--json", metavar="FILE", help='list of [image, mask or "Negative"]')
-    which.add_argument("--mani", metavar="DIR", help="folder with Tp (photos) and Gt (masks)")
-    which.add_argument(
+    """The data sets, or --sample."""
+    add_data_arguments(parser).add_argument(
         "--sample", choices=sorted(SPLITS), help="seeded forgeries of the sample photos of a split"
     )
-    parser.add_argument("--masks", metavar="DIR", help="folder of masks, paired with photos by name")
-    parser.add_argument("--recursive", action="store_true", help="read the folders inside folders too")
-    parser.add_argument("--invert-masks", action="store_true", help="the masks are black where edited")
     parser.add_argument(
         "--repeats", type=int, default=5, help="--sample: forgeries of each kind per photo (default 5)"
     )
@@ -265,47 +266,23 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_sources(args: argparse.Namespace) -> dict[str, Source]:
     """The sets that the arguments name, by name. Raises ValueError where the arguments do not fit together."""
-    source = _open_source(args)
-    if args.sample or args.json:
-        return {args.sample or Path(args.json).stem: source}
-    folder = Path(args.mani or args.images).resolve()
-    if args.masks and Path(args.masks).resolve().parent == folder.parent:
-        # SET/images and SET/masks
-        folder = folder.parent
-    return {folder.name: source}
-
-
-def _open_source(args: argparse.Namespace) -> Source:
-    from frd_model.data.dataset import FolderDataset, JsonDataset, ManiDataset
     from frd_model.evaluate import forged_samples, labelled_pairs
 
-    if args.masks is not None and args.images is None:
+    if not args.sample:
+        given = ", ".join(args.data) if args.data else args.images or args.json or args.mani
+        sets = open_data_arguments(args)
+        return {name: labelled_pairs(data, given if len(sets) == 1 else name) for name, data in sets.items()}
+    if args.masks is not None:
         raise ValueError("--masks needs --images, got none")
-    if args.recursive and args.images is None and args.mani is None:
-        raise ValueError("--recursive needs --images or --mani, got neither")
-    if args.sample:
-        if args.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
-        if args.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {args.seed}")
-        if args.invert_masks:
-            raise ValueError("--invert-masks needs masks in files, got --sample")
-        return forged_samples(args.sample, args.repeats, args.seed)
-    if args.json is not None:
-        return labelled_pairs(JsonDataset(args.json, invert_masks=args.invert_masks), args.json)
-    if args.mani is not None:
-        mani = ManiDataset(args.mani, invert_masks=args.invert_masks, recursive=args.recursive)
-        return labelled_pairs(mani, args.mani)
-    if args.masks is None:
-        raise ValueError("--images needs --masks, got none")
-    folders = FolderDataset(
-        args.images,
-        args.masks,
-        allow_authentic=True,
-        invert_masks=args.invert_masks,
-        recursive=args.recursive,
-    )
-    return labelled_pairs(folders, args.images)
+    if args.recursive:
+        raise ValueError("--recursive goes with folders, got --sample")
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
+    if args.invert_masks:
+        raise ValueError("--invert-masks needs masks in files, got --sample")
+    return {args.sample: forged_samples(args.sample, args.repeats, args.seed)}
 
 
 def _nan_as_none(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .files import PathLike, Skipped, describe_skipped, expand_user
+from .files import PathLike, Skipped, describe_skipped, expand_user, scan_folder
 from .forge import Forger, Forgery
 from .forge_options import ForgeOptions
 from .images import ImageError, read_image, read_mask
@@ -136,10 +136,15 @@ class PairDataset(Dataset[Sample]):
         pairs: the files, in order.
         size: (height, width) to resize to, or None for each photo's own size (batches then need equal photos).
         invert_masks: for data sets whose masks are white on untouched pixels.
+        reader: decodes a mask; for data sets whose masks are no black and white images (`frd_model.data.layouts`).
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], size: tuple[int, int] | None = None, invert_masks: bool = False
+        self,
+        pairs: Sequence[Pair],
+        size: tuple[int, int] | None = None,
+        invert_masks: bool = False,
+        reader: Callable[..., Bool] = read_mask,
     ) -> None:
         if not pairs:
             raise DatasetError("pairs must hold at least one photo, got none")
@@ -148,18 +153,26 @@ class PairDataset(Dataset[Sample]):
         self.size = size
         self.invert_masks = invert_masks
         self.skipped: list[Skipped] = []
+        self._read_mask = reader
 
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def subset(self, indices: Sequence[int]) -> PairDataset:
+        """The pairs of these numbers, loaded as they are here."""
+        return _Subset(self, indices)
+
+    def load_mask(self, index: int, size: tuple[int, int] | None = None) -> Bool | None:
+        """Mask bool [H,W] of a pair, None for an untouched photo. ImageError where it is no mask of that size."""
+        mask = self.pairs[index].mask
+        return None if mask is None else self._read_mask(mask, size, invert=self.invert_masks)
+
     def load(self, index: int) -> tuple[UInt8, Bool]:
         """Photo uint8 RGB [H,W,3] and mask bool [H,W] at their own size; ImageError if the sizes differ."""
-        pair = self.pairs[index]
-        image = read_image(pair.image)
+        image = read_image(self.pairs[index].image)
         size = (image.shape[0], image.shape[1])
-        if pair.mask is None:
-            return image, np.zeros(size, np.bool_)
-        return image, read_mask(pair.mask, size, invert=self.invert_masks)
+        mask = self.load_mask(index, size)
+        return image, np.zeros(size, np.bool_) if mask is None else mask
 
     def __getitem__(self, index: int) -> Sample:
         image, mask = self.load(index)
@@ -212,22 +225,58 @@ class PairDataset(Dataset[Sample]):
         Reads at most `sample` masks, spread over the set, and no photos, so it is cheap before long work. Masks that
         cannot be read are skipped: `load` reports them.
         """
-        paths = [pair.mask for pair in self.pairs if pair.mask is not None]
+        masked = [index for index, pair in enumerate(self.pairs) if pair.mask is not None]
         read, inverted = 0, []
-        for path in paths[:: max(1, -(-len(paths) // sample))]:
+        for index in masked[:: max(1, -(-len(masked) // sample))]:
             try:
-                mask = read_mask(path, invert=self.invert_masks)
+                mask = self.load_mask(index)
             except ImageError:
                 continue
             read += 1
-            if is_inverted(mask):
-                inverted.append(path)
+            if mask is not None and is_inverted(mask):
+                inverted.append(self.pairs[index].mask)
         if not inverted:
             return ""
         return (
             f"{len(inverted)} of {read} masks read mark more than half of their photo, the first "
             f"{str(inverted[0])!r}: inverted? They must be white where edited"
         )
+
+
+class _Subset(PairDataset):
+    def __init__(self, source: PairDataset, indices: Sequence[int]) -> None:
+        super().__init__([source.pairs[i] for i in indices], source.size, source.invert_masks)
+        self.names = [source.names[i] for i in indices]
+        self._source, self._indices = source, list(indices)
+
+    def load_mask(self, index: int, size: tuple[int, int] | None = None) -> Bool | None:
+        return self._source.load_mask(self._indices[index], size)
+
+    def load(self, index: int) -> tuple[UInt8, Bool]:
+        return self._source.load(self._indices[index])
+
+
+class JoinedDataset(PairDataset):
+    """Several data sets as one. `parts` are the numbers of the pairs of each, by its name; `names` begin with it."""
+
+    def __init__(self, sets: Mapping[str, PairDataset]) -> None:
+        super().__init__([pair for data in sets.values() for pair in data.pairs])
+        self.names = [f"{name}/{photo}" for name, data in sets.items() for photo in data.names]
+        self.skipped = [entry for data in sets.values() for entry in data.skipped]
+        self.parts: dict[str, range] = {}
+        start = 0
+        for name, data in sets.items():
+            self.parts[name] = range(start, start + len(data))
+            start += len(data)
+        self._places = [(data, i) for data in sets.values() for i in range(len(data))]
+
+    def load_mask(self, index: int, size: tuple[int, int] | None = None) -> Bool | None:
+        data, place = self._places[index]
+        return data.load_mask(place, size)
+
+    def load(self, index: int) -> tuple[UInt8, Bool]:
+        data, place = self._places[index]
+        return data.load(place)
 
 
 class FolderDataset(PairDataset):
@@ -252,6 +301,22 @@ class FolderDataset(PairDataset):
         super().__init__(pairing.pairs, size, invert_masks)
         self.names = [pair.image.relative_to(folder).as_posix() for pair in self.pairs]
         self.skipped = pairing.skipped
+
+    @classmethod
+    def untouched(cls, images: PathLike, recursive: bool = False) -> PairDataset:
+        """A folder of untouched photos, without masks."""
+        folder = expand_user(images)
+        try:
+            found = scan_folder(folder, recursive)
+        except ImageError as error:
+            raise DatasetError(str(error)) from None
+        if not found.images:
+            held = describe_skipped(found.skipped) or "nothing"
+            raise DatasetError(f"folder {str(folder)!r} must hold at least one photo, got {held}")
+        data = PairDataset([Pair(file, None) for file in found.images])
+        data.names = [file.relative_to(folder).as_posix() for file in found.images]
+        data.skipped = found.skipped
+        return data
 
 
 class ManiDataset(FolderDataset):

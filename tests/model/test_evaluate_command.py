@@ -135,7 +135,7 @@ def test_every_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (("--sample", "val", "--seed", "-1"), "--seed must be at least 0, got -1"),
         (("--sample", "val", "--invert-masks"), "--invert-masks needs masks in files"),
         (("--json", "l.json", "--masks", "m"), "--masks needs --images"),
-        (("--sample", "val", "--recursive"), "--recursive needs --images or --mani"),
+        (("--sample", "val", "--recursive"), "--recursive goes with folders, got --sample"),
         (("--mani", "missing"), "missing"),
     ],
 )
