@@ -1,6 +1,6 @@
 """Declares the Triton kernels as operators of the namespace `frd_triton`, without importing triton yet.
 
-They have the schemas of `frd`'s own and live in `<family>/triton*.py` under the same names; one is Triton's alone.
+They have the schemas of `frd`'s own and live in `<family>/triton*` under the same names; one is Triton's alone.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _MODULES = {
     "pdc.triton": ("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
     "pdc_block.triton": ("pdc_block",),
     "pdc_block.triton_backward": ("pdc_block_backward",),
-    "cluster.triton": ("cluster", "icm"),
-    "cluster.triton_backward": ("cluster_backward", "icm_backward"),
-    "cluster.triton_dispatch": ("cluster_dispatch", "cluster_dispatch_backward"),
+    "cluster.triton.forward": ("cluster", "icm"),
+    "cluster.triton.backward": ("cluster_backward", "icm_backward"),
+    "cluster.triton.dispatch": ("cluster_dispatch", "cluster_dispatch_backward"),
 }
 
 

@@ -14,13 +14,9 @@ from .. import _autograd, _flops, _triton
 from .._numbers import as_ints
 from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_key
 from .reference import compute_dtype
+from .saved import saved_layout, saved_size
 
 Tensor = torch.Tensor
-
-
-def saved_size(tokens: int, centres: int, channels: int) -> int:
-    """Elements per sample that a round saves for the backward, as `saved_round` in csrc/cluster/saved.h."""
-    return 2 * tokens + 4 * centres * channels + 3 * centres
 
 
 def strided_tokens(like: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
@@ -89,20 +85,6 @@ def _fake_dispatch_backward(
     grad: Tensor, centres: Tensor, labels: Tensor, similarity: Tensor
 ) -> tuple[Tensor, Tensor]:
     return centres.new_empty(centres.shape), similarity.new_empty(similarity.shape)
-
-
-def saved_layout(hw: Sequence[int], grids: Sequence[int], channels: int, variant: int) -> tuple[int, int]:
-    """Sizes per sample of the results `labels` and `saved` of `icm`."""
-    tokens, columns = hw[0] * hw[1], grids[-2] * grids[-1]
-    labels = saved = 0
-    for t in range(len(grids) // 2):
-        centres = grids[2 * t] * grids[2 * t + 1]
-        labels += tokens
-        saved += saved_size(tokens, centres, channels)
-        if variant == 0:
-            saved += columns * (2 * channels + 1) + (tokens * columns if t > 0 else 0)
-        tokens = centres
-    return labels, saved
 
 
 def _fake_icm(

@@ -17,7 +17,7 @@ from .test_forward import check
 if _triton.problem():
     pytest.skip(_triton.problem(), allow_module_level=True)
 
-from frd_kernels.cluster import triton_round
+from frd_kernels.cluster.triton import assign
 
 pytestmark = pytest.mark.slow
 
@@ -157,10 +157,10 @@ def test_the_last_chunk_and_a_kernel_of_its_own_finish_alike(
     k, v = torch.randn(2, 2, 300, 24)
     arguments = (k, v, None, *gates(k.dtype), [5, 4], [15, 20], aggregate)
     together = OPS.cluster(*arguments)
-    monkeypatch.setattr(triton_round, "_FEW_SUMS", 0)
+    monkeypatch.setattr(assign, "_MAX_LAST_CHUNK_SUMS", 0)
     assert all(torch.equal(a, b) for a, b in zip(OPS.cluster(*arguments), together, strict=True))
     # As one chunk the sums have another order.
-    monkeypatch.setattr(triton_round, "_SMALL_SUMS", 0)
+    monkeypatch.setattr(assign, "_MAX_FUSED_SUMS", 0)
     assert_alike([t.cpu() for t in OPS.cluster(*arguments)], [t.cpu() for t in together], 1e-6)
 
 

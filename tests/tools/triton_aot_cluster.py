@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from frd_kernels.cluster import triton as icm
+from frd_kernels.cluster.triton import forward as icm
 
 Launch = Callable[[], Any]
 LARGE, SMALL = (8, 64, 256), (16, 16, 256)  # batch, side, channels

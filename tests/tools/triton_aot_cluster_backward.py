@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-from frd_kernels.cluster import ops, triton_backward, triton_dispatch
+from frd_kernels.cluster import saved as layouts
 from frd_kernels.cluster.reference import compute_dtype
+from frd_kernels.cluster.triton import backward
+from frd_kernels.cluster.triton import dispatch as dispatch_module
 
 Launch = Callable[[], Any]
 # batch, image, grid of one round; grids and projections of an ICM
@@ -42,10 +44,8 @@ def cluster_backward(
     grads = empty(batch, centres, channels, dtype=dtype), empty(batch, count, dtype=sums)
     gate = empty(1, dtype=sums)
     labels = empty(batch, count, dtype=torch.int32)
-    saved = empty(batch, ops.saved_size(count, centres, channels), dtype=sums)
-    return lambda: triton_backward.cluster_backward(
-        *grads, k, k, gate, gate, labels, saved, grid, hw, aggregate
-    )
+    saved = empty(batch, layouts.saved_size(count, centres, channels), dtype=sums)
+    return lambda: backward.cluster_backward(*grads, k, k, gate, gate, labels, saved, grid, hw, aggregate)
 
 
 def icm_backward(
@@ -62,12 +62,12 @@ def icm_backward(
     maps = [empty(channels, channels, dtype=dtype), empty(channels, dtype=dtype)] * 2 * rounds
     if not projected:
         maps = [empty(0, dtype=dtype)] * 4 * rounds
-    label_count, saved_count = ops.saved_layout(hw, ROUNDS, channels, variant)
+    label_count, saved_count = layouts.saved_layout(hw, ROUNDS, channels, variant)
     labels = empty(batch, label_count, dtype=torch.int32)
     sums = compute_dtype(dtype)
     saved = empty(batch, saved_count, dtype=sums)
     gate = empty(rounds if variant else 1, dtype=sums)
-    return lambda: triton_backward.icm_backward(x, x, maps, gate, gate, labels, saved, ROUNDS, hw, variant)
+    return lambda: backward.icm_backward(x, x, maps, gate, gate, labels, saved, ROUNDS, hw, variant)
 
 
 def dispatch(dtype: torch.dtype, layout: str, channels: int = 256) -> Launch:
@@ -78,8 +78,8 @@ def dispatch(dtype: torch.dtype, layout: str, channels: int = 256) -> Launch:
     grad = tokens(batch, count, channels, dtype, layout)
 
     def launch() -> None:
-        triton_dispatch.cluster_dispatch(centres, labels, similarity, layout == "image")
-        triton_dispatch.cluster_dispatch_backward(grad, centres, labels, similarity)
+        dispatch_module.cluster_dispatch(centres, labels, similarity, layout == "image")
+        dispatch_module.cluster_dispatch_backward(grad, centres, labels, similarity)
 
     return launch
 
