@@ -183,6 +183,8 @@ def label_sums(
 
     Grid: (samples * chunks * blocks of centres * blocks of channels,).
     """
+    if CENTRE_KEYS:  # built once more, see backward_operands
+        centre_keys = CentreKeys(*centre_keys)
     blocks = tl.cdiv(channels, CHANNELS)
     centre_blocks = tl.cdiv(centres, CENTRES)
     block = tl.program_id(0) % blocks
@@ -228,7 +230,7 @@ def label_sums(
             if is_last(counter + blocks, blocks):
                 # fmt: off
                 centre_rows(
-                    CentreKeys(*centre_keys), sum_dcos, chunks, sample, centre, mask, centres, channels,
+                    centre_keys, sum_dcos, chunks, sample, centre, mask, centres, channels,
                     PROJECTED, SHARED, PROJECTED, CHUNKS, CHANNELS, INNER,
                 )
                 # fmt: on
