@@ -32,9 +32,10 @@ from frd_model.metrics import (
     THRESHOLDS,
     Confusion,
     aggregate,
-    auc,
+    bootstrap_detection,
     bootstrap_means,
     border_band,
+    detection_metrics,
     f1_curve,
     image_score,
     localization_metrics,
@@ -129,6 +130,7 @@ class Report:
         forged = [r for r in self.rows if r["edited"] > 0]
         clean = [r for r in self.rows if r["edited"] == 0]
         kinds = sorted({r["kind"] for r in forged if r["kind"]})
+        level = self._image_level(resamples, seed)
         return {
             "preset": self.preset.to_dict() | {"threshold": self.threshold},
             "threshold": self.threshold,
@@ -143,8 +145,9 @@ class Report:
                 }
                 for k in kinds
             },
-            "authentic": self._false_alarms(clean, resamples, seed),
-            "image_level": self._image_level(),
+            # how well the scores tell forged from untouched photos, whatever the threshold
+            "authentic": self._false_alarms(clean, resamples, seed) | {"score_auc": level["auc"]},
+            "image_level": level,
             "skipped": self._skipped(forged, clean),
             "notes": self._all_notes(len(clean)),
             "bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95},
@@ -186,23 +189,17 @@ class Report:
             **{c: _mean(values) for c, values in columns.items()},
             **{f"{c}_interval": list(intervals[c]) for c in columns},
             "mean_score": _mean([r["score"] for r in clean]),
-            # how well the scores tell forged from untouched photos, whatever the threshold
-            "score_auc": self._image_level()["auc"],
         }
 
-    def _image_level(self) -> dict[str, float]:
-        """F1, balanced accuracy and AUC of "forged" by the photo's score; NaN where they are not defined."""
+    def _image_level(self, resamples: int, seed: int) -> dict[str, Any]:
+        """`detection_metrics` of the photos' scores, with their intervals."""
         scores = np.array([r["score"] for r in self.rows])
-        edited = np.array([r["edited"] > 0 for r in self.rows], np.bool_)
-        marked = scores > self.threshold
-        counts = Confusion(
-            *(int(n.sum()) for n in (marked & edited, marked & ~edited, ~marked & edited, ~marked & ~edited))
-        )
+        forged = np.array([r["edited"] > 0 for r in self.rows], np.bool_)
+        intervals = bootstrap_detection(scores, forged, self.threshold, resamples, seed)
         return {
             "images": len(self.rows),
-            "f1": counts.f1() if edited.any() else math.nan,
-            "balanced_accuracy": counts.balanced_accuracy(),
-            "auc": auc(scores, edited) if self.rows else math.nan,
+            **detection_metrics(scores, forged, self.threshold),
+            **{f"{name}_interval": list(interval) for name, interval in intervals.items()},
         }
 
     def _skipped(self, forged: list[dict[str, Any]], clean: list[dict[str, Any]]) -> dict[str, int]:
@@ -401,6 +398,7 @@ def _rules(preset: dict[str, Any]) -> str:
 def _image_lines(summary: dict[str, Any]) -> list[str]:
     clean, level, lines = summary["authentic"], summary["image_level"], []
     if clean["images"]:
+        low, high = level["auc_interval"]
         lines.append(
             f"untouched photos: {clean['images']}; pixels falsely marked {100 * clean['pixel_false_alarm']:.2f} %, "
             f"photos with a score above {summary['threshold']:g}: {100 * clean['photo_false_alarm']:.1f} %, "
@@ -408,7 +406,7 @@ def _image_lines(summary: dict[str, Any]) -> list[str]:
         )
         lines.append(
             f"photos by their score above {summary['threshold']:g}: F1 {level['f1']:.4f}, "
-            f"balanced accuracy {level['balanced_accuracy']:.4f}"
+            f"balanced accuracy {level['balanced_accuracy']:.4f}; AUC's 95 % interval {low:.4f} to {high:.4f}"
         )
     return lines
 

@@ -419,9 +419,9 @@ def aggregate(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def bootstrap_means(
-    columns: Mapping[str, Sequence[float]], resamples: int = 1000, seed: int = 0, level: float = 0.95
+    columns: Mapping[str, Sequence[float]], resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals (low, high) of the columns' means.
+    """Percentile bootstrap 95 % intervals (low, high) of the columns' means.
 
     Images are resampled, one draw for all columns; NaN entries are left out of a mean. A column without a figure,
     or `resamples` of 0, gives NaN. The same seed gives the same intervals.
@@ -431,21 +431,72 @@ def bootstrap_means(
         return dict.fromkeys(columns, (math.nan, math.nan))
     defined = ~np.isnan(values)
     filled = np.where(defined, values, 0.0).T
-    images = values.shape[1]
+    with np.errstate(invalid="ignore"):
+        means = [(w @ filled) / (w @ defined.T) for w in _resampled(values.shape[1], resamples, seed)]
+    return _intervals(columns, np.concatenate(means).T)
+
+
+def detection_metrics(scores: Array, forged: Array, threshold: float = 0.5) -> dict[str, float]:
+    """Photos [N] as forged or not by their scores: "f1", "balanced_accuracy" and "auc", NaN where not defined."""
+    marked = np.asarray(scores) > threshold
+    forged = np.asarray(forged, np.bool_)
+    parts = (marked & forged, marked & ~forged, ~marked & forged, ~marked & ~forged)
+    counts = Confusion(*(int(np.count_nonzero(part)) for part in parts))
+    return {
+        "f1": counts.f1() if counts.tp + counts.fn else math.nan,
+        "balanced_accuracy": counts.balanced_accuracy(),
+        "auc": auc(np.asarray(scores), forged) if len(forged) else math.nan,
+    }
+
+
+def bootstrap_detection(
+    scores: Array, forged: Array, threshold: float = 0.5, resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap 95 % intervals of `detection_metrics`; draws in which one is not defined are left out."""
+    names = ("f1", "balanced_accuracy", "auc")
+    scores, forged = np.asarray(scores, np.float64), np.asarray(forged, np.bool_)
+    if not len(scores) or resamples < 1:
+        return dict.fromkeys(names, (math.nan, math.nan))
+    order = np.argsort(scores, kind="stable")
+    scores, forged = scores[order], forged[order]
+    groups = np.flatnonzero(np.r_[True, scores[1:] > scores[:-1]])
+    marked = scores > threshold
+    drawn = []
+    for weights in _resampled(len(scores), resamples, seed):
+        positives, negatives = weights * forged, weights * ~forged
+        p, n = positives.sum(axis=1), negatives.sum(axis=1)
+        tp, fp = positives @ marked, negatives @ marked
+        tied = np.add.reduceat(negatives, groups, axis=1)
+        below = np.cumsum(tied, axis=1) - tied / 2
+        with np.errstate(invalid="ignore"):
+            drawn.append(
+                np.stack(
+                    (
+                        np.where(p > 0, 2 * tp / (tp + fp + p), math.nan),
+                        (tp / p + (n - fp) / n) / 2,
+                        (np.add.reduceat(positives, groups, axis=1) * below).sum(axis=1) / (p * n),
+                    )
+                )
+            )
+    return _intervals(names, np.concatenate(drawn, axis=1))
+
+
+def _resampled(images: int, resamples: int, seed: int) -> Iterator[Array]:
+    """How often each image is in each draw: float64 [draws, images], in parts."""
     rng = np.random.default_rng(seed)
-    means = np.empty((resamples, len(columns)))
     step = max(1, BAND // images)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        draws = rng.integers(images, size=(rows, images)) + np.arange(rows)[:, None] * images
-        # how often each image was drawn, as weights
-        weights = np.bincount(draws.reshape(-1), minlength=rows * images).reshape(rows, images).astype(float)
-        with np.errstate(invalid="ignore"):
-            means[start : start + rows] = (weights @ filled) / (weights @ defined.T)
-    edges = [(1 - level) / 2, (1 + level) / 2]
+        drawn = rng.integers(images, size=(rows, images)) + np.arange(rows)[:, None] * images
+        counts = np.bincount(drawn.reshape(-1), minlength=rows * images)
+        yield counts.reshape(rows, images).astype(np.float64)
+
+
+def _intervals(names: Iterable[str], draws: Array) -> dict[str, tuple[float, float]]:
+    """The 2.5th and 97.5th percentile of each row of draws, NaN left out."""
     intervals = {}
-    for name, column in zip(columns, means.T, strict=True):
-        drawn = column[~np.isnan(column)]
-        low, high = np.quantile(drawn, edges) if drawn.size else (math.nan, math.nan)
+    for name, row in zip(names, draws, strict=True):
+        defined = row[~np.isnan(row)]
+        low, high = np.quantile(defined, (0.025, 0.975)) if defined.size else (math.nan, math.nan)
         intervals[name] = (float(low), float(high))
     return intervals

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print the means, write the files asked for. Status 1 if an image could not be scored."""
     _check_outputs(args)
     rules = eval_preset(args.preset, size=args.size, threshold=args.threshold)
-    maps = _open_maps(args)
+    _check_predictions(args)
     sources = open_sources(args)
+    maps = _open_maps(args, list(sources))
     for source in sources.values():
         if source.skipped:
             say(f"frd evaluate: skipped {source.skipped}", sys.stderr)
@@ -108,58 +110,66 @@ def run(args: argparse.Namespace) -> int:
     summaries: list[dict[str, Any]] = []
     for name, source in sources.items():
         start = time.perf_counter()
-        reports[name] = _evaluate(source, score)
+        reports[name] = _evaluate(source, score(name))
         if not reports[name].rows and not reports[name].failed:
             say(f"frd evaluate: no images in {source.label}", sys.stderr)
             return 1
         summary = {
             "set": name,
             "method": args.method or label,
-            "checkpoint": label if maps is None else None,
-            "predictions": str(maps.folder) if maps else None,
+            "checkpoint": None if maps else label,
+            "predictions": str(maps[name].folder) if maps else None,
             "data": source.label,
-            "size_policy": rules.size if maps is None else None,
+            "size_policy": None if maps else rules.size,
             **reports[name].summary(args.resamples),
             "seconds": round(time.perf_counter() - start, 2),
         }
         summaries.append(summary)
         _print(summary, reports[name], titled=len(sources) > 1)
-    if maps is not None:
-        _say_about(maps, summaries)
+    _say_about(maps, summaries)
     written = _write_outputs(args, reports, summaries)
     return 0 if written and not any(report.failed for report in reports.values()) else 1
 
 
-def _open_maps(args: argparse.Namespace) -> SavedMaps | None:
-    if args.predictions is None:
-        return None
+def _check_predictions(args: argparse.Namespace) -> None:
     flags = {"--checkpoint": args.checkpoint, "--model": args.model, "--model-preset": args.model_preset}
     given = [flag for flag, value in {**flags, "--size": args.size}.items() if value is not None]
-    if given:
+    if args.predictions is not None and given:
         raise ValueError(f"--predictions takes maps as they are and no {given[0]}: leave one of the two out")
+
+
+def _open_maps(args: argparse.Namespace, names: list[str]) -> dict[str, SavedMaps]:
+    """The maps of each set: of several sets those in DIR/SET where there is such a folder. Empty without maps."""
+    if args.predictions is None:
+        return {}
     from frd_model.saved_maps import SavedMaps
 
-    return SavedMaps(args.predictions)
+    whole = SavedMaps(args.predictions)
+    if len(names) == 1:
+        return {names[0]: whole}
+    folders = {name: whole.folder / name for name in names}
+    return {name: SavedMaps(folder) if folder.is_dir() else whole for name, folder in folders.items()}
 
 
-def _scorer(args: argparse.Namespace, maps: SavedMaps | None) -> tuple[str, Scorer]:
-    """The method's name, and what makes a report of samples."""
+def _scorer(args: argparse.Namespace, maps: dict[str, SavedMaps]) -> tuple[str, Callable[[str], Scorer]]:
+    """The method's name, and what makes a report of the samples of a set, by the set's name."""
     from frd_model.evaluate import evaluate, evaluate_saved
 
-    if maps is not None:
-        label = maps.folder.resolve().name
-        return label, lambda samples: evaluate_saved(
-            samples, maps, preset=args.preset, threshold=args.threshold
+    if maps:
+        options = {"preset": args.preset, "threshold": args.threshold}
+        return args.predictions.resolve().name, lambda name: partial(
+            evaluate_saved, maps=maps[name], **options
         )
     checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.model_preset)
-    return checkpoint.label, lambda samples: evaluate(
-        samples,
-        checkpoint.model,
+    score = partial(
+        evaluate,
+        model=checkpoint.model,
         preset=args.preset,
         size=args.size,
         threshold=args.threshold,
         device=args.device,
     )
+    return checkpoint.label, lambda _: score
 
 
 def _evaluate(source: Source, score: Scorer) -> Report:
@@ -176,25 +186,30 @@ def _print(summary: dict[str, Any], report: Report, *, titled: bool) -> None:
     from frd_model.evaluate import format_summary
 
     if titled:
-        say(f"\n{summary['set']}: {summary['data']}")
+        print()
+        say(f"{summary['set']}: {summary['data']}")
     print(format_summary(summary))
     if report.failed:
         total = len(report.rows) + len(report.failed)
         say(f"frd evaluate: {len(report.failed)} of {total} images could not be scored", sys.stderr)
 
 
-def _say_about(maps: SavedMaps, summaries: list[dict[str, Any]]) -> None:
-    """What a folder of maps may not have been meant to hold."""
-    unused = maps.unused()
-    if unused:
-        say(f"frd evaluate: {len(unused)} maps belong to no photo, the first {str(unused[0])!r}", sys.stderr)
-    if maps.others:
-        say(f"frd evaluate: {maps.others} files in {str(maps.folder)!r} are no maps", sys.stderr)
-    if maps.too_dark():
-        say(f"frd evaluate: warning: {maps.too_dark()}", sys.stderr)
+def _say_about(maps: dict[str, SavedMaps], summaries: list[dict[str, Any]]) -> None:
+    """What folders of maps may not have been meant to hold."""
+    for folder in dict.fromkeys(maps.values()):
+        unused = folder.unused()
+        if unused:
+            say(
+                f"frd evaluate: {len(unused)} maps belong to no photo, the first {str(unused[0])!r}",
+                sys.stderr,
+            )
+        if folder.others:
+            say(f"frd evaluate: {folder.others} files in {str(folder.folder)!r} are no maps", sys.stderr)
+        if folder.too_dark():
+            say(f"frd evaluate: warning: {folder.too_dark()}", sys.stderr)
     for summary in summaries:
-        mean = summary["means"]["auc"]["mean"]
-        if not summary["preset"]["authentic_zero"] and mean < 0.4:
+        mean = summary["forged"]["auc"]
+        if maps and mean < 0.4:
             say(
                 f"frd evaluate: warning: the maps' AUC on {summary['set']} must be above 0.5 where edited pixels are "
                 f"bright, got {mean:.3f}: inverted maps?",

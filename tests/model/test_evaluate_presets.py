@@ -18,7 +18,7 @@ from torch import nn
 from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint
 from frd_model.data.images import write_json, write_png
-from frd_model.evaluate import Labelled, evaluate, evaluate_saved
+from frd_model.evaluate import Labelled, Source, evaluate, evaluate_saved
 from frd_model.evaluate_presets import EVAL_PRESETS, eval_preset
 from frd_model.evaluate_table import paper_tables, table1
 from frd_model.metrics import border_band, optimal_f1, permute_f1
@@ -308,6 +308,31 @@ def test_a_checkpoint_by_the_command(folder: Path, monkeypatch: pytest.MonkeyPat
     saved = means_of(folder, "--preset", "cat-fixed", "--threshold", "0.4", "--predictions", folder / "maps")
     assert whole["means"] == saved["means"] and whole["method"] == "red" and whole["threshold"] == 0.4
     assert whole["means"] != means_of(folder, "--preset", "cat-fixed")["means"]
+
+
+def test_several_sets_in_one_run(
+    folder: Path, samples: list[Labelled], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Maps of each set lie in a folder of its name; one row of the table."""
+    for name in ("COVER", "mine"):
+        (folder / "maps" / name).mkdir()
+        for file in (folder / "maps").glob("*.npy"):
+            np.save(folder / "maps" / name / file.name, np.load(file) if name == "mine" else np.zeros(SIZE))
+    monkeypatch.setattr(
+        "frd_model.cli.evaluate.open_sources",
+        lambda _: {name: Source(iter(samples), len(samples), name) for name in ("COVER", "mine")},
+    )
+    outputs = ("--json-out", folder / "o.json", "--csv", folder / "o.csv", "--table", folder / "o.md")
+    assert run(folder, "--predictions", folder / "maps", *outputs) == 0
+    cover, mine = json.loads((folder / "o.json").read_text())["sets"]
+    assert cover["means"]["f1"]["mean"] == 0 < mine["means"]["f1"]["mean"] and cover["set"] == "COVER"
+    with (folder / "o.csv").open(newline="") as file:
+        assert [row["set"] for row in csv.DictReader(file)] == ["COVER"] * 4 + ["mine"] * 4
+    value = mine["means"]["permute_f1"]["mean"]
+    assert f"| maps | - | 0.000 | - | - | - | {value:.3f} | - |" in (folder / "o.md").read_text()
+    assert "\nmine: mine\n" in capsys.readouterr().out
+    assert main(["table1", str(folder / "o.json"), "--out", str(folder / "t.md")]) == 0
+    assert (folder / "t.md").read_text() == (folder / "o.md").read_text()
 
 
 def test_table_1_puts_results_beside_the_quoted_rows(

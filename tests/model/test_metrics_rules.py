@@ -253,6 +253,26 @@ def test_bootstrap_intervals(monkeypatch):
     assert all(map(math.isnan, metrics.bootstrap_means({"a": []})["a"]))
 
 
+def test_intervals_of_whole_photos_are_those_of_drawn_sets():
+    rng = np.random.default_rng(1)
+    forged = rng.random(60) < 0.6
+    scores = np.round(rng.random(60) * 0.7 + 0.3 * forged, 1)
+    # the same photos are drawn by the same seed where they stand in the order of their scores
+    order = np.argsort(scores, kind="stable")
+    scores, forged = scores[order], forged[order]
+    draws = []
+    for weights in metrics._resampled(60, 300, 5):
+        for row in weights:
+            index = np.repeat(np.arange(60), row.astype(int))
+            draws.append(list(metrics.detection_metrics(scores[index], forged[index], 0.4).values()))
+    got = metrics.bootstrap_detection(scores, forged, 0.4, 300, 5)
+    for name, column in zip(("f1", "balanced_accuracy", "auc"), np.transpose(draws), strict=True):
+        assert got[name] == pytest.approx(np.quantile(column, (0.025, 0.975)), rel=1e-12), name
+    # one class alone: F1 is defined, the others are not
+    only = metrics.bootstrap_detection(scores[forged], forged[forged])
+    assert only["f1"][0] > 0 and math.isnan(only["auc"][0]) and math.isnan(only["balanced_accuracy"][0])
+
+
 def test_every_image_of_four_pixels_and_three_levels():
     for truth in itertools.product([0, 1], repeat=4):
         mask = np.array(truth)
