@@ -13,7 +13,7 @@ import triton
 
 from .._triton_ops import INTERPRETED
 from .kinds import Kind
-from .triton_kernels import SUMS, gather_backward, gather_forward, reduce_sums
+from .triton_gather import SUMS, gather_backward, gather_forward, reduce_sums
 from .triton_rows import rows_backward, rows_forward
 from .triton_weight import pdc_weight, pdc_weight_backward
 
@@ -24,9 +24,9 @@ _VECTOR_BYTES = 16
 # The interpreter pays for programs, not for elements.
 _TILE_FACTOR = 64 if INTERPRETED.value else 1
 # Twice what the 132 multiprocessors of an H100 run at a time, at two blocks of threads on each.
-_ENOUGH_PROGRAMS = 1 if INTERPRETED.value else 512
-_MOST_ROWS = 64 * _TILE_FACTOR
-_MOST_CHANNELS = 128
+_MIN_PROGRAMS = 1 if INTERPRETED.value else 512
+_MAX_ROWS = 64 * _TILE_FACTOR
+_MAX_CHANNELS = 128
 _UNROLL = 4
 
 
@@ -91,7 +91,7 @@ class Launch:
             strips = min(strips, budget)
             channels = min(channels, budget // strips)
         else:
-            channels = min(channels, _MOST_CHANNELS)
+            channels = min(channels, _MAX_CHANNELS)
             strips = min(strips, budget // channels)
         threads = strips * channels * strip // per_thread
         return Tile(strips, channels, strip, max(1, min(4, threads // 32)))
@@ -110,20 +110,20 @@ class Launch:
         return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=self.layout)
 
     def runs(self, tile: Tile, steps: int, programs: int) -> tuple[int, int]:
-        """(runs, steps of a run): `steps` shared out so that there are enough programs, where a single run of all
-        of them would make `programs`."""
+        """(runs, steps of a run): `steps` are divided into as many runs as make enough programs, where one run of all
+        of them makes `programs`."""
         programs *= self.batch * triton.cdiv(self.channels, tile.channels)
-        share = triton.cdiv(steps, max(1, min(steps, _ENOUGH_PROGRAMS // max(1, programs))))
-        return triton.cdiv(steps, share), share
+        per_run = triton.cdiv(steps, max(1, min(steps, _MIN_PROGRAMS // max(1, programs))))
+        return triton.cdiv(steps, per_run), per_run
 
-    def walk(self, tile: Tile, rows: int, blocks: int, fewest: int) -> tuple[int, dict[str, int]]:
-        """(programs over the images, what a walk down `rows` rows is told); a run has at least `fewest` of them,
+    def walk(self, tile: Tile, rows: int, blocks: int, min_rows: int) -> tuple[int, dict[str, int]]:
+        """(programs over the images, the options of a walk down `rows` rows); a run has at least `min_rows` of them,
         where there are so many."""
-        share = min(max(self.runs(tile, rows, blocks)[1], min(fewest, rows)), _MOST_ROWS)
-        unroll = _UNROLL if share >= _UNROLL and rows % _UNROLL == 0 else 1
-        share = triton.cdiv(share, unroll) * unroll
-        options = {"run_rows": share, "STRIP": tile.strip, "UNROLL": unroll}
-        return self.batch * triton.cdiv(rows, share) * blocks, options | tile.options()
+        per_run = min(max(self.runs(tile, rows, blocks)[1], min(min_rows, rows)), _MAX_ROWS)
+        unroll = _UNROLL if per_run >= _UNROLL and rows % _UNROLL == 0 else 1
+        per_run = triton.cdiv(per_run, unroll) * unroll
+        options = {"run_rows": per_run, "STRIP": tile.strip, "UNROLL": unroll}
+        return self.batch * triton.cdiv(rows, per_run) * blocks, options | tile.options()
 
 
 def pdc2d_depthwise(

@@ -3,8 +3,8 @@ a column and keeps the last three, so that it reads a pixel once.
 
 Where channels come first, a thread holds a strip of STRIP neighbouring columns, one vector of memory, as that
 many tiles [channels, strips]; a window of the next column is then the next tiles. Else STRIP is 1 and a vector
-runs over the channels. UNROLL 4 is the number of rows that are held or under way: after that many, each has its
-registers again, and none had to be moved.
+runs over the channels. UNROLL 4 is the number of rows that are in registers or being loaded: after that many, each
+has its registers again, and none had to be copied.
 """
 
 # Triton functions take no annotations, and their tuples grow.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .._triton_ops import narrow, widen_all
-from .triton_kernels import (
+from .triton_gather import (
     channel_starts,
     log2,
     over_channels,
@@ -42,12 +42,12 @@ def _join(tiles, STRIP: tl.constexpr):
 
 
 @triton.jit
-def _row_masks(real, column, width, STRIP: tl.constexpr):
+def _row_masks(mask, column, width, STRIP: tl.constexpr):
     """What exists of the columns before, in and after the strips that begin at `column`."""
     last = column + STRIP
-    before = real & ((column > 0) & (column <= width))
-    inside = real & ((column >= 0) & (column < width))
-    return before, inside, real & ((last >= 0) & (last < width))
+    before = mask & ((column > 0) & (column <= width))
+    inside = mask & ((column >= 0) & (column < width))
+    return before, inside, mask & ((last >= 0) & (last < width))
 
 
 @triton.jit
@@ -114,7 +114,9 @@ def rows_forward(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y [rows x columns] of x [height x width]; a STRIP > 1 needs lead_x 1 and a width of whole strips; UNROLL
+    """y = sum_k w_k (x_plus_k - theta * x_minus_k) + bias, stride and dilation 1.
+
+    A STRIP > 1 needs lead_x 1 and a width of whole strips; UNROLL
     divides rows and run_rows.
 
     Grid: (images * runs of run_rows rows * blocks of POSITIONS strips, blocks of channels).
@@ -128,11 +130,11 @@ def rows_forward(
     channel = over_channels(index, CHANNELS_FIRST)
     start = (block * POSITIONS + over_positions(tl.arange(0, POSITIONS), CHANNELS_FIRST)) * STRIP
     column = start + (1 - lead_x)
-    real = (channel < channels) & (start < columns)
+    mask = (channel < channels) & (start < columns)
     step = 1 if CHANNELS_FIRST else channels
     weights = tile_weights(weight, index, channels, CHANNELS_FIRST)
     shift = tile_bias(bias, index, channels, CHANNELS_FIRST, BIAS)
-    masks = _row_masks(real, column, width, STRIP)
+    masks = _row_masks(mask, column, width, STRIP)
     first = run * run_rows
     last = tl.minimum(first + run_rows, rows) - 1
     top = first - lead_y
@@ -158,7 +160,7 @@ def rows_forward(
             totals = ()
             for i in tl.static_range(STRIP):
                 totals += (combine(_window(above, centre, below, i), weights, shift, KIND, THETA),)
-            _store_row(to, totals, real, STRIP)
+            _store_row(to, totals, mask, STRIP)
             to += columns * step
             above = centre
             centre = below
@@ -199,11 +201,11 @@ def rows_backward(
     index = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = over_channels(index, CHANNELS_FIRST)
     column = (block * POSITIONS + over_positions(tl.arange(0, POSITIONS), CHANNELS_FIRST)) * STRIP
-    real = (channel < channels) & (column < width)
+    mask = (channel < channels) & (column < width)
     step = 1 if CHANNELS_FIRST else channels
     weights = plain_weights(tile_weights(weight, index, channels, CHANNELS_FIRST), KIND, THETA)
-    masks = _row_masks(real, column, width, STRIP)
-    zero = tl.zeros(real.shape, weights[0].dtype)
+    masks = _row_masks(mask, column, width, STRIP)
+    zero = tl.zeros(mask.shape, weights[0].dtype)
     sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
     bias_sums = zero
     first = run * run_rows
@@ -236,7 +238,7 @@ def rows_backward(
                     window = _window(grad_above, grad_centre, grad_below, i)
                     totals += (combine_transposed(window, weights, KIND, THETA),)
             if NEED_DX:
-                _store_row(to, totals, real, STRIP)
+                _store_row(to, totals, mask, STRIP)
                 to += pitch
             above = centre
             centre = below

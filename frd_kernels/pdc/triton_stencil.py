@@ -41,7 +41,7 @@ def _table(kind: Kind) -> dict[str, Any]:
     reach = max(dy for dy, _ in slots)
     return {
         "offsets": [(dy + reach, dx + reach) for dy, dx in slots],
-        "turned": [slots.index((-dy, -dx)) for dy, dx in slots],
+        "rotated": [slots.index((-dy, -dx)) for dy, dx in slots],
         "plus": [slots.index(plus) for _, plus, _ in pairs(kind)],
         "minus": [-1 if minus is None else slots.index(minus) for _, _, minus in pairs(kind)],
         "reach": reach,
@@ -67,9 +67,9 @@ def slot_x(kind: int, slot: int) -> int:
 
 
 @triton.constexpr_function
-def turned_slot(kind: int, slot: int) -> int:
-    """Where the window turned by 180 degrees has the pixel of `slot`."""
-    return _TABLES[kind]["turned"][slot]
+def rotated_slot(kind: int, slot: int) -> int:
+    """Where the window rotated by 180 degrees has the pixel of `slot`."""
+    return _TABLES[kind]["rotated"][slot]
 
 
 @triton.constexpr_function
@@ -208,12 +208,12 @@ def correlate(sums, window, grad, KIND: tl.constexpr, THETA: tl.constexpr):
 
 
 @triton.jit
-def turn(window, KIND: tl.constexpr):
-    """The window turned by 180 degrees."""
-    turned = ()
+def rotate(window, KIND: tl.constexpr):
+    """The window rotated by 180 degrees."""
+    rotated = ()
     for slot in tl.static_range(slot_count(KIND)):
-        turned += (window[turned_slot(KIND, slot)],)
-    return turned
+        rotated += (window[rotated_slot(KIND, slot)],)
+    return rotated
 
 
 @triton.jit
@@ -233,13 +233,13 @@ def plain_weights(weights, KIND: tl.constexpr, THETA: tl.constexpr):
 def combine_transposed(window, weights, KIND: tl.constexpr, THETA: tl.constexpr):
     """dx from the window of dy: sum_k w_k (dy(p - plus_k) - theta dy(p - minus_k)). weights: radial: the
     parameter's; 3x3 kinds: `plain_weights` of them."""
-    turned = turn(window, KIND)
+    rotated = rotate(window, KIND)
     if KIND == 3:
-        total = combine(turned, weights, 0.0, KIND, THETA)
+        total = combine(rotated, weights, 0.0, KIND, THETA)
     else:
-        total = tl.zeros_like(turned[0])
+        total = tl.zeros_like(rotated[0])
         for k in tl.static_range(WEIGHTS):
             # The centre tap of angular is w - theta w; central's is the sum of all the others.
             if KIND != 2 or not is_zero_term(KIND, THETA, k):
-                total += weights[k] * turned[k]
+                total += weights[k] * rotated[k]
     return total

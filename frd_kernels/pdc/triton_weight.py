@@ -16,7 +16,7 @@ from .kinds import Kind
 from .taps import Offset, pairs
 from .triton_stencil import WEIGHTS, load_weights
 
-_MOST_MOVES = tl.constexpr(9)
+_MAX_MOVES = tl.constexpr(9)
 _TILE = 2**18 if INTERPRETED.value else 512  # taps of a program; the interpreter pays for programs
 
 
@@ -61,32 +61,34 @@ def _nearest(value):
 
 
 @triton.jit
-def _round_to_sum(exact, target, tap, real, DTYPE: tl.constexpr):
+def _round_to_sum(exact, target, tap, mask, DTYPE: tl.constexpr):
     """Rounds exact [pairs, taps] (float32) to 16 bit so that the taps of a pair sum to `target` [pairs, 1].
 
     One tap at a time moves by whole ulps, the one that leaves the smallest residue first, and none strays further
     than one and a half ulps of the largest tap.
     """
     rounded = narrow(exact, DTYPE)
-    residue = tl.sum(tl.where(real, widen(rounded).to(tl.float64), 0.0), axis=1)[:, None] - target
-    limit = tl.max(tl.where(real, _spacing(rounded), 0.0), axis=1)[:, None]
-    real = real & (residue - residue == 0)  # infinite or NaN taps: nothing to balance
+    residue = tl.sum(tl.where(mask, widen(rounded).to(tl.float64), 0.0), axis=1)[:, None] - target
+    limit = tl.max(tl.where(mask, _spacing(rounded), 0.0), axis=1)[:, None]
+    mask = mask & (residue - residue == 0)  # infinite or NaN taps: nothing to balance
     lowest = exact.to(tl.float64) - limit
     highest = exact.to(tl.float64) + limit
-    for _ in range(_MOST_MOVES):
+    for _ in range(_MAX_MOVES):
         now = widen(rounded).to(tl.float64)
         ulp = _spacing(rounded)
         wanted = now - residue
         wanted = tl.where(wanted > highest, highest, wanted)
         wanted = tl.where(wanted < lowest, lowest, wanted)
-        moved = narrow((now + ulp * _nearest((wanted - now) / ulp)).to(tl.float32), DTYPE)
-        left = residue + (widen(moved).to(tl.float64) - now)
-        size = tl.where(real & (tl.abs(left) < tl.abs(residue)), tl.abs(left), float("inf"))
-        least = tl.min(size, axis=1)[:, None]
-        first = tl.min(tl.where((size == least) & (size < float("inf")), tap, tap.shape[1]), axis=1)[:, None]
-        rounded = tl.where(tap == first, moved, rounded)
+        adjusted = narrow((now + ulp * _nearest((wanted - now) / ulp)).to(tl.float32), DTYPE)
+        left = residue + (widen(adjusted).to(tl.float64) - now)
+        size = tl.where(mask & (tl.abs(left) < tl.abs(residue)), tl.abs(left), float("inf"))
+        smallest = tl.min(size, axis=1)[:, None]
+        first = tl.min(tl.where((size == smallest) & (size < float("inf")), tap, tap.shape[1]), axis=1)[
+            :, None
+        ]
+        rounded = tl.where(tap == first, adjusted, rounded)
         residue = tl.where(
-            least < float("inf"), tl.sum(tl.where(tap == first, left, 0.0), axis=1)[:, None], residue
+            smallest < float("inf"), tl.sum(tl.where(tap == first, left, 0.0), axis=1)[:, None], residue
         )
     return rounded
 
@@ -108,7 +110,7 @@ def transform(
     tap = tl.arange(0, TAPS)[None, :]
     dtype: tl.constexpr = plain.dtype.element_ty
     compute: tl.constexpr = compute_type(weight.dtype.element_ty)
-    real = (pair < count) & (tap < SIDE * SIDE)
+    mask = (pair < count) & (tap < SIDE * SIDE)
     weights = load_weights(weight + pair.to(tl.int64) * WEIGHTS, 1, pair < count)
     total = tl.zeros((PAIRS, TAPS), compute)
     for k in tl.static_range(WEIGHTS):
@@ -121,11 +123,11 @@ def transform(
         target = tl.zeros((PAIRS, 1), tl.float64)  # of a pure difference exactly, whatever float32 made of it
         if THETA != 1.0:
             target = tl.sum(exact.to(tl.float64), axis=1)[:, None]
-        tl.store(to, _round_to_sum(exact, target, tap, real, dtype), mask=real)
+        tl.store(to, _round_to_sum(exact, target, tap, mask, dtype), mask=mask)
     elif dtype == tl.float64:
-        tl.store(to, total.to(tl.float64), mask=real)
+        tl.store(to, total.to(tl.float64), mask=mask)
     else:
-        tl.store(to, narrow(total.to(tl.float32), dtype), mask=real)
+        tl.store(to, narrow(total.to(tl.float32), dtype), mask=mask)
 
 
 @triton.jit
@@ -149,12 +151,12 @@ def transform_transposed(
     for k in tl.static_range(WEIGHTS):
         plus = tl.where(index == k, plus_tap(KIND, k), plus)
         minus = tl.where(index == k, minus_tap(KIND, k), minus)
-    real = (pair < count) & (index < WEIGHTS)
+    mask = (pair < count) & (index < WEIGHTS)
     start = grad + pair.to(tl.int64) * (SIDE * SIDE)
-    total = widen(tl.load(start + plus, mask=real, other=0.0)).to(compute)
-    subtracted = widen(tl.load(start + minus, mask=real & (minus >= 0), other=0.0)).to(compute)
+    total = widen(tl.load(start + plus, mask=mask, other=0.0)).to(compute)
+    subtracted = widen(tl.load(start + minus, mask=mask & (minus >= 0), other=0.0)).to(compute)
     total = total - THETA * subtracted
-    tl.store(dweight + pair.to(tl.int64) * WEIGHTS + index, narrow(total, dtype), mask=real)
+    tl.store(dweight + pair.to(tl.int64) * WEIGHTS + index, narrow(total, dtype), mask=mask)
 
 
 def _options(kind: int, theta: float, count: int, taps: int) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import triton.language as tl
 
 from .._triton_ops import INTERPRETED, compute_type, matmul_add, narrow, on_device, widen
 from ..pdc.triton import Launch
-from ..pdc.triton_kernels import channel_starts, over_channels, over_positions
+from ..pdc.triton_gather import channel_starts, over_channels, over_positions
 from .triton_backward import pdc_block_backward
 from .triton_hidden import (
-    ENOUGH_PROGRAMS,
+    MIN_PROGRAMS,
     SMALL_IMAGE,
     Tile,
     dot_precision,
@@ -48,8 +48,8 @@ def multiply_slab(
 ):
     """total plus the product of a slab of hidden channels `index` with its part of point [filters, channels]."""
     source = over_positions(index, CHANNELS_FIRST)
-    held = (filter < filters) & (source >= 0) & (source < channels)
-    factors = tl.load(point + (filter * channels + source), mask=held, other=0.0)
+    mask = (filter < filters) & (source >= 0) & (source < channels)
+    factors = tl.load(point + (filter * channels + source), mask=mask, other=0.0)
     if CHANNELS_FIRST:
         total = matmul_add(factors, hidden, total, PRECISION)
     else:
@@ -92,7 +92,9 @@ def _forward(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out [filters, rows x columns] of each image. Grid: (images * tiles * blocks of filters,), the last fastest."""
+    """out = point relu(pdc(x) + bias) + point_bias + residual: [filters, rows x columns] of each image.
+
+    Grid: (images * tiles * blocks of filters,), the last fastest."""
     blocks = tl.cdiv(filters, FILTERS)
     tile = tl.program_id(0) // blocks
     image = tile // tiles
@@ -127,16 +129,16 @@ def _forward(
         hidden = fixed(narrow(relu(hidden), x.dtype.element_ty))
     behind = tl.cdiv(channels, CHANNELS) * CHANNELS - CHANNELS + slab
     total = multiply_slab(total, hidden, point, filter, behind, filters, channels, CHANNELS_FIRST, PRECISION)
-    spot = over_positions(position, CHANNELS_FIRST)
-    real = (filter < filters) & (spot < rows * columns)
-    to = spot * (1 if CHANNELS_FIRST else filters)
+    pixel = over_positions(position, CHANNELS_FIRST)
+    mask = (filter < filters) & (pixel < rows * columns)
+    to = pixel * (1 if CHANNELS_FIRST else filters)
     if POINT_BIAS:
         total += widen(tl.load(point_bias + filter, mask=filter < filters, other=0.0))
     if RESIDUAL:
         start = channel_starts(residual, image, filter, filters, rows * columns, CHANNELS_FIRST)
-        total += widen(tl.load(start + to, mask=real, other=0.0))
+        total += widen(tl.load(start + to, mask=mask, other=0.0))
     start = channel_starts(out, image, filter, filters, rows * columns, CHANNELS_FIRST)
-    tl.store(start + to, narrow(total, out.dtype.element_ty), mask=real)
+    tl.store(start + to, narrow(total, out.dtype.element_ty), mask=mask)
 
 
 def pdc_block(
@@ -197,12 +199,12 @@ def choose_tile(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
     64 rows, which are positions, or filters where CHANNELS_FIRST).
     """
     pixels, slab = launch.rows * launch.columns, _SLAB[dtype]
-    most = max(16, triton.next_power_of_2(filters))
+    max_filters = max(16, triton.next_power_of_2(filters))
     if INTERPRETED.value:  # which pays for programs, not for elements
-        return Tile(max(16, min(512, triton.next_power_of_2(pixels))), min(most, 128), slab, 4)
+        return Tile(max(16, min(512, triton.next_power_of_2(pixels))), min(max_filters, 128), slab, 4)
     for positions, block, warps, registers in _tile_sizes(dtype, launch.channels_first, pixels):
-        tile = Tile(positions, min(block, most), slab, warps, registers)
-        if block <= most and tile.programs(launch, filters) >= ENOUGH_PROGRAMS:
+        tile = Tile(positions, min(block, max_filters), slab, warps, registers)
+        if block <= max_filters and tile.programs(launch, filters) >= MIN_PROGRAMS:
             break
     return tile
 

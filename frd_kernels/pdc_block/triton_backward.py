@@ -12,9 +12,9 @@ import triton.language as tl
 
 from .._triton_ops import INTERPRETED, compute_type, matmul_add, narrow, on_device, widen
 from ..pdc.triton import Launch, pdc2d_depthwise_backward
-from ..pdc.triton_kernels import channel_starts, over_channels, over_positions
+from ..pdc.triton_gather import channel_starts, over_channels, over_positions
 from .triton_hidden import (
-    ENOUGH_PROGRAMS,
+    MIN_PROGRAMS,
     SMALL_IMAGE,
     Tile,
     dot_precision,
@@ -29,18 +29,18 @@ from .triton_hidden import (
 
 OptionalTensor = torch.Tensor | None
 
-_MOST_SPLITS = 64
+_MAX_SPLITS = 64
 _PARTIAL_ELEMENTS = 1 << 20  # 4 MB of float32: they stay in the second cache
 
 
 @triton.jit
 def load_gradient(grad, image, position, index, filters, pixels, CHANNELS_FIRST: tl.constexpr):
     """The tile of grad [filters, pixels] of an image; 0 where it does not exist."""
-    spot = over_positions(position, CHANNELS_FIRST)
+    pixel = over_positions(position, CHANNELS_FIRST)
     filter = over_channels(index, CHANNELS_FIRST)
     start = channel_starts(grad, image, filter, filters, pixels, CHANNELS_FIRST)
-    real = (filter < filters) & (spot < pixels)
-    return tl.load(start + spot * (1 if CHANNELS_FIRST else filters), mask=real, other=0.0)
+    mask = (filter < filters) & (pixel < pixels)
+    return tl.load(start + pixel * (1 if CHANNELS_FIRST else filters), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -58,8 +58,8 @@ def multiply_gradient(
     """total plus the product of a tile of gradients of the filters `index` and the channels `slab` of point."""
     channel = over_channels(slab, CHANNELS_FIRST)
     source = over_positions(index, CHANNELS_FIRST)
-    held = (channel < channels) & (source < filters)
-    factors = tl.load(point + (source * channels + channel), mask=held, other=0.0)
+    mask = (channel < channels) & (source < filters)
+    factors = tl.load(point + (source * channels + channel), mask=mask, other=0.0)
     if CHANNELS_FIRST:
         total = matmul_add(factors, gradient, total, PRECISION)
     else:
@@ -90,7 +90,7 @@ def _hidden_gradient(
     weight_step,
     channel_step,
     tiles,  # of an image
-    share,  # channels of a program, whole slabs
+    per_program,  # channels of a program, whole slabs
     BIAS: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
     KIND: tl.constexpr,
@@ -107,15 +107,15 @@ def _hidden_gradient(
     position = tl.program_id(0) % tiles * POSITIONS + tl.arange(0, POSITIONS)
     geometry = (step_y, step_x, lead_y, lead_x, dilation_y, dilation_x)
     corner = window_corner(position, rows, columns, geometry, CHANNELS_FIRST)
-    spot = over_positions(position, CHANNELS_FIRST)
+    pixel = over_positions(position, CHANNELS_FIRST)
     index = tl.arange(0, FILTERS)
     pixels = rows * columns
     compute: tl.constexpr = compute_type(x.dtype.element_ty)
     shape: tl.constexpr = (CHANNELS, POSITIONS) if CHANNELS_FIRST else (POSITIONS, CHANNELS)
     if WHOLE:
         gradient = load_gradient(grad, image, position, index, filters, pixels, CHANNELS_FIRST)
-    begin = tl.program_id(1) * share
-    for first in range(begin, tl.minimum(begin + share, channels), CHANNELS):
+    begin = tl.program_id(1) * per_program
+    for first in range(begin, tl.minimum(begin + per_program, channels), CHANNELS):
         slab = first + tl.arange(0, CHANNELS)
         # On its way during the product.
         # fmt: off
@@ -127,10 +127,10 @@ def _hidden_gradient(
             )
         else:
             for behind in range(0, filters, FILTERS):
-                some = behind + index
-                gradient = load_gradient(grad, image, position, some, filters, pixels, CHANNELS_FIRST)
+                behind_index = behind + index
+                gradient = load_gradient(grad, image, position, behind_index, filters, pixels, CHANNELS_FIRST)
                 total = multiply_gradient(
-                    total, gradient, point, slab, some, channels, filters, CHANNELS_FIRST, PRECISION
+                    total, gradient, point, slab, behind_index, channels, filters, CHANNELS_FIRST, PRECISION
                 )
         hidden = hidden_tile(
             window, weight, bias, slab, channels, (weight_step, channel_step), BIAS, CHANNELS_FIRST, KIND, THETA
@@ -139,8 +139,8 @@ def _hidden_gradient(
         total = narrow(tl.where(fixed(hidden) <= 0, 0.0, total), x.dtype.element_ty)
         channel = over_channels(slab, CHANNELS_FIRST)
         start = channel_starts(hidden_grad, image, channel, channels, pixels, CHANNELS_FIRST)
-        to = start + spot * (1 if CHANNELS_FIRST else channels)
-        tl.store(to, total, mask=(channel < channels) & (spot < pixels))
+        to = start + pixel * (1 if CHANNELS_FIRST else channels)
+        tl.store(to, total, mask=(channel < channels) & (pixel < pixels))
 
 
 @triton.jit
@@ -183,9 +183,9 @@ def _point_gradient(
     compute: tl.constexpr = compute_type(x.dtype.element_ty)
     total = tl.zeros((FILTERS, CHANNELS), compute)
     sums = tl.zeros((FILTERS,), compute)
-    share = tl.cdiv(work, tl.num_programs(0))
-    begin = tl.program_id(0) * share
-    for tile in range(begin, tl.minimum(begin + share, work)):
+    per_program = tl.cdiv(work, tl.num_programs(0))
+    begin = tl.program_id(0) * per_program
+    for tile in range(begin, tl.minimum(begin + per_program, work)):
         image = tile // tiles
         position = tile % tiles * POSITIONS + tl.arange(0, POSITIONS)
         corner = window_corner(position, rows, columns, geometry, CHANNELS_FIRST)
@@ -205,8 +205,8 @@ def _point_gradient(
         else:
             total = matmul_add(tl.trans(gradient), hidden, total, PRECISION)
     start = partial + tl.program_id(0).to(tl.int64) * (filters * channels + filters)
-    real = (filter < filters)[:, None] & (channel < channels)[None, :]
-    tl.store(start + ((filter * channels)[:, None] + channel[None, :]), total, mask=real)
+    mask = (filter < filters)[:, None] & (channel < channels)[None, :]
+    tl.store(start + ((filter * channels)[:, None] + channel[None, :]), total, mask=mask)
     if tl.program_id(2) == 0:
         tl.store(start + (filters * channels + filter), sums, mask=filter < filters)
 
@@ -221,8 +221,8 @@ def _add_splits(
     total = tl.zeros((SPLITS, COLUMNS), partial.dtype.element_ty)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)[:, None]
-        real = (split < splits) & (column < width)[None, :]
-        total += tl.load(partial + split.to(tl.int64) * width + column[None, :], mask=real, other=0.0)
+        mask = (split < splits) & (column < width)[None, :]
+        total += tl.load(partial + split.to(tl.int64) * width + column[None, :], mask=mask, other=0.0)
     value = narrow(tl.sum(total, axis=0), d_point.dtype.element_ty)
     tl.store(d_point + column, value, mask=column < weights)
     tl.store(d_bias + (column - weights), value, mask=(column >= weights) & (column < width))
@@ -269,12 +269,12 @@ def _launch_hidden(
     tile = _hidden_tile_size(launch, operands[0].dtype, filters)
     tiles = triton.cdiv(launch.rows * launch.columns, tile.positions)
     slabs = triton.cdiv(launch.channels, tile.channels)
-    share = triton.cdiv(slabs, min(slabs, triton.cdiv(ENOUGH_PROGRAMS, launch.batch * tiles)))
-    _hidden_gradient[(launch.batch * tiles, triton.cdiv(slabs, share))](
+    per_program = triton.cdiv(slabs, min(slabs, triton.cdiv(MIN_PROGRAMS, launch.batch * tiles)))
+    _hidden_gradient[(launch.batch * tiles, triton.cdiv(slabs, per_program))](
         *operands,
         *sizes,
         tiles,
-        share * tile.channels,
+        per_program * tile.channels,
         WHOLE=filters <= tile.filters,
         **constants,
         **tile.options(),
@@ -283,18 +283,18 @@ def _launch_hidden(
 
 def _hidden_tile_size(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
     """The batch decides nothing that changes a sum: it is not asked."""
-    most = max(16, triton.next_power_of_2(filters))
+    max_filters = max(16, triton.next_power_of_2(filters))
     pixels = launch.rows * launch.columns
     if INTERPRETED.value:  # which pays for programs, not for elements
-        return Tile(max(16, min(512, triton.next_power_of_2(pixels))), min(most, 128), 32, 4)
+        return Tile(max(16, min(512, triton.next_power_of_2(pixels))), min(max_filters, 128), 32, 4)
     if dtype == torch.float64:
         return Tile(16, 16, 16, 8, 255)
     if dtype == torch.float32:
         return Tile(32, 32, 32, 8)
     if pixels <= SMALL_IMAGE:
-        return Tile(16, min(most, 256), 32, 4)
+        return Tile(16, min(max_filters, 256), 32, 4)
     # Planes need a load for each pixel: with twice the positions, registers run out.
-    return Tile(32 if launch.channels_first else 64, min(most, 256), 32, 8)
+    return Tile(32 if launch.channels_first else 64, min(max_filters, 256), 32, 8)
 
 
 def _launch_point(
@@ -311,8 +311,8 @@ def _launch_point(
     tile = _point_tile_size(launch, x.dtype, filters)
     tiles = triton.cdiv(launch.rows * launch.columns, tile.positions)
     blocks = (triton.cdiv(filters, tile.filters), triton.cdiv(launch.channels, tile.channels))
-    wanted = triton.cdiv(ENOUGH_PROGRAMS, blocks[0] * blocks[1])
-    splits = min(launch.batch * tiles, wanted, _MOST_SPLITS, max(1, _PARTIAL_ELEMENTS // weights))
+    wanted = triton.cdiv(MIN_PROGRAMS, blocks[0] * blocks[1])
+    splits = min(launch.batch * tiles, wanted, _MAX_SPLITS, max(1, _PARTIAL_ELEMENTS // weights))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     partial = torch.empty((splits, weights + filters), dtype=compute, device=x.device)
     grid = (splits, *blocks)
@@ -334,13 +334,13 @@ def _launch_point(
 
 
 def _point_tile_size(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
-    most = max(16, triton.next_power_of_2(filters))
+    max_filters = max(16, triton.next_power_of_2(filters))
     width = max(16, triton.next_power_of_2(launch.channels))
     if INTERPRETED.value:
         pixels = triton.next_power_of_2(launch.rows * launch.columns)
-        return Tile(max(16, min(512, pixels)), min(most, 128), min(width, 128), 4)
+        return Tile(max(16, min(512, pixels)), min(max_filters, 128), min(width, 128), 4)
     if dtype == torch.float64:
         return Tile(16, 16, 16, 8, 255)
     if dtype == torch.float32:
-        return Tile(32, min(most, 64), min(width, 32), 4)
-    return Tile(32, min(most, 128), min(width, 64), 8)
+        return Tile(32, min(max_filters, 64), min(width, 32), 4)
+    return Tile(32, min(max_filters, 128), min(width, 64), 8)

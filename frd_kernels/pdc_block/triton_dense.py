@@ -91,9 +91,9 @@ def _hidden(
         source = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
         at_row = row + (((tap_rows >> (3 * tap)) & 7) - 2).to(tl.int32) * dilation_y
         at_column = column + (((tap_columns >> (3 * tap)) & 7) - 2).to(tl.int32) * dilation_x
-        seen = inside & (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
+        mask = inside & (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
         at = at_row * stride_y + at_column * stride_x
-        a = tl.load(x + at[:, None] + (source * stride_c)[None, :], mask=seen[:, None], other=0.0)
+        a = tl.load(x + at[:, None] + (source * stride_c)[None, :], mask=mask[:, None], other=0.0)
         b = tl.load(plain + ((tap * C + source) * HIDDEN)[:, None] + channel[None, :])
         acc = matmul_add(a, b, acc, PRECISION)
     if HAS_BIAS:

@@ -13,11 +13,11 @@ import triton.language as tl
 
 from .._triton_ops import INTERPRETED, widen
 from ..pdc.triton import Launch
-from ..pdc.triton_kernels import channel_starts, over_channels, over_positions
+from ..pdc.triton_gather import channel_starts, over_channels, over_positions
 from ..pdc.triton_stencil import WEIGHTS, combine, load_weights, load_window
 
 SMALL_IMAGE = 1024  # output pixels
-ENOUGH_PROGRAMS = 128
+MIN_PROGRAMS = 128
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def window_corner(position, rows, columns, geometry, CHANNELS_FIRST: tl.constexp
     geometry: stride, lead (padding of the whole window), dilation, each vertical, horizontal.
     """
     step_y, step_x, lead_y, lead_x, _, _ = geometry
-    spot = over_positions(position, CHANNELS_FIRST)
-    return spot // columns * step_y - lead_y, spot % columns * step_x - lead_x, spot < rows * columns
+    pixel = over_positions(position, CHANNELS_FIRST)
+    return pixel // columns * step_y - lead_y, pixel % columns * step_x - lead_x, pixel < rows * columns
 
 
 @triton.jit
@@ -100,17 +100,17 @@ def hidden_tile(
     """The difference convolution of a window, plus bias, in the compute type; the bias alone outside the image and
     0 beyond the last channel. weight_steps: from weight to weight, from channel to channel."""
     channel = over_channels(index, CHANNELS_FIRST)
-    real = channel < channels
-    weights = load_weights(weight + channel * weight_steps[1], weight_steps[0], real)
+    mask = channel < channels
+    weights = load_weights(weight + channel * weight_steps[1], weight_steps[0], mask)
     start = 0.0
     if BIAS:
-        start = widen(tl.load(bias + channel, mask=real, other=0.0))
+        start = widen(tl.load(bias + channel, mask=mask, other=0.0))
     return combine(window, weights, start, KIND, THETA)
 
 
 class Tile(NamedTuple):
-    """The blocks of a program. registers: of a thread at most; left to itself the assembler spills a value or two
-    of some kernels to fit one more block of threads."""
+    """The blocks of a program. registers: of a thread at most; left to its own choice the assembler spills a value or
+    two of some kernels to fit one more block of threads."""
 
     positions: int
     filters: int

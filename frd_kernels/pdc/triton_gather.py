@@ -128,14 +128,16 @@ def gather_forward(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y [rows x columns] of x [height x width]. Grid: (images * blocks of positions, blocks of channels)."""
+    """y = sum_k w_k (x_plus_k - theta * x_minus_k) + bias: y [rows x columns] of x [height x width].
+
+    Grid: (images * blocks of positions, blocks of channels)."""
     blocks = tl.cdiv(rows * columns, POSITIONS)
     image = tl.program_id(0) // blocks
     index = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = over_channels(index, CHANNELS_FIRST)
     position = tl.program_id(0) % blocks * POSITIONS + tl.arange(0, POSITIONS)
     position = over_positions(position, CHANNELS_FIRST)
-    real = (channel < channels) & (position < rows * columns)
+    mask = (channel < channels) & (position < rows * columns)
     step = 1 if CHANNELS_FIRST else channels
     window = load_window(
         channel_starts(x, image, channel, channels, height * width, CHANNELS_FIRST),
@@ -147,13 +149,13 @@ def gather_forward(
         step,
         dilation_y,
         dilation_x,
-        real,
+        mask,
         KIND,
     )
     weights = tile_weights(weight, index, channels, CHANNELS_FIRST)
     total = combine(window, weights, tile_bias(bias, index, channels, CHANNELS_FIRST, BIAS), KIND, THETA)
     to = channel_starts(y, image, channel, channels, rows * columns, CHANNELS_FIRST) + position * step
-    tl.store(to, narrow(total, y.dtype.element_ty), mask=real)
+    tl.store(to, narrow(total, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -185,7 +187,7 @@ def gather_backward(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """dx [height x width], and the sums of dw and db that belong to a run: a share of the positions of an image.
+    """dx [height x width], and the sums of dw and db that belong to a run: a part of the positions of an image.
 
     span: from the first to the last tap of a window. Grid: (images * runs, blocks of channels).
     """
@@ -202,11 +204,11 @@ def gather_backward(
         zero = tl.zeros((lanes + channel).shape, weights[0].dtype)
         sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
         bias_sums = zero
-        share = tl.cdiv(tl.cdiv(rows * columns, POSITIONS), runs) * POSITIONS
-        for first in range(run * share, tl.minimum((run + 1) * share, rows * columns), POSITIONS):
+        per_run = tl.cdiv(tl.cdiv(rows * columns, POSITIONS), runs) * POSITIONS
+        for first in range(run * per_run, tl.minimum((run + 1) * per_run, rows * columns), POSITIONS):
             position = first + lanes
-            real = (channel < channels) & (position < rows * columns)
-            g = widen(tl.load(image_grad + position * step, mask=real, other=0.0))
+            mask = (channel < channels) & (position < rows * columns)
+            g = widen(tl.load(image_grad + position * step, mask=mask, other=0.0))
             window = load_window(
                 image_x,
                 position // columns * step_y - lead_y,
@@ -217,7 +219,7 @@ def gather_backward(
                 step,
                 dilation_y,
                 dilation_x,
-                real,
+                mask,
                 KIND,
             )
             sums = correlate(sums, window, g, KIND, THETA)
@@ -227,10 +229,10 @@ def gather_backward(
         if KIND != 3:
             weights = plain_weights(weights, KIND, THETA)
         image_dx = channel_starts(dx, image, channel, channels, height * width, CHANNELS_FIRST)
-        share = tl.cdiv(tl.cdiv(height * width, POSITIONS), runs) * POSITIONS
-        for first in range(run * share, tl.minimum((run + 1) * share, height * width), POSITIONS):
+        per_run = tl.cdiv(tl.cdiv(height * width, POSITIONS), runs) * POSITIONS
+        for first in range(run * per_run, tl.minimum((run + 1) * per_run, height * width), POSITIONS):
             position = first + lanes
-            real = (channel < channels) & (position < height * width)
+            mask = (channel < channels) & (position < height * width)
             window = load_spread_window(
                 image_grad,
                 position // width + lead_y - span_y,
@@ -243,25 +245,25 @@ def gather_backward(
                 dilation_x,
                 step_y,
                 step_x,
-                real,
+                mask,
                 KIND,
             )
             total = combine_transposed(window, weights, KIND, THETA)
-            tl.store(image_dx + position * step, narrow(total, dx.dtype.element_ty), mask=real)
+            tl.store(image_dx + position * step, narrow(total, dx.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def reduce_sums(partial, dw, db, parts, channels, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     """dw [C, 9] and db [C] from partial [parts, 10, C], added in a fixed order. Grid: (blocks of 10 C columns,)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    real = column < channels * SUMS
+    mask = column < channels * SUMS
     total = tl.zeros((PARTS, COLUMNS), partial.dtype.element_ty)
     for first in range(0, parts, PARTS):
         part = first + tl.arange(0, PARTS)[:, None]
         at = partial + part.to(tl.int64) * (channels * SUMS) + column[None, :]
-        total += tl.load(at, mask=(part < parts) & real[None, :], other=0.0)
+        total += tl.load(at, mask=(part < parts) & mask[None, :], other=0.0)
     value = narrow(tl.sum(total, axis=0), dw.dtype.element_ty)
     k = column // channels
     channel = column % channels
-    tl.store(dw + (channel * WEIGHTS + k), value, mask=real & (k < WEIGHTS))
-    tl.store(db + channel, value, mask=real & (k == WEIGHTS))
+    tl.store(dw + (channel * WEIGHTS + k), value, mask=mask & (k < WEIGHTS))
+    tl.store(db + channel, value, mask=mask & (k == WEIGHTS))
