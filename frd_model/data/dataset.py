@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .audit import Audit, audit
 from .files import PathLike, Skipped, describe_skipped, expand_user, scan_folder
 from .forge import Forger, Forgery
 from .forge_options import ForgeOptions
@@ -112,18 +110,6 @@ class ForgeryDataset(Dataset[Sample]):
         return to_tensor(forgery.image), mask_to_tensor(forgery.mask)
 
 
-class Inspection(NamedTuple):
-    """What `frd data check` reports: faults, notes on what may be intended, and the number of untouched photos."""
-
-    faults: list[str]
-    notes: list[str]
-    untouched: int
-
-
-def _note(files: list[Path], what: str) -> str:
-    return f"{len(files)} {what}, the first {str(files[0])!r}" if files else ""
-
-
 def is_inverted(mask: Bool) -> bool:
     """Whether a mask [H,W] marks more than half of its photo, which suggests that it is black where edited."""
     return bool(mask.mean() > 0.5)
@@ -184,40 +170,9 @@ class PairDataset(Dataset[Sample]):
         """One line for each pair that is unreadable, has two sizes, appears twice, or has an inverted mask."""
         return self.inspect().faults
 
-    def inspect(self) -> Inspection:
+    def inspect(self) -> Audit:
         """Read every pair: the faults of `check`, and notes on what may be intended."""
-        faults: list[str] = []
-        black: list[Path] = []
-        twins: list[Path] = []
-        seen: dict[bytes, tuple[Path, bool]] = {}
-        for index, pair in enumerate(self.pairs):
-            try:
-                _, mask = self.load(index)
-                digest = hashlib.sha256(pair.image.read_bytes()).digest()
-            except (ValueError, OSError) as error:
-                faults.append(" ".join(str(error).split()))
-                continue
-            edited = bool(mask.any())
-            if digest not in seen:
-                seen[digest] = (pair.image, edited)
-            elif edited or seen[digest][1]:
-                other = str(seen[digest][0])
-                faults.append(f"photo {str(pair.image)!r} must stand once, got the same file as {other!r}")
-            else:
-                twins.append(pair.image)
-            if pair.mask is not None and not edited:
-                black.append(pair.mask)
-            elif is_inverted(mask):
-                faults.append(
-                    f"mask {str(pair.mask)!r} must be white where edited, got {mask.mean():.0%} white (inverted?)"
-                )
-        notes = [
-            _note(black, "black masks, whose photos count as untouched"),
-            _note(twins, "untouched photos that stand there before"),
-            f"passed over {describe_skipped(self.skipped)}" if self.skipped else "",
-        ]
-        untouched = len(black) + sum(pair.mask is None for pair in self.pairs)
-        return Inspection(faults, [note for note in notes if note], untouched)
+        return audit(self)
 
     def inverted_masks(self, sample: int = 200) -> str:
         """One line if masks mark more than half of their photo, so that they seem black where edited; else "".

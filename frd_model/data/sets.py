@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from .convert import CachedDataset
 from .dataset import FolderDataset, JoinedDataset, JsonDataset, ManiDataset, PairDataset
 from .files import expand_user
 from .layouts import LAYOUTS, read_pair_list
@@ -18,6 +19,7 @@ FORMATS = {
     "txt": "text list of lines image mask",
     "collection": 'JSON file {name: folder or list} or [["ManiDataset", folder], ["JsonDataset", list], ...]',
     "untouched": "folder of photos, all untouched",
+    "cache": "decoded photos, written by `frd data convert`",
 }
 
 
@@ -89,6 +91,8 @@ def _open(layout: str, path: Path, invert: bool, recursive: bool) -> PairDataset
         return PairDataset(read_pair_list(path), invert_masks=invert)
     if layout == "untouched":
         return FolderDataset.untouched(path, recursive)
+    if layout == "cache":
+        return CachedDataset(path)
     public = LAYOUTS[layout]
     pairs = public.read(path)
     if not pairs:
