@@ -34,11 +34,9 @@ from frd_model.metrics import (
     aggregate,
     bootstrap_detection,
     bootstrap_means,
-    border_band,
     detection_metrics,
-    f1_curve,
     image_score,
-    localization_metrics,
+    localization,
 )
 from frd_model.output import one_line
 from frd_model.predict import check_options, predict
@@ -58,8 +56,6 @@ PIXEL_METRICS = (
     "permute_f1_opt_band",
 )
 COLUMNS = PIXEL_METRICS[:4]
-# F1 at each threshold of a grid, for the one best threshold of the set.
-CURVES = ("f1", "permute_f1", "permute_f1_band")
 
 FloatMap = npt.NDArray[np.float32]
 
@@ -109,6 +105,7 @@ class Report:
         permute_f1, auc and iou of a mask that marks every pixel.
     failed: name and error of each image that could not be scored, which no figure counts.
     notes: how many images something was done to that a reader of the means should know.
+    curves: sums over the forged images of F1 at each of `metrics.THRESHOLDS`.
     """
 
     threshold: float
@@ -308,9 +305,9 @@ def _resize(values: npt.NDArray[Any], size: tuple[int, int], interpolation: int)
     return cv2.resize(values, size[::-1], interpolation=interpolation)
 
 
-def _score(sample: Labelled, found: _Map, report: Report) -> None:
+def _score(sample: Labelled, given: _Map, report: Report) -> None:
     mask, threshold = sample.mask, report.threshold
-    probability, score, seconds = found
+    probability, score, seconds = given
     if mask.shape != probability.shape:
         small = _resize(mask.astype(np.uint8), probability.shape, cv2.INTER_NEAREST) != 0
         if mask.any() and not small.any():
@@ -327,23 +324,14 @@ def _score(sample: Labelled, found: _Map, report: Report) -> None:
         "seconds": seconds,
     }
     if mask.any():
-        row |= localization_metrics(probability, mask, threshold)
+        found = localization(probability, mask, threshold)
+        row |= found.metrics
         row |= {f"white_{k}": v for k, v in _white_figures(mask).items()}
-        _add_curves(report, probability, mask)
+        for name, curve in found.curves.items():
+            report.curves[name] = report.curves.get(name, 0.0) + curve
+        if found.emptied:
+            report.notes["border band leaves nothing of the mask: 0 in permute_f1_opt_band"] += 1
     report.rows.append(row)
-
-
-def _add_curves(report: Report, probability: FloatMap, mask: npt.NDArray[np.bool_]) -> None:
-    edited, scored = border_band(mask)
-    if not edited.any():
-        report.notes["border band leaves nothing of the mask: 0 in permute_f1_opt_band"] += 1
-    curves = (
-        f1_curve(probability, mask, permute=False),
-        f1_curve(probability, mask),
-        f1_curve(probability[scored], edited[scored]) if edited.any() else np.zeros(len(THRESHOLDS)),
-    )
-    for name, curve in zip(CURVES, curves, strict=True):
-        report.curves[name] = report.curves.get(name, 0.0) + curve
 
 
 def _white_figures(mask: npt.NDArray[np.bool_]) -> dict[str, float]:

@@ -156,31 +156,33 @@ def auc(probability: Array, mask: Array) -> float:
 class _Ranks(NamedTuple):
     """Distinct scores of the edited pixels, ascending, and for each how many pixels lie where, all [D].
 
-    ties: edited pixels of that score. below, up_to: untouched pixels below it, and below or at it. negatives: all
-    untouched pixels.
+    up_to, ties: edited pixels at or below it, and of that score. negatives_below, negatives_up_to: untouched pixels.
+    negatives_above: untouched pixels above each of `THRESHOLDS`. negatives: all untouched pixels.
     """
 
     scores: Array
     ties: Array
-    below: Array
     up_to: Array
+    negatives_below: Array
+    negatives_up_to: Array
+    negatives_above: Array
     negatives: int
 
 
 def _rank(scores: Array, truth: Array) -> _Ranks:
-    """A sort of the edited pixels and one search of each other pixel among them; no order of the whole image."""
+    """A sort of the edited pixels and of the others in bands; no order of the whole image."""
     positive = truth.view(np.bool_)
+    grid = THRESHOLDS.astype(scores.dtype)
     values, ties = np.unique(scores[positive], return_counts=True)
-    below, up_to = np.zeros((2, len(values) + 1), np.int64)
+    below, up_to = np.zeros((2, len(values)), np.int64)
+    above, negatives = np.zeros(len(grid), np.int64), 0
     for band in _bands(len(scores)):
         others = np.sort(scores[band][~positive[band]])
-        # An untouched pixel counts for each edited score above it, from its place in them on.
-        below += np.bincount(np.searchsorted(values, others, "right"), minlength=len(below))
-        up_to += np.bincount(np.searchsorted(values, others, "left"), minlength=len(up_to))
-    negatives = int(below.sum())
-    np.cumsum(below, out=below)
-    np.cumsum(up_to, out=up_to)
-    return _Ranks(values, ties, below[:-1], up_to[:-1], negatives)
+        below += np.searchsorted(others, values, "left")
+        up_to += np.searchsorted(others, values, "right")
+        above += len(others) - np.searchsorted(others, grid, "right")
+        negatives += len(others)
+    return _Ranks(values, ties, np.cumsum(ties), below, up_to, above, negatives)
 
 
 def average_precision(probability: Array, mask: Array) -> float:
@@ -194,9 +196,17 @@ def average_precision(probability: Array, mask: Array) -> float:
 def _average_precision(ranks: _Ranks) -> float:
     if not len(ranks.scores):
         return math.nan
-    found = np.cumsum(ranks.ties[::-1])[::-1]
-    precision = found / (found + (ranks.negatives - ranks.below))
+    found = ranks.up_to[-1] - ranks.up_to + ranks.ties
+    precision = found / (found + (ranks.negatives - ranks.negatives_below))
     return float((ranks.ties * precision).sum() / found[0])
+
+
+def _auc(ranks: _Ranks) -> float:
+    if not len(ranks.scores) or not ranks.negatives:
+        return math.nan
+    # an edited pixel wins against each untouched one below it, and half against its equals
+    twice_u = int((ranks.ties * (ranks.negatives_below + ranks.negatives_up_to)).sum())
+    return twice_u / (2 * int(ranks.up_to[-1]) * ranks.negatives)
 
 
 class Optimum(NamedTuple):
@@ -219,15 +229,14 @@ def _optimum(ranks: _Ranks, permute: bool) -> Optimum:
     # The best cut lies at an edited pixel's score: one that only untouched pixels pass lowers the F1.
     if not len(ranks.scores):
         return Optimum(0.0, math.nan, False)
-    up_to = np.cumsum(ranks.ties)
-    positives = int(up_to[-1])
-    found = positives - up_to + ranks.ties
-    direct = 2 * found / (found + (ranks.negatives - ranks.below) + positives)
+    positives = int(ranks.up_to[-1])
+    found = positives - ranks.up_to + ranks.ties
+    direct = _f1_of(found, ranks.negatives - ranks.negatives_below, positives)
     best = int(direct.argmax())
     threshold = float(np.nextafter(ranks.scores[best], -np.inf, dtype=ranks.scores.dtype))
     optimum = Optimum(float(direct[best]), threshold, False)
     if permute:
-        turned = 2 * up_to / (up_to + ranks.up_to + positives)
+        turned = _f1_of(ranks.up_to, ranks.negatives_up_to, positives)
         best = int(turned.argmax())
         if turned[best] > optimum.f1:
             optimum = Optimum(float(turned[best]), float(ranks.scores[best]), True)
@@ -236,24 +245,22 @@ def _optimum(ranks: _Ranks, permute: bool) -> Optimum:
 
 def f1_curve(probability: Array, mask: Array, permute: bool = True) -> Array:
     """F1 (with `permute` permute-F1) of one image at each of `THRESHOLDS`: float64 [101]."""
-    return _f1_curve(*_pair(probability, mask), permute=permute)
+    return _f1_curve(_rank(*_pair(probability, mask)), permute)
 
 
-def _f1_curve(scores: Array, truth: Array, permute: bool) -> Array:
-    grid = THRESHOLDS.astype(scores.dtype)
-    counts = np.zeros((2, len(grid) + 1), np.int64)
-    for band in _bands(len(scores)):
-        # how many thresholds each pixel is above
-        passed = np.searchsorted(grid, scores[band], "left") + truth[band] * np.int64(len(grid) + 1)
-        counts += np.bincount(passed, minlength=counts.size).reshape(counts.shape)
-    fp, tp = counts.sum(axis=1, keepdims=True) - np.cumsum(counts, axis=1)[:, :-1]
-    negatives, positives = (int(row.sum()) for row in counts)
-    direct = _f1_of(tp, fp, positives)
-    return np.maximum(direct, _f1_of(positives - tp, negatives - fp, positives)) if permute else direct
+def _f1_curve(ranks: _Ranks, permute: bool) -> Array:
+    if not len(ranks.scores):
+        return np.zeros(len(THRESHOLDS))
+    up_to = np.r_[0, ranks.up_to]
+    passed = np.searchsorted(ranks.scores, THRESHOLDS.astype(ranks.scores.dtype), "right")
+    positives = int(up_to[-1])
+    found, fp = positives - up_to[passed], ranks.negatives_above
+    direct = _f1_of(found, fp, positives)
+    return np.maximum(direct, _f1_of(up_to[passed], ranks.negatives - fp, positives)) if permute else direct
 
 
 def _f1_of(tp: Array, fp: Array, positives: int) -> Array:
-    return 2 * tp / np.maximum(tp + fp + positives, 1)
+    return 2 * tp / (tp + fp + positives)
 
 
 def border_band(mask: Array) -> tuple[Array, Array]:
@@ -270,6 +277,17 @@ def border_band(mask: Array) -> tuple[Array, Array]:
     return edited, edited | (cv2.dilate(truth, np.ones((11, 11), np.uint8)) == 0)
 
 
+class Localization(NamedTuple):
+    """Of one image: `localization_metrics`, and "f1", "permute_f1" and "permute_f1_band" at each of `THRESHOLDS`.
+
+    emptied: whether the border band leaves nothing edited.
+    """
+
+    metrics: dict[str, float]
+    curves: dict[str, Array]
+    emptied: bool
+
+
 def localization_metrics(probability: Array, mask: Array, threshold: float = 0.5) -> dict[str, float]:
     """Every metric of one image [H, W], those of `image_metrics` among them.
 
@@ -278,43 +296,49 @@ def localization_metrics(probability: Array, mask: Array, threshold: float = 0.5
     edited these are what TruFor's code gives: 0 at the best threshold, NaN at `threshold` if nothing or everything
     is marked (0 / 0), else 0.
     """
-    scores, truth = _pair(probability, mask)
+    return localization(probability, mask, threshold).metrics
+
+
+def localization(probability: Array, mask: Array, threshold: float = 0.5) -> Localization:
+    """`localization_metrics` and the curves of an image, from one sort of its pixels with the band and one without."""
     edited, scored = border_band(mask)
-    counts, best, ap = confusion(scores, truth, threshold), *_ranked_metrics(scores, truth)
-    edited, scored = edited.reshape(-1), scored.reshape(-1)
-    banded = edited[scored].view(np.uint8)
-    scores_banded = scores[scored]
-    return {
+    scores, truth = _pair(probability, mask)
+    ranks = _rank(scores, truth)
+    best = _optimum(ranks, permute=True)
+    counts = confusion(scores, truth, threshold)
+    metrics = {
         "f1": counts.f1(),
         "permute_f1": max(counts.f1(), counts.complement().f1()),
         "iou": counts.iou(),
-        "auc": auc(scores, truth),
-        "ap": ap,
+        "auc": _auc(ranks),
+        "ap": _average_precision(ranks),
         "mcc": counts.mcc(),
         "permute_f1_opt": best.f1,
         "threshold_opt": best.threshold,
-        **_banded_metrics(scores_banded, banded, threshold),
     }
-
-
-def _ranked_metrics(scores: Array, truth: Array) -> tuple[Optimum, float]:
-    ranks = _rank(scores, truth)
-    return _optimum(ranks, permute=True), _average_precision(ranks)
-
-
-def _banded_metrics(scores: Array, truth: Array, threshold: float) -> dict[str, float]:
-    """With the band left out; `scores` may be empty where the band is the whole image."""
-    best, fixed = Optimum(0.0, math.nan, False), math.nan
-    if len(scores):
-        best = _optimum(_rank(scores, truth), permute=True)
-        counts = confusion(scores, truth, threshold)
-        undefined = counts.tp + counts.fn == 0 and (counts.fp == 0 or counts.tn == 0)
-        fixed = math.nan if undefined else max(counts.f1(), counts.complement().f1())
-    return {
-        "permute_f1_band": fixed,
+    curves = {"f1": _f1_curve(ranks, permute=False), "permute_f1": _f1_curve(ranks, permute=True)}
+    del ranks
+    scored = scored.reshape(-1)
+    inner, inner_truth = scores[scored], edited.reshape(-1)[scored].view(np.uint8)
+    ranks = _rank(inner, inner_truth)
+    best = _optimum(ranks, permute=True)
+    metrics |= {
+        "permute_f1_band": _fixed_f1_of_band(inner, inner_truth, threshold),
         "permute_f1_opt_band": best.f1,
         "threshold_opt_band": best.threshold,
     }
+    curves["permute_f1_band"] = _f1_curve(ranks, permute=True)
+    return Localization(metrics, curves, not len(ranks.scores))
+
+
+def _fixed_f1_of_band(scores: Array, truth: Array, threshold: float) -> float:
+    """`scores` may be empty: the band may be the whole image."""
+    if not len(scores):
+        return math.nan
+    counts = confusion(scores, truth, threshold)
+    if counts.tp + counts.fn == 0 and (counts.fp == 0 or counts.tn == 0):
+        return math.nan
+    return max(counts.f1(), counts.complement().f1())
 
 
 def image_metrics(probability: Array, mask: Array, threshold: float = 0.5) -> dict[str, float]:
