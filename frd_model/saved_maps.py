@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -48,11 +50,11 @@ class SavedMaps:
         self._highest: tuple[float, Path | None] = (0.0, None)
         if not self.folder.is_dir():
             raise MapError(f"predictions must be a folder of maps, got {str(self.folder)!r}, which is none")
-        for file in sorted(self.folder.rglob("*")):
-            if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith("."):
+        for file in _files_below(self.folder):
+            if file.suffix.lower() in SUFFIXES:
                 parents, name = _split(file.relative_to(self.folder).with_suffix(""))
                 self._by_name.setdefault(name, []).append((parents, file))
-            elif file.is_file():
+            else:
                 self.others += 1
         if not self._by_name:
             kinds = ", ".join(SUFFIXES)
@@ -199,6 +201,18 @@ def _check_size(shape: tuple[int, ...], made_of: tuple[int, ...] | None, size: t
         raise ValueError(
             f"must not lie on its side: the photo is {size[1]} x {size[0]}, got {shape[1]} x {shape[0]}"
         )
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All but hidden files, by way of links to folders too, each folder once."""
+    seen: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
 
 
 def _split(path: Path | PurePosixPath) -> tuple[tuple[str, ...], str]:

@@ -139,16 +139,15 @@ def _check_predictions(args: argparse.Namespace) -> None:
 
 
 def _open_maps(args: argparse.Namespace, names: list[str]) -> dict[str, SavedMaps]:
-    """The maps of each set: of several sets those in DIR/SET where there is such a folder. Empty without maps."""
+    """The maps of each set: of several sets those in DIR/SET where all of these folders are there. Empty without maps."""
     if args.predictions is None:
         return {}
     from frd_model.saved_maps import SavedMaps
 
-    whole = SavedMaps(args.predictions)
-    if len(names) == 1:
-        return {names[0]: whole}
-    folders = {name: whole.folder / name for name in names}
-    return {name: SavedMaps(folder) if folder.is_dir() else whole for name, folder in folders.items()}
+    folders = {name: args.predictions / name for name in names}
+    if len(names) == 1 or not all(folder.is_dir() for folder in folders.values()):
+        return dict.fromkeys(names, SavedMaps(args.predictions))
+    return {name: SavedMaps(folder) for name, folder in folders.items()}
 
 
 def _scorer(args: argparse.Namespace, maps: dict[str, SavedMaps]) -> tuple[str, Callable[[str], Scorer]]:
@@ -248,7 +247,7 @@ def _write_outputs(
     for file, write in (
         (args.csv, lambda file: write_csv(file, rows)),
         (args.json_out, lambda file: write_json(file, content)),
-        (args.table, lambda file: write_bytes(file, _table(content).encode())),
+        (args.table, lambda file: write_bytes(file, _table(content).encode(errors="surrogateescape"))),
     ):
         try:
             if file is not None:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text, end="")
     else:
-        write_bytes(args.out, text.encode())
+        write_bytes(args.out, text.encode(errors="surrogateescape"))
     return 0
 
 

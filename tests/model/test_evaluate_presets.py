@@ -195,6 +195,24 @@ def test_maps_of_photos_in_folders(tmp_path: Path) -> None:
         SavedMaps(tmp_path).find("x.jpg")
 
 
+def test_folders_of_maps_may_be_links_and_form_circles(tmp_path: Path) -> None:
+    save(tmp_path / "elsewhere" / "x.npy", np.zeros((2, 2), np.float32), "npy")
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "maps")
+    assert SavedMaps(tmp_path / "maps").find("a/x.jpg") == tmp_path / "maps" / "a" / "x.npy"
+
+
+def test_a_mask_that_the_scoring_size_loses_is_an_error_of_its_photo(tmp_path: Path) -> None:
+    mask = np.zeros((1100, 1100), bool)
+    mask[1, 1] = True
+    np.save(tmp_path / "a.npy", np.zeros((512, 512), np.float32))
+    report = evaluate_saved(
+        [Labelled("a", "", mask[..., None], mask)], SavedMaps(tmp_path), preset="benco-512"
+    )
+    assert "mask must keep an edited pixel at 512 x 512, got none" in report.failed[0]["error"]
+
+
 GOOD = np.full((4, 6), 0.25, np.float32)
 
 
