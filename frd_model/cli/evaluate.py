@@ -139,7 +139,7 @@ def _check_predictions(args: argparse.Namespace) -> None:
 
 
 def _open_maps(args: argparse.Namespace, names: list[str]) -> dict[str, SavedMaps]:
-    """The maps of each set: of several sets those in DIR/SET where all of these folders are there. Empty without maps."""
+    """The maps of each set: those in DIR/SET where all of these folders are there. Empty without --predictions."""
     if args.predictions is None:
         return {}
     from frd_model.saved_maps import SavedMaps
