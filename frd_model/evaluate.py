@@ -118,8 +118,8 @@ class Report:
     def summary(self, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
         """Every mean, what was skipped, and how it was done.
 
-        "means": of each pixel metric over the images that the preset counts: mean, images, and the bootstrap's 95 %
-        interval "low" and "high". "forged": the same means over the forged images alone. "best_threshold": the one
+        "means": of each pixel metric over the forged images: mean, images for which it is defined, and the bootstrap's
+        95 % interval "low" and "high". "forged": the means alone, as in "by_kind". "best_threshold": the one
         threshold, in steps of 0.01, at which the mean F1 of the forged images is highest. "authentic": false alarms on
         untouched photos, one where its score is above the report's threshold. "image_level": forged against untouched
         photos by their scores. "skipped": images by the reason for which a mean leaves them out.
@@ -131,7 +131,7 @@ class Report:
         return {
             "preset": self.preset.to_dict() | {"threshold": self.threshold},
             "threshold": self.threshold,
-            "means": self._means_with_intervals(resamples, seed),
+            "means": self._means_with_intervals(forged, resamples, seed),
             "forged": {"images": len(forged), **_means(forged, "", PIXEL_METRICS)},
             "best_threshold": self._best_thresholds(len(forged)),
             "white_mask": _means(forged, "white_", COLUMNS),
@@ -146,17 +146,15 @@ class Report:
             "authentic": self._false_alarms(clean, resamples, seed) | {"score_auc": level["auc"]},
             "image_level": level,
             "skipped": self._skipped(forged, clean),
-            "notes": self._all_notes(len(clean)),
+            "notes": dict(self.notes),
             "bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95},
             "failed": self.failed,
         }
 
-    def _means_with_intervals(self, resamples: int, seed: int) -> dict[str, dict[str, float]]:
-        if self.preset.authentic_zero:
-            counted = [r if r["edited"] > 0 else dict.fromkeys(PIXEL_METRICS, 0.0) for r in self.rows]
-        else:
-            counted = [r for r in self.rows if r["edited"] > 0]
-        columns = {c: [float(r.get(c, math.nan)) for r in counted] for c in PIXEL_METRICS}
+    def _means_with_intervals(
+        self, forged: list[dict[str, Any]], resamples: int, seed: int
+    ) -> dict[str, dict[str, float]]:
+        columns = {c: [float(r.get(c, math.nan)) for r in forged] for c in PIXEL_METRICS}
         intervals = bootstrap_means(columns, resamples, seed)
         return {
             c: {
@@ -203,16 +201,12 @@ class Report:
         whole = sum(math.isnan(r["auc"]) for r in forged if "auc" in r)
         banded = sum(math.isnan(r["permute_f1_band"]) for r in forged if "permute_f1_band" in r)
         reasons = {
-            "untouched photo: no pixel metric": 0 if self.preset.authentic_zero else len(clean),
+            "untouched photo: no pixel metric": len(clean),
             "every pixel edited: no auc": whole,
             "border band leaves nothing of the mask, nothing or everything marked: no permute_f1_band": banded,
             "could not be read or scored": len(self.failed),
         }
         return {reason: count for reason, count in reasons.items() if count}
-
-    def _all_notes(self, clean: int) -> dict[str, int]:
-        zero = {"untouched photo: 0 in the means": clean} if self.preset.authentic_zero and clean else {}
-        return {**self.notes, **zero}
 
 
 class _Map(NamedTuple):
@@ -238,9 +232,9 @@ def evaluate(
         preset: one of `EVAL_PRESETS`; `original` predicts and scores each photo at its own size, as `predict` does.
         size, threshold: in the place of the preset's own; a preset that scores at a size of its own takes no `size`.
 
-    Pixel metrics are not defined on an untouched image: such images count in the false-alarm rates alone, unless the
-    preset counts them as 0. A sample that cannot be read or scored (NaN from the network, too large for the memory)
-    goes to `failed` and the others are scored. Raises ValueError for bad arguments.
+    Pixel metrics are not defined on an untouched image: such images count in the false-alarm rates alone. A sample that
+    cannot be read or scored (NaN from the network, too large for the memory) goes to `failed` and the others are
+    scored. Raises ValueError for bad arguments.
     """
     rules = eval_preset(preset, size=size, threshold=threshold)
     policy = "whole" if rules.size == SCALED else rules.size

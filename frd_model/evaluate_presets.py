@@ -25,8 +25,10 @@ class EvalPreset:
         is the photo's own size.
     main: the metric that the protocol reports.
     table: the metrics that it gives to Table 1, by its halves "optimal" and "fixed".
-    authentic_zero: whether an untouched photo counts 0 in the means of the pixel metrics; else it is left out.
     threshold: of the metrics with a fixed threshold, and of a photo's score.
+    note: how the code that the protocol is named after differs; "" for not at all.
+
+    The means are over the forged photos: untouched ones have no pixel metric, are counted and bring false alarms.
     """
 
     name: str
@@ -34,8 +36,8 @@ class EvalPreset:
     scored_at: int | None
     main: str
     table: Mapping[str, str]
-    authentic_zero: bool = False
     threshold: float = 0.5
+    note: str = ""
 
     def describe(self) -> str:
         """The rules in one line."""
@@ -44,8 +46,8 @@ class EvalPreset:
         scored = f"scored at {side} x {side} (mask nearest)" if side else "scored at the photo's own size"
         rule = "the best threshold of each photo" if "_opt" in self.main else f"threshold {self.threshold:g}"
         band = "border band left out" if self.main.endswith("_band") else "all pixels"
-        counted = "count 0 in the means" if self.authentic_zero else "left out of the means"
-        return f"{self.name}: {size}, {scored}; {self.main} at {rule}, {band}; untouched photos {counted}"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: {size}, {scored}; {self.main} at {rule}, {band}; mean over forged photos{note}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as they stand in a result file."""
@@ -68,7 +70,7 @@ EVAL_PRESETS: dict[str, EvalPreset] = {
             512,
             "f1",
             {"optimal": "permute_f1_opt_band", "fixed": "permute_f1"},
-            authentic_zero=True,
+            note="IMDL-BenCo counts untouched photos too, as 0",
         ),
     )
 }

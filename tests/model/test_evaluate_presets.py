@@ -96,15 +96,14 @@ def test_each_preset_has_its_own_size_threshold_and_means(samples: list[Labelled
         "original": np.mean([f1_score(m.reshape(-1), (p > 0.5).reshape(-1)) for p, m in own]),
         "cat-fixed": np.mean([permute_f1(p, m) for p, m in own]),
         "trufor-opt": np.mean([optimal_f1(p[scored], edited[scored]).f1 for p, edited, scored in bands]),
-        # the untouched photo counts 0
-        "benco-512": np.sum([f1_score(m.reshape(-1), (p > 0.5).reshape(-1)) for p, m in squares]) / 5,
+        "benco-512": np.mean([f1_score(m.reshape(-1), (p > 0.5).reshape(-1)) for p, m in squares]),
     }
     got = {}
     for name, preset in EVAL_PRESETS.items():
         summary = evaluate(samples, Redness(), preset=name).summary(0)
         got[name] = summary["means"][preset.main]["mean"]
         assert got[name] == pytest.approx(want[name], rel=1e-6), name
-        assert summary["means"][preset.main]["images"] == (5 if name == "benco-512" else 4)
+        assert summary["means"][preset.main]["images"] == 4
         assert summary["authentic"]["images"] == 1 and summary["preset"]["name"] == name
     assert len({round(value, 4) for value in got.values()}) == 4
 
@@ -126,7 +125,7 @@ def test_presets_of_saved_maps_differ_as_those_of_the_net(samples: list[Labelled
 def test_flags_override_a_preset_or_are_refused() -> None:
     assert eval_preset("cat-fixed", size="tiles", threshold=0.3).describe() == (
         "cat-fixed: size policy tiles, scored at the photo's own size; permute_f1 at threshold 0.3, all pixels; "
-        "untouched photos left out of the means"
+        "mean over forged photos"
     )
     with pytest.raises(
         ValueError, match="size must be left out with preset benco-512, which fixes it, got 'whole'"
