@@ -58,10 +58,20 @@ def dice_loss(probability: Tensor, mask: Tensor, form: str = "paper") -> Tensor:
     `paper` is Eq. 9: 1 - 2 sum(pm) / (sum(p) + sum(m)). `released` squares the denominator's terms and
     smooths with 1.
     """
-    overlap = (probability * mask).sum()
+    return _dice(*_dice_sums(probability, mask, form), form)
+
+
+def _dice_sums(probability: Tensor, mask: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of the dice before smoothing."""
+    overlap = 2 * (probability * mask).sum()
     if form == "paper":
-        return 1 - (2 * overlap + DICE_EPS) / (probability.sum() + mask.sum() + DICE_EPS)
-    return 1 - (2 * overlap + 1) / ((probability * probability).sum() + (mask * mask).sum() + 1)
+        return overlap, probability.sum() + mask.sum()
+    return overlap, (probability * probability).sum() + (mask * mask).sum()
+
+
+def _dice(overlap: Tensor, size: Tensor, form: str) -> Tensor:
+    smooth = DICE_EPS if form == "paper" else 1
+    return 1 - (overlap + smooth) / (size + smooth)
 
 
 class FRDLoss(nn.Module):
@@ -98,6 +108,13 @@ class FRDLoss(nn.Module):
         )
 
     def forward(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return self.from_sums(self.sums(logits, mask))
+
+    def sums(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """What the loss is a function of, [6]: sums over the batch, so that those of a batch's parts add up to its own.
+
+        Numerator and denominator of the region's and of the edge's dice, then cross-entropy times images, and images.
+        """
         if logits.dim() != 4 or logits.shape[1] != 1:
             raise ValueError(f"logits must be [B,1,H,W], got shape {tuple(logits.shape)}")
         if mask.shape != logits.shape:
@@ -107,18 +124,26 @@ class FRDLoss(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits if logits.dtype == torch.float64 else logits.float()
             mask = mask.to(logits.dtype)
-            return self._terms(logits, mask)
+            probability = logits.sigmoid()
+            band = edge_map(mask, self.edge_width)
+            region = _dice_sums(probability, mask, self.form)
+            if self.form == "paper":
+                edge = _dice_sums(soft_edge_map(probability, self.edge_width), band, "paper")
+            else:
+                edge = _dice_sums(probability * band, mask * band, "released")
+            images = torch.full((), len(logits), dtype=logits.dtype, device=logits.device)
+            entropy = (
+                F.binary_cross_entropy_with_logits(logits, mask) if self.bce_weight else images.new_zeros(())
+            )
+            return torch.stack((*region, *edge, entropy * images, images))
 
-    def _terms(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        probability = logits.sigmoid()
-        band = edge_map(mask, self.edge_width)
-        region = dice_loss(probability, mask, self.form)
-        if self.form == "paper":
-            edge = dice_loss(soft_edge_map(probability, self.edge_width), band, "paper")
-        else:
-            edge = dice_loss(probability * band, mask * band, "released")
+    def from_sums(self, sums: Tensor) -> dict[str, Tensor]:
+        """The loss of a batch, as `forward` returns it, from its `sums`, or from those of its parts added up."""
+        region_overlap, region_size, edge_overlap, edge_size, entropy, images = sums.unbind()
+        region = _dice(region_overlap, region_size, self.form)
+        edge = _dice(edge_overlap, edge_size, self.form)
         terms = {"total": region + self.edge_weight * edge, "region": region, "edge": edge}
         if self.bce_weight:
-            terms["bce"] = F.binary_cross_entropy_with_logits(logits, mask)
+            terms["bce"] = entropy / images
             terms["total"] = terms["total"] + self.bce_weight * terms["bce"]
         return terms

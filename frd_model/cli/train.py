@@ -6,9 +6,14 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frd_model.output import say
+
+from . import DEFECTS
+
+if TYPE_CHECKING:
+    from frd_model.train import TrainConfig
 
 # The configuration's keys that have a flag of their own; --set reaches all others.
 FLAGS: dict[str, tuple[str, type, str]] = {
@@ -31,29 +36,46 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     ),
     "--val-json": ("data.val_json", str, "such a list to validate on"),
     "--crop": ("data.crop", int, "side of the square training crops, cut at the photos' own scale"),
+    "--model": ("model.name", str, "network, such as frdnet_mit_b2"),
+    "--model-preset": ("model.preset", str, "its variant: paper, released or lite; --preset chooses one too"),
     "--output": ("output", str, "directory for weights, state, configuration and TensorBoard events"),
     "--epochs": ("epochs", int, "epochs of the whole run"),
-    "--batch-size": ("batch_size", int, "images of one step"),
+    "--batch-size": ("batch_size", int, "images of one step, over all processes and parts"),
+    "--accumulate": ("accumulate", int, "parts that a process computes its batch in, to need less memory"),
     "--lr": ("optim.lr", float, "peak learning rate"),
     "--ema": ("optim.ema", float, "decay of the averaged weights; 0 switches averaging off"),
     "--seed": ("seed", int, "seed of weights, order and forgeries"),
     "--device": ("device", str, "cpu, cuda or cuda:N"),
-    "--amp": ("amp", str, "none or bf16 (autocast)"),
+    "--amp": ("amp", str, "none, bf16 or fp16 (autocast; fp16 with a gradient scaler)"),
     "--workers": ("workers", int, "processes that prepare images; 0: the training process itself"),
+    "--save-every": ("save_every", int, "write last.pt every N steps too; always every 10 minutes"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Several processes, one per GPU: torchrun --nproc-per-node 2 -m frd_model train ... They divide each batch and "
+        "compute the same steps as one process."
+    )
+    parser.add_argument(
+        "--preset",
+        choices=("paper", "released"),
+        help="how to train, net included: the paper's text (Adam 5e-4, batch 16) or the authors' code "
+        "(AdamW 5e-5, cosine, warm-up, batch 32, fp16); --config, the flags and --set change single settings of it",
+    )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML file; without it the defaults hold, or those of the run that --resume continues",
+        help="YAML file; without it and --preset the defaults hold, or those of the run that --resume continues",
     )
     for flag, (key, kind, text) in FLAGS.items():
         parser.add_argument(flag, dest=key, type=kind, default=None, help=text)
     parser.add_argument(
         "--channels-last", action="store_true", default=None, help="channels_last memory format"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the network with torch.compile"
     )
     parser.add_argument(
         "--set",
@@ -67,7 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     earlier = parser.add_mutually_exclusive_group()
     earlier.add_argument(
-        "--resume", action="store_true", help="continue from last.pt in the output, also with more --epochs"
+        "--resume",
+        action="store_true",
+        help="continue from last.pt in the output, in mid-epoch too, also with more --epochs",
     )
     earlier.add_argument("--overwrite", action="store_true", help="replace an earlier run in the output")
     parser.add_argument(
@@ -83,17 +107,36 @@ def run(args: argparse.Namespace) -> int:
 
     _check_limits(args)
     changes = overrides(args)
-    config = load_config(args.config or _saved_config(args.resume, changes), changes)
-    # After the configuration is read: its mistakes are reported before torch is imported.
-    from frd_model.train import Trainer
+    earlier = None if args.config or args.preset else _saved_config(args.resume, changes)
+    config = load_config(args.config or earlier, changes, args.preset)
+    # After the configuration has been read: a typing mistake in it should not wait for torch.
+    from frd_model.train import processes
+
+    processes.join(config.device)
+    try:
+        _train(args, config)
+    except Exception as error:
+        if processes.world() == 1 or isinstance(error, DEFECTS):
+            raise
+        raise processes.ProcessError(processes.describe(error)) from error
+    processes.leave()
+    return 0
+
+
+def _train(args: argparse.Namespace, config: TrainConfig) -> None:
+    from frd_model.train import Trainer, processes
 
     trainer = Trainer(config)
     if args.resume:
         trainer.resume()
-        if trainer.epoch == config.epochs:
+        if trainer.epoch == config.epochs and trainer.is_first:
             print(f"all {config.epochs} epochs are done; a larger --epochs extends the run")
     trainer.fit(stop_after=args.stop_after, max_minutes=args.max_minutes, overwrite=args.overwrite)
-    for part, names in trainer.bad.items():
+    bad = processes.gather(trainer.bad)
+    if not trainer.is_first:
+        return
+    for part in trainer.bad:
+        names = set().union(*(found[part] for found in bad))
         if names:
             print(f"{len(names)} {part} photos could not be used, see above", file=sys.stderr)
     best, last = (trainer.output / f"{name}.safetensors" for name in ("best", "last"))
@@ -101,7 +144,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"best weights by validation (mean of AUC and permute-F1 {trainer.best:.4f}): {best}")
     elif last.exists():
         say(f"weights of the last epoch, as validation could not choose a best one: {last}")
-    return 0
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,6 +153,8 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
     found = {key: getattr(args, key) for key, _, _ in FLAGS.values() if getattr(args, key) is not None}
     if args.channels_last is not None:
         found["channels_last"] = args.channels_last
+    if args.compile is not None:
+        found["compile"] = args.compile
     if args.recursive is not None:
         found["data.recursive"] = args.recursive
     # A data set given by flags replaces the one of the configuration file.

@@ -89,17 +89,25 @@ class DataSection:
 
 @dataclass
 class LossSection:
-    """form, edge_weight: of `FRDLoss`; bce: weight of an added binary cross-entropy, for training from scratch."""
+    """form, edge_weight, edge_width: of `FRDLoss`; bce: weight of an added cross entropy.
+
+    Dice alone is slow to start from random weights.
+    """
 
     form: str = "released"
     edge_weight: float = 1.0
+    edge_width: int = 7
     bce: float = 0.0
 
 
 @dataclass
 class OptimSection:
-    """AdamW with a linear warm-up and a cosine to min_lr; 0 disables clip_norm and ema."""
+    """name: adamw or adam, with a linear warm-up and a cosine to min_lr (min_lr = lr: constant).
 
+    weight_decay is decoupled in adamw, part of the gradient in adam. clip_norm and ema of 0 switch them off.
+    """
+
+    name: str = "adamw"
     lr: float = 5e-5
     min_lr: float = 5e-7
     betas: tuple[float, float] = (0.9, 0.999)
@@ -113,18 +121,36 @@ class OptimSection:
 class TrainConfig:
     """Everything a run depends on; `frd train` stores it next to the weights.
 
-    backend: of the kernels, see `frd_kernels.use_backend`; "auto" chooses by device.
+    Attributes:
+        batch_size: images of one optimizer step, over all processes and all parts of `accumulate`.
+        accumulate: parts that each process computes its share of a batch in, one after another, to need less memory.
+            The gradient is that of the whole batch, at the cost of a second forward pass; with `model.options.norm`
+            "batch" the statistics are those of the parts.
+        amp: "none", "bf16" or "fp16" (autocast, with a gradient scaler for fp16); the loss is computed in float32.
+        compile: torch.compile the network for training.
+        backend: of the kernels, see `frd_kernels.use_backend`; auto goes by the device.
+        max_nonfinite: steps whose loss or gradient is not finite are skipped and counted; so many in a row, or a whole
+            epoch of them, stop the run.
+        log_every: steps between two transfers of the losses from the device, and two updates of what is shown.
+        save_every, save_minutes: last.pt is also written every so many steps of an epoch, and at the first log after
+            so many minutes; 0 switches either off.
     """
 
     output: str = "runs/frdnet"
     seed: int = 42
     epochs: int = 100
     batch_size: int = 16
+    accumulate: int = 1
     workers: int = 0
     device: str = "cpu"
     amp: str = "none"
     channels_last: bool = False
+    compile: bool = False
     backend: str = "auto"
+    max_nonfinite: int = 20
+    log_every: int = 10
+    save_every: int = 0
+    save_minutes: float = 10.0
     images_logged: int = 4
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -145,6 +171,10 @@ class TrainConfig:
 
     def _check_sources(self) -> None:
         data, optim = self.data, self.optim
+        if self.accumulate > self.batch_size:
+            raise ConfigError(
+                f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}"
+            )
         if optim.min_lr > optim.lr:
             raise ConfigError(
                 f"optim.min_lr must be at most optim.lr ({optim.lr:g}), got {optim.min_lr:g}; set both"
@@ -192,6 +222,9 @@ def _is_utf8(name: str) -> bool:
         return False
 
 
+AMP = ("none", "bf16", "fp16")
+_CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = {name: _CONFIGS / f"{name}.yaml" for name in ("paper", "released")}
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 SOURCES = ("sample", "folder", "json")
 PATHS = (
@@ -212,10 +245,15 @@ RULES: dict[str, Rule] = {
     "seed": _SEED,
     "epochs": _COUNT,
     "batch_size": _COUNT,
+    "accumulate": _COUNT,
     "workers": _FROM_ZERO,
     "images_logged": _FROM_ZERO,
-    "amp": (lambda value: value in ("none", "bf16"), "none or bf16"),
+    "amp": _one_of(*AMP),
     "backend": _one_of(*BACKENDS),
+    "max_nonfinite": _COUNT,
+    "log_every": _COUNT,
+    "save_every": _FROM_ZERO,
+    "save_minutes": _FROM_ZERO,
     "data.source": _one_of(*SOURCES),
     "data.crop": _between(32, 8192),
     "data.samples": _COUNT,
@@ -231,7 +269,9 @@ RULES: dict[str, Rule] = {
     "data.augment.jpeg_quality": _ordered(1, 100),
     "loss.form": _one_of("paper", "released"),
     "loss.edge_weight": _FROM_ZERO,
+    "loss.edge_width": (lambda value: value >= 1 and value % 2 == 1, "odd and at least 1"),
     "loss.bce": _FROM_ZERO,
+    "optim.name": _one_of("adamw", "adam"),
     "optim.lr": (lambda value: 0 < value < math.inf, "positive and finite"),
     "optim.min_lr": _FROM_ZERO,
     "optim.betas": (lambda pair: all(0 <= value < 1 for value in pair), "two values in [0, 1)"),
@@ -242,24 +282,38 @@ RULES: dict[str, Rule] = {
 }
 
 
-def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None) -> TrainConfig:
-    """Read a YAML file (None: the defaults) and apply overrides, given by dotted name ("optim.lr": 1e-3).
+def load_config(
+    path: str | Path | None, overrides: dict[str, Any] | None = None, preset: str | None = None
+) -> TrainConfig:
+    """A training preset (None: the defaults), changed by a YAML file and then by overrides.
+
+    Args:
+        path: the file, or None.
+        overrides: values by dotted name ("optim.lr": 1e-3).
+        preset: one of PRESETS, the published ways to train.
 
     Raises ConfigError that names an unknown key, a value of the wrong type or out of range, or a file that cannot be
     read.
     """
-    values: Any = {}
-    if path is not None:
-        try:
-            text = Path(path).expanduser().read_bytes()
-        except OSError as error:
-            raise ConfigError(f"{path} must be a readable file, got: {error.strerror}") from None
-        values = _read_yaml(text, str(path)) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(values).__name__}")
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    values = _read_file(PRESETS[preset]) if preset else {}
+    changes = _read_file(Path(path).expanduser()) if path is not None else {}
+    values = _merge(values, changes)
     for name, value in (overrides or {}).items():
         _put(values, name, value)
     return from_dict(values)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} must be a readable file, got: {error.strerror}") from None
+    values = _read_yaml(text, str(path)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(values).__name__}")
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -290,6 +344,20 @@ def _read_yaml(text: str | bytes, name: str) -> Any:
     # ValueError: a date that does not exist, or bytes that are not text.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        section = merged.get(key)
+        if isinstance(section, dict):
+            # A section whose keys are all commented out reads as None and changes nothing.
+            merged[key] = (
+                _merge(section, value) if isinstance(value, dict) else section if value is None else value
+            )
+        else:
+            merged[key] = value
+    return merged
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:

@@ -3,22 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .config import TrainConfig, flatten
+from .config import ConfigError, TrainConfig, flatten
+from .data import pairs_of
 
-# What may differ in a resumed run: where it runs, what it logs, how long it goes on. Steps depend on none of it.
-FREE = ("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad")
+# What may differ in a resumed run: where it runs, what it shows, how long it goes on; nothing that its steps depend on.
+FREE = (
+    *("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad"),
+    *("accumulate", "compile", "max_nonfinite", "log_every", "save_every", "save_minutes"),
+)
 
 
 class TrainingError(RuntimeError):
     """Training cannot continue: a non-finite loss, too many bad files, or the state or output of another run."""
+
+
+@dataclass
+class Tally:
+    """Sums over the steps of an epoch that were taken, and the number of skipped ones; row: the last ones in a row."""
+
+    loss: float = 0.0
+    norm: float = 0.0
+    steps: int = 0
+    skipped: int = 0
+    row: int = 0
+
+    def add(self, loss: float, norm: float) -> bool:
+        """Count a step; False where it was skipped, its loss or gradient not being finite."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skipped, self.row = self.skipped + 1, self.row + 1
+            return False
+        self.loss, self.norm, self.steps, self.row = self.loss + loss, self.norm + norm, self.steps + 1, 0
+        return True
+
+    def figures(self) -> dict[str, float]:
+        """Means over the steps that were taken."""
+        return {
+            "train/loss": self.loss / self.steps,
+            "train/grad_norm": self.norm / self.steps,
+            "train/skipped": float(self.skipped),
+        }
 
 
 class Ema:
@@ -84,6 +119,21 @@ def set_rng(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """torch.save that leaves the earlier file where it fails or is killed; OSError where the file cannot be written."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(error.__context__ or error).split())[:200]
+        raise OSError(f"{str(path)!r} cannot be written, what it held stays: {reason}") from None
+
+
 def check_same_run(saved: TrainConfig, wanted: TrainConfig) -> None:
     """TrainingError that names the settings, except FREE, in which two runs differ."""
     theirs, ours = flatten(saved.to_dict()), flatten(wanted.to_dict())
@@ -103,3 +153,16 @@ def check_same_data(saved: dict[str, str], found: dict[str, str]) -> None:
             raise TrainingError(
                 f"cannot resume: the {part} set must hold the files of the saved run, {saved[part]}, got {files}"
             )
+
+
+def check_apart(training: Any, validation: Any) -> None:
+    """ConfigError where a photo is in both sets: the best checkpoint would be chosen by what it was taught."""
+    sets = [pairs_of(training), pairs_of(validation)]
+    if None in sets:
+        return
+    files = [{os.path.realpath(pair.image) for pair in pairs.pairs} for pairs in sets if pairs is not None]
+    shared = sorted(files[0] & files[1])
+    if shared:
+        raise ConfigError(
+            f"training and validation set must not share photos, got {len(shared)} in both, the first {shared[0]!r}"
+        )

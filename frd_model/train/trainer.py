@@ -1,15 +1,17 @@
 """Train FRD-Net: `frd train`, or `Trainer(config).fit()`.
 
-A run is determined by its configuration: data depends on (seed, epoch, index), the learning rate on the step only, and
-a resumed run continues bit for bit (on the same machine with as many threads). If it is resumed with more epochs, the
-learning rate follows the curve of the longer run from there on: it jumps up, and reaches min_lr at the new end.
+A run is a function of its configuration: data depends on (seed, epoch, index), the learning rate on the step
+alone, and a resumed run continues bit for bit (same machine, same thread count), from the middle of an epoch too.
+Several processes, which torchrun starts, divide each batch and compute the same steps as one. A run that is resumed
+with more epochs follows the learning rate of the longer run from there on: it rises again, and falls to min_lr at the
+new end. The best weights are chosen on the validation set; no test set is ever opened.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-import os
 import sys
 import tempfile
 import time
@@ -22,20 +24,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import yaml
-from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import frd_kernels as fk
 from frd_model.data.transforms import resize
 from frd_model.factory import create_model
-from frd_model.losses import FRDLoss
 from frd_model.metrics import aggregate, image_metrics
-from frd_model.predict import PredictionError, parse_device, predict
+from frd_model.predict import PredictionError, predict
 from frd_model.weights import save_model
 
+from . import processes
 from .config import TrainConfig, from_dict
 from .data import (
     Failure,
@@ -47,15 +46,20 @@ from .data import (
     pairs_of,
     start_worker,
 )
+from .sampler import StepSampler
 from .state import (
     Ema,
+    Tally,
     TrainingError,
+    check_apart,
     check_same_data,
     check_same_run,
     get_rng,
     seed_everything,
     set_rng,
+    write_state,
 )
+from .update import Updater
 
 WEIGHTS = ("last.pt", "last.safetensors", "best.safetensors")
 PANEL = 384
@@ -71,7 +75,8 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output = Path(config.output)
-        self.device = parse_device(config.device)
+        self.device = processes.own_device(config.device)
+        self.is_first = processes.rank() == 0
         seed_everything(config.seed)
         section = config.model
         self.model = create_model(
@@ -79,15 +84,19 @@ class Trainer:
         ).to(self.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.loss = FRDLoss(config.loss.form, config.loss.edge_weight, bce_weight=config.loss.bce)
-        self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, config.optim.weight_decay),
-            lr=config.optim.lr,
-            betas=config.optim.betas,
-        )
+        if not self.is_first:
+            # The first weights are the same in all processes, what the steps draw is not.
+            seed_everything((config.seed + processes.rank()) % 2**32)
+        self.updater = Updater(self.model, config, self.device)
+        self.optimizer = self.updater.optimizer
         self.ema = Ema(self.model, config.optim.ema) if config.optim.ema else None
         self.train_data, self.val_data = open_data(config)
-        self.steps_per_epoch = math.ceil(len(self.train_data) / config.batch_size)
+        check_apart(self.train_data, self.val_data)
+        self.sampler = StepSampler(
+            self.train_data, config.batch_size, config.seed, processes.rank(), processes.world()
+        )
+        self.loader = self._loader()
+        self.steps_per_epoch = self.sampler.steps
         warmup = round(config.optim.warmup_epochs * self.steps_per_epoch)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -100,7 +109,9 @@ class Trainer:
         )
         # The scheduler has set the learning rate to 0, the start of its warm-up: a step outside `fit` would do nothing.
         self.learning_rate(warmup)
-        self.epoch = 0
+        # Epochs that are done, and steps of the next one.
+        self.epoch = self.step = 0
+        self.tally = Tally()
         self.best = -math.inf
         self.history: list[dict[str, float]] = []
         self.selects = True
@@ -114,46 +125,60 @@ class Trainer:
 
         overwrite: remove the weights and the state of an earlier run in the output directory.
 
-        Returns the metrics of the last epoch, without those that are undefined on the validation set. Raises
-        TrainingError if a loss is not finite, if more photos than `data.max_bad` allows cannot be used, and,
-        before any work, if the output directory holds another run; OSError if it cannot be written.
+        Returns the figures of the last epoch; those that are not defined on the validation set are missing. Raises
+        TrainingError when `max_nonfinite` steps in a row had no finite loss or gradient, when more photos than
+        `data.max_bad` allows cannot be used, and, before any work, when the output directory holds another run;
+        OSError where it cannot be written.
         """
         writer = _summary_writer()
-        self._prepare_output(overwrite)
-        print(f"training on {describe(self.train_data)}; validation on {describe(self.val_data)}", flush=True)
-        self._check_sets()
-        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-        (self.output / "config.yaml").write_text(text, encoding="utf-8")
-        started = time.monotonic()
+        if self.is_first:
+            self._prepare_output(overwrite)
+            sets = f"training on {describe(self.train_data)}; validation on {describe(self.val_data)}"
+            print(f"{sets}{_processes()}", flush=True)
+            self._check_sets()
+            text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+            (self.output / "config.yaml").write_text(text, encoding="utf-8")
+        self.selects = processes.agree(self.selects)
+        started = self.saved = time.monotonic()
         end = self.config.epochs if stop_after is None else min(self.config.epochs, self.epoch + stop_after)
-        with contextlib.closing(writer(str(self.output / "tensorboard"))) as board:
+        with contextlib.ExitStack() as stack:
+            board = None
+            if self.is_first:
+                # Events of steps that a killed run did not save are hidden.
+                done = self.epoch * self.steps_per_epoch + self.step
+                log = writer(str(self.output / "tensorboard"), purge_step=done + 1 if done else None)
+                board = stack.enter_context(contextlib.closing(log))
             while self.epoch < end:
                 begin = time.monotonic()
                 figures = self._train_epoch(board)
-                self.epoch += 1
+                self.epoch, self.step, self.tally = self.epoch + 1, 0, Tally(row=self.tally.row)
                 figures |= self.validate(board)
                 figures |= {"epoch": float(self.epoch), "seconds": time.monotonic() - begin}
                 self.history.append(figures)
                 self._log(board, figures)
                 self._save(figures)
-                if max_minutes is not None and time.monotonic() - started > 60.0 * max_minutes:
-                    print(f"stopped after epoch {self.epoch}: {max_minutes:g} minutes have passed")
+                late = max_minutes is not None and time.monotonic() - started > 60.0 * max_minutes
+                if processes.agree(late):
+                    if self.is_first:
+                        print(f"stopped after epoch {self.epoch}: {max_minutes:g} minutes have passed")
                     break
         return self.history[-1] if self.history else {}
 
     def validate(self, board: Any = None) -> dict[str, float]:
         """Mean metrics of the forged validation images, and the fraction of pixels falsely marked in untouched ones.
 
-        Images are predicted by `predict`, large ones in tiles, with the averaged weights if ema is on. Metrics that
-        are undefined on the set are left out.
+        Each image is predicted as `predict` does it, large ones in tiles, with the averaged weights where ema is on.
+        Processes divide the images and all return the same figures.
+        A figure that is not defined on the set is missing.
         """
-        rows: list[dict[str, float]] = []
-        alarms: list[float] = []
+        rows: dict[int, dict[str, float]] = {}
+        alarms: dict[int, float] = {}
         panels: list[npt.NDArray[np.uint8]] = []
         self.model.eval()
         context = self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext()
-        with context, self._precision():
-            for index in tqdm(range(len(self.val_data)), desc="validation", disable=None, leave=False):
+        share = range(processes.rank(), len(self.val_data), processes.world())
+        with context, self.updater.precision():
+            for index in tqdm(share, desc="validation", disable=self._hides_bars, leave=False):
                 try:
                     image, mask = self.val_data.load(index)
                 except (ValueError, OSError) as error:
@@ -166,22 +191,24 @@ class Trainer:
                         f"validation image {index} after epoch {self.epoch}: {error}; lower optim.lr"
                     ) from None
                 if not mask.any():
-                    alarms.append(float(result.mask.mean()))
+                    alarms[index] = float(result.mask.mean())
                     continue
                 if len(panels) < self.config.images_logged:
                     panels.append(_panel(image, mask, result.probability))
                 # The exact AUC sorts all pixels: free the rest of a large photo first.
                 probability = result.probability
                 del image, result
-                rows.append(image_metrics(probability, mask))
+                rows[index] = image_metrics(probability, mask)
                 del probability, mask
         self.model.train()
         if board is not None:
             for i, panel in enumerate(panels):
                 board.add_image(f"val/{i}", panel, self.epoch, dataformats="HWC")
-        figures = {f"val/{k}": float(v) for k, v in aggregate(rows).items()}
-        if alarms:
-            figures["val/false_alarm"] = sum(alarms) / len(alarms)
+        # In the order of the set, so that the means are the same for any number of processes.
+        every, false = _merged(processes.gather(rows)), _merged(processes.gather(alarms))
+        figures = {f"val/{k}": float(v) for k, v in aggregate(every).items()}
+        if false:
+            figures["val/false_alarm"] = sum(false) / len(false)
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
     def resume(self) -> None:
@@ -214,12 +241,20 @@ class Trainer:
                 f"the learning rate follows the new length from epoch {state['epoch'] + 1} on"
             )
         self.model.load_state_dict(state["model"])
+        for group, own in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            # How a step is computed belongs to the device, not to the run.
+            group["fused"] = own["fused"]
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.updater.scales and "scaler" in state:
+            self.updater.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.values = {k: v.to(self.device) for k, v in state["ema"]["values"].items()}
             self.ema.updates = state["ema"]["updates"]
         self.epoch, self.best, self.history = state["epoch"], state["best"], state["history"]
-        set_rng(state["rng"])
+        self.step, self.tally = state.get("step", 0), Tally(**state.get("tally", {}))
+        states = [state["rng"], *state.get("other_rngs", [])]
+        if processes.rank() < len(states):
+            set_rng(states[processes.rank()])
 
     def learning_rate(self, step: int) -> float:
         """Set the optimizer to the learning rate of a step, which depends on the step alone, and return it.
@@ -230,75 +265,88 @@ class Trainer:
         self.scheduler.step_update(step + 1 if step < self.scheduler.warmup_t else step)
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def _train_epoch(self, board: Any) -> dict[str, float]:
-        self.model.train()
-        total, norms = 0.0, 0.0
-        first = self.epoch * self.steps_per_epoch
-        bar = tqdm(self._batches(), total=self.steps_per_epoch, desc=f"epoch {self.epoch + 1}", disable=None)
-        for step, (image, mask) in enumerate(bar, first):
-            rate = self.learning_rate(step)
-            loss, norm = self._step(image, mask, step)
-            total, norms = total + loss, norms + norm
-            board.add_scalar("train/loss", loss, step + 1)
-            board.add_scalar("train/grad_norm", norm, step + 1)
-            board.add_scalar("train/lr", rate, step + 1)
-            bar.set_postfix(loss=f"{loss:.3f}")
-        return {"train/loss": total / self.steps_per_epoch, "train/grad_norm": norms / self.steps_per_epoch}
+    @property
+    def _hides_bars(self) -> bool | None:
+        return None if self.is_first else True
 
-    def _step(self, image: torch.Tensor, mask: torch.Tensor, step: int) -> tuple[float, float]:
-        """One update from image [B, 3, H, W] and mask [B, 1, H, W]; returns the loss and the gradient's norm."""
-        logits = self._forward(image.to(self.device)).float()
-        loss = self.loss(logits, mask.to(self.device))["total"]
-        value = float(loss.detach())
-        if not math.isfinite(value):
+    def _train_epoch(self, board: Any) -> dict[str, float]:
+        """The rest of an epoch, from `self.step` on."""
+        self.model.train()
+        first = self.epoch * self.steps_per_epoch
+        pending: list[tuple[int, float, torch.Tensor]] = []
+        title = f"epoch {self.epoch + 1}"
+        with tqdm(initial=self.step, total=self.steps_per_epoch, desc=title, disable=self._hides_bars) as bar:
+            for image, mask in self._batches():
+                rate = self.learning_rate(first + self.step)
+                pending.append((first + self.step, rate, self._step(image, mask)))
+                self.step += 1
+                bar.update()
+                saves = self.config.save_every and self.step % self.config.save_every == 0
+                logs = self.step % self.config.log_every == 0 or self.step == self.steps_per_epoch
+                if logs or saves:
+                    bar.set_postfix(loss=f"{self._report(board, pending):.3f}")
+                    pending.clear()
+                if self.step < self.steps_per_epoch and (saves or (logs and self._is_time_to_save())):
+                    self._save_state()
+        if not self.tally.steps:
             raise TrainingError(
-                f"the loss became {value} in epoch {self.epoch + 1}, step {step + 1}; "
-                f"last.pt holds the state before this epoch: lower optim.lr or optim.clip_norm"
+                f"no step of epoch {self.epoch + 1} had a finite loss and gradient; last.pt holds the state before: "
+                f"lower optim.lr or set optim.clip_norm"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        clip = self.config.optim.clip_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient's norm became {norm} in epoch {self.epoch + 1}, step {step + 1}"
-            )
-        self.optimizer.step()
+        return self.tally.figures()
+
+    def _step(self, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One update; returns the loss and the gradient's norm, on the device."""
+        values = self.updater.step(image, mask, self.sampler.is_spare(self.step))
         if self.ema:
             self.ema.update(self.model)
-        return value, norm
+        return values
 
-    def _forward(self, image: torch.Tensor) -> torch.Tensor:
-        if self.config.channels_last:
-            image = image.to(memory_format=torch.channels_last)
-        with self._precision():
-            logits: torch.Tensor = self.model(image)
-        return logits
+    def _report(self, board: Any, pending: list[tuple[int, float, torch.Tensor]]) -> float:
+        """Fetch the figures of the last steps, in one transfer, count and log them; returns the last loss."""
+        values = torch.stack([value for _, _, value in pending]).tolist()
+        for (step, rate, _), (loss, norm) in zip(pending, values, strict=True):
+            usable = self.tally.add(loss, norm)
+            if not usable and self.is_first:
+                tqdm.write(
+                    f"skipped step {step + 1} of epoch {self.epoch + 1}: loss {loss:g}, gradient norm {norm:g} "
+                    f"({self.tally.skipped} in this epoch)",
+                    file=sys.stderr,
+                )
+            if self.tally.row >= self.config.max_nonfinite:
+                raise TrainingError(
+                    f"{self.tally.row} steps in a row up to step {step + 1} had no finite loss or gradient (the last: "
+                    f"loss {loss:g}, norm {norm:g}); last.pt holds an earlier state: lower optim.lr or optim.clip_norm"
+                )
+            if board is not None:
+                board.add_scalar("train/loss", loss, step + 1)
+                board.add_scalar("train/grad_norm", norm, step + 1)
+                board.add_scalar("train/lr", rate, step + 1)
+        return float(values[-1][0])
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        """The backend of the kernels and autocast, as configured."""
-        backend = self.config.backend
-        with (
-            contextlib.nullcontext() if backend == "auto" else fk.use_backend(backend),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp == "bf16"),
-        ):
-            yield
+    def _is_time_to_save(self) -> bool:
+        minutes = self.config.save_minutes
+        return bool(minutes and processes.agree(time.monotonic() - self.saved > 60.0 * minutes))
 
-    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        self.train_data.set_epoch(self.epoch)
-        # The order depends on seed and epoch only, so a resumed run sees what an uninterrupted one would.
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
-        loader = DataLoader(
+    def _loader(self) -> DataLoader[Any]:
+        workers = self.config.workers
+        return DataLoader(
             self.train_data,
-            batch_size=self.config.batch_size,
-            shuffle=True,
-            num_workers=self.config.workers,
-            generator=generator,
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+            # Of its own, so that the random numbers of the steps do not depend on it.
+            generator=torch.Generator(),
             collate_fn=collate,
             worker_init_fn=start_worker,
         )
-        for image, mask, failures in loader:
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The batches of an epoch from `self.step` on."""
+        self.train_data.set_epoch(self.epoch)
+        self.sampler.set_position(self.epoch, self.step)
+        for image, mask, failures in self.loader:
             for failed in failures:
                 self._skip("training", failed)
             if image is None:
@@ -382,14 +430,18 @@ class Trainer:
         return {"training": digest(self.train_data), "validation": digest(self.val_data)}
 
     def _log(self, board: Any, figures: dict[str, float]) -> None:
+        if board is None:
+            return
         for name, value in figures.items():
             board.add_scalar(name, value, self.epoch)
+        skipped = figures["train/skipped"]
         shown = ("train/loss", "val/auc", "val/permute_f1", "val/f1", "val/false_alarm", "seconds")
         print(
             f"epoch {self.epoch}/{self.config.epochs} "
             + " ".join(
                 f"{name.removeprefix('val/')} {figures[name]:.4g}" for name in shown if name in figures
-            ),
+            )
+            + (f" skipped steps {skipped:g}" if skipped else ""),
             flush=True,
         )
 
@@ -398,26 +450,47 @@ class Trainer:
         improved = merit is not None and merit > self.best
         if merit is not None and improved:
             self.best = merit
-        metadata = {"epoch": self.epoch, "figures": figures, "training": self.config.to_dict()}
-        with self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext():
-            save_model(self.model, self.output / "last.safetensors", metadata)
-            if improved:
-                save_model(self.model, self.output / "best.safetensors", metadata)
-        ema = {"values": self.ema.values, "updates": self.ema.updates} if self.ema else None
-        state = {
-            "config": self.config.to_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": ema,
-            "epoch": self.epoch,
-            "best": self.best,
-            "history": self.history,
-            "data": self._digests(),
-            "rng": get_rng(),
-        }
-        temporary = self.output / "last.pt.tmp"
-        torch.save(state, temporary)
-        os.replace(temporary, self.output / "last.pt")
+        if self.is_first:
+            metadata = {"epoch": self.epoch, "figures": figures, "training": self.config.to_dict()}
+            with self.ema.swapped_in(self.model) if self.ema else contextlib.nullcontext():
+                save_model(self.model, self.output / "last.safetensors", metadata)
+                if improved:
+                    save_model(self.model, self.output / "best.safetensors", metadata)
+        self._save_state()
+
+    def _save_state(self) -> None:
+        """Write last.pt, whole or not at all."""
+        rng, *others = processes.gather(get_rng())
+        if self.is_first:
+            ema = {"values": self.ema.values, "updates": self.ema.updates} if self.ema else None
+            state = {
+                "config": self.config.to_dict(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.updater.scaler.state_dict(),
+                "ema": ema,
+                "epoch": self.epoch,
+                "step": self.step,
+                "tally": dataclasses.asdict(self.tally),
+                "best": self.best,
+                "history": self.history,
+                "data": self._digests(),
+                "rng": rng,
+                "other_rngs": others,
+            }
+            write_state(state, self.output / "last.pt")
+        self.saved = time.monotonic()
+
+
+def _merged(parts: list[dict[int, Any]]) -> list[Any]:
+    """The values of all processes, by index."""
+    return [
+        value for _, value in sorted((item for part in parts for item in part.items()), key=lambda i: i[0])
+    ]
+
+
+def _processes() -> str:
+    return f"; {processes.world()} processes" if processes.world() > 1 else ""
 
 
 def _summary_writer() -> Any:
@@ -426,13 +499,6 @@ def _summary_writer() -> Any:
     except ImportError:
         raise ModuleNotFoundError("training needs tensorboard: pip install 'frd-kernels[train]'") from None
     return SummaryWriter
-
-
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of convolutions and linear layers, with decay, then norms, biases and scales, without."""
-    # Without decay timm makes one group, but last.pt has two. 1e-30 changes no weight: 1 - lr * 1e-30 is exactly 1.
-    groups: list[dict[str, Any]] = param_groups_weight_decay(model, weight_decay or 1e-30)
-    return groups[::-1]
 
 
 def _panel(

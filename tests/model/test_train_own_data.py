@@ -106,7 +106,8 @@ def test_mixed_folder_trains_alike_with_and_without_workers(
 
 @pytest.mark.parametrize("name", ["train_json", "val_json"])
 def test_lists(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = make_plain(tmp_path, 4)
+    make_plain(tmp_path, 4)
+    folder = make_plain(tmp_path / "folder", 4)
     entries = [["images/a.png", "masks/a.png"], ["images/b.png", "Negative"], ["images/c.png", "masks/c.png"]]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     flags = ["--json", str(tmp_path / "list.json"), *as_validation(folder)]
@@ -133,7 +134,7 @@ def test_sub_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_set_that_cannot_choose_is_said_before_training(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = make_set(tmp_path / "data", kind)
+    flags, held = make_set(tmp_path / "data", kind), make_set(tmp_path / "val", kind)
     said: list[str] = []
     epoch = Trainer._train_epoch
 
@@ -143,7 +144,7 @@ def test_a_set_that_cannot_choose_is_said_before_training(
 
     monkeypatch.setattr(Trainer, "_train_epoch", note)
     run = tmp_path / "run"
-    assert train(run, *flags, *as_validation(flags), "--epochs", "2") == 0
+    assert train(run, *flags, *as_validation(held), "--epochs", "2") == 0
     assert "no best checkpoint can be chosen" in said[0]
     assert ("no training photo has a mask" in said[0]) == (kind == "none")
     out = capsys.readouterr().out
@@ -303,7 +304,7 @@ def test_a_file_that_breaks_is_named_counted_and_replaced(
     broken.image.write_bytes(broken.image.read_bytes()[:60])
     sizes = []
     step = trainer._step
-    trainer._step = lambda image, mask, number: (sizes.append(len(image)), step(image, mask, number))[1]  # type: ignore[method-assign]
+    trainer._step = lambda image, mask: (sizes.append(len(image)), step(image, mask))[1]  # type: ignore[method-assign]
     trainer.fit()
     err = capsys.readouterr().err
     assert err.count(str(broken.image)) == 1
@@ -358,10 +359,10 @@ def test_a_photo_too_large_for_the_memory_is_passed_over(
 
 
 def test_missing_files_of_a_list_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_plain(tmp_path, 4)
+    make_plain(tmp_path, 5)
     entries = [[f"images/{name}.png", f"masks/{name}.png"] for name in "abcd"]
     (tmp_path / "train.json").write_text(json.dumps([*entries, ["images/gone.png", "Negative"]]))
-    (tmp_path / "val.json").write_text(json.dumps(entries[:1]))
+    (tmp_path / "val.json").write_text(json.dumps([["images/e.png", "masks/e.png"]]))
     lists = ["--json", str(tmp_path / "train.json"), "--val-json", str(tmp_path / "val.json")]
     assert train(tmp_path / "run", *lists) == 0
     err = capsys.readouterr().err
@@ -483,7 +484,10 @@ def test_one_photo_cannot_be_divided(tmp_path: Path, capsys: pytest.CaptureFixtu
     flags = make_plain(tmp_path / "data", 1)
     assert train(tmp_path / "run", *flags) == 1
     assert "give data.val_images and data.val_masks" in capsys.readouterr().err
-    assert train(tmp_path / "run", *flags, *as_validation(flags)) == 0
+    assert train(tmp_path / "run", *flags, *as_validation(flags)) == 1
+    shared = str(tmp_path / "data" / "images" / "a.png")
+    assert f"must not share photos, got 1 in both, the first {shared!r}" in capsys.readouterr().err
+    assert train(tmp_path / "run", *flags, *as_validation(make_plain(tmp_path / "val", 1))) == 0
 
 
 def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
