@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     changes = overrides(args)
     earlier = None if args.config or args.preset else _saved_config(args.resume, changes)
     config = load_config(args.config or earlier, changes, args.preset)
-    # After the configuration has been read: a typing mistake in it should not wait for torch.
+    # After the configuration is read: its mistakes are reported before torch is imported.
     from frd_model.train import processes
 
     processes.join(config.device)

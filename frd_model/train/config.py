@@ -89,9 +89,9 @@ class DataSection:
 
 @dataclass
 class LossSection:
-    """form, edge_weight, edge_width: of `FRDLoss`; bce: weight of an added cross entropy.
+    """form, edge_weight, edge_width: of `FRDLoss`; bce: weight of an added cross-entropy.
 
-    Dice alone is slow to start from random weights.
+    The cross-entropy is for training from scratch.
     """
 
     form: str = "released"
@@ -104,7 +104,7 @@ class LossSection:
 class OptimSection:
     """name: adamw or adam, with a linear warm-up and a cosine to min_lr (min_lr = lr: constant).
 
-    weight_decay is decoupled in adamw, part of the gradient in adam. clip_norm and ema of 0 switch them off.
+    weight_decay is decoupled in adamw, part of the gradient in adam. 0 disables clip_norm and ema.
     """
 
     name: str = "adamw"
@@ -128,7 +128,7 @@ class TrainConfig:
             "batch" the statistics are those of the parts.
         amp: "none", "bf16" or "fp16" (autocast, with a gradient scaler for fp16); the loss is computed in float32.
         compile: torch.compile the network for training.
-        backend: of the kernels, see `frd_kernels.use_backend`; auto goes by the device.
+        backend: of the kernels, see `frd_kernels.use_backend`; "auto" chooses by device.
         max_nonfinite: steps whose loss or gradient is not finite are skipped and counted; so many in a row, or a whole
             epoch of them, stop the run.
         log_every: steps between two transfers of the losses from the device, and two updates of what is shown.

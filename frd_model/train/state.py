@@ -18,7 +18,7 @@ from torch import nn
 from .config import ConfigError, TrainConfig, flatten
 from .data import pairs_of
 
-# What may differ in a resumed run: where it runs, what it shows, how long it goes on; nothing that its steps depend on.
+# What may differ in a resumed run: where it runs, what it logs, how long it goes on. Steps depend on none of it.
 FREE = (
     *("output", "device", "workers", "images_logged", "backend", "epochs", "data.max_bad"),
     *("accumulate", "compile", "max_nonfinite", "log_every", "save_every", "save_minutes"),

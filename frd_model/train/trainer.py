@@ -1,10 +1,10 @@
 """Train FRD-Net: `frd train`, or `Trainer(config).fit()`.
 
-A run is a function of its configuration: data depends on (seed, epoch, index), the learning rate on the step
-alone, and a resumed run continues bit for bit (same machine, same thread count), from the middle of an epoch too.
-Several processes, which torchrun starts, divide each batch and compute the same steps as one. A run that is resumed
-with more epochs follows the learning rate of the longer run from there on: it rises again, and falls to min_lr at the
-new end. The best weights are chosen on the validation set; no test set is ever opened.
+A run is determined by its configuration: data depends on (seed, epoch, index), the learning rate on the step only, and
+a resumed run continues bit for bit (on the same machine with as many threads), from the middle of an epoch too. If it is
+resumed with more epochs, the learning rate follows the curve of the longer run from there on: it jumps up, and reaches
+min_lr at the new end. Several processes, started by torchrun, divide each batch and compute the same steps as one. The
+best weights are chosen on the validation set; no test set is opened.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ class Trainer:
 
         overwrite: remove the weights and the state of an earlier run in the output directory.
 
-        Returns the figures of the last epoch; those that are not defined on the validation set are missing. Raises
-        TrainingError when `max_nonfinite` steps in a row had no finite loss or gradient, when more photos than
-        `data.max_bad` allows cannot be used, and, before any work, when the output directory holds another run;
-        OSError where it cannot be written.
+        Returns the metrics of the last epoch, without those that are undefined on the validation set. Raises
+        TrainingError if `max_nonfinite` steps in a row, or all of an epoch, had no finite loss and gradient, if more
+        photos than `data.max_bad` allows cannot be used, and, before any work, if the output directory holds another
+        run; OSError if it cannot be written.
         """
         writer = _summary_writer()
         if self.is_first:
@@ -167,9 +167,8 @@ class Trainer:
     def validate(self, board: Any = None) -> dict[str, float]:
         """Mean metrics of the forged validation images, and the fraction of pixels falsely marked in untouched ones.
 
-        Each image is predicted as `predict` does it, large ones in tiles, with the averaged weights where ema is on.
-        Processes divide the images and all return the same figures.
-        A figure that is not defined on the set is missing.
+        Images are predicted by `predict`, large ones in tiles, with the averaged weights if ema is on. Metrics that
+        are undefined on the set are left out. Processes divide the images and return the same metrics.
         """
         rows: dict[int, dict[str, float]] = {}
         alarms: dict[int, float] = {}

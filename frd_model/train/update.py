@@ -143,7 +143,7 @@ class Updater:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights of convolutions and linear layers, which decay, then norms, biases and scales, which do not."""
-    # At a decay of 0 timm makes one group. last.pt always has two: 1e-30 changes no weight (1 - lr * 1e-30 is 1).
+    """Weights of convolutions and linear layers, with decay, then norms, biases and scales, without."""
+    # Without decay timm makes one group, but last.pt has two. 1e-30 changes no weight: 1 - lr * 1e-30 is exactly 1.
     groups: list[dict[str, object]] = param_groups_weight_decay(model, weight_decay or 1e-30)
     return groups[::-1]

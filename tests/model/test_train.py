@@ -159,7 +159,9 @@ def test_non_finite_steps_stop(tmp_path: Path, epoch: bool, capsys: pytest.Captu
     message = "no step of epoch 1 had" if epoch else "3 steps in a row up to step 3 had no finite loss"
     with pytest.raises(TrainingError, match=message):
         trainer.fit()
-    assert "skipped step 1 of epoch 1: loss nan, gradient norm nan (1 in this epoch)" in capsys.readouterr().err
+    assert (
+        "skipped step 1 of epoch 1: loss nan, gradient norm nan (1 in this epoch)" in capsys.readouterr().err
+    )
     assert not (tmp_path / "last.pt").exists()
 
 
