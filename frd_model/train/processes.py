@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def join(device: str) -> None:
     """Join the group that torchrun's environment describes; NCCL for tensors on GPUs, gloo for everything else."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         parse_device(device)
+        # The strides of a depthwise weight [C, 1, k, k] are ambiguous; the gradient is right either way.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
 
 

@@ -1,7 +1,7 @@
 """Train FRD-Net: `frd train`, or `Trainer(config).fit()`.
 
 A run is determined by its configuration: data depends on (seed, epoch, index), the learning rate on the step only, and
-a resumed run continues bit for bit (on the same machine with as many threads), from the middle of an epoch too. If it is
+a resumed run continues bit for bit (on the same machine with as many threads), in mid-epoch too. If it is
 resumed with more epochs, the learning rate follows the curve of the longer run from there on: it jumps up, and reaches
 min_lr at the new end. Several processes, started by torchrun, divide each batch and compute the same steps as one. The
 best weights are chosen on the validation set; no test set is opened.

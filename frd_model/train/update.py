@@ -54,7 +54,6 @@ class Updater:
             self.whole = DistributedDataParallel(
                 self.part,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
 
