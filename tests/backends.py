@@ -73,7 +73,7 @@ def tier(name: str) -> str:
     return "gpu" if name in ("cuda", "triton") else ""
 
 
-def share(name: str, cases: Sequence[Case]) -> Sequence[Case]:
+def subset(name: str, cases: Sequence[Case]) -> Sequence[Case]:
     """What a test that loops over cases takes of them: all, in the slow interpreter four."""
     return cases[:: -(-len(cases) // 4)] if is_slow(name) else cases
 

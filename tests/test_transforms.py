@@ -129,12 +129,12 @@ def check_vmap(layer: nn.Module, x: Tensor) -> None:
 
 
 def check_vjp_and_jvp(layer: nn.Module, x: Tensor) -> None:
-    out, pull = vjp(layer, x)
+    out, backward = vjp(layer, x)
     torch.testing.assert_close(out, layer(x))
     cotangent, tangent = torch.randn_like(out), torch.randn_like(x)
     leaf = x.clone().requires_grad_()
     (wanted,) = torch.autograd.grad(layer(leaf), leaf, cotangent)
-    torch.testing.assert_close(pull(cotangent)[0], wanted)
+    torch.testing.assert_close(backward(cotangent)[0], wanted)
     pushed = jvp(layer, (x,), (tangent,))[1]
     torch.testing.assert_close((pushed * cotangent).sum(), (wanted * tangent).sum())
     with forward_ad.dual_level():

@@ -24,9 +24,9 @@ def dense_region(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One head of one region [B, C, h, w], mask [B, 1, h, w] of ones and zeros: pooled values [B, O, C],
     values [B, N, C], similarities [B, O, N] and the one-hot mask of the best of them."""
-    share = F.adaptive_avg_pool2d(mask, grid)
+    fraction = F.adaptive_avg_pool2d(mask, grid)
     pooled_k, pooled_v = (
-        (F.adaptive_avg_pool2d(t * mask, grid) / share.clamp_min(1e-9)).flatten(2).mT for t in (k, v)
+        (F.adaptive_avg_pool2d(t * mask, grid) / fraction.clamp_min(1e-9)).flatten(2).mT for t in (k, v)
     )
     cosine = torch.einsum(
         "boc,bcn->bon", F.normalize(pooled_k, dim=2), F.normalize((k * mask).flatten(2), dim=1)

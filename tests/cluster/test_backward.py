@@ -166,7 +166,7 @@ def test_one_result_of_a_cluster_is_used(backend: str, aggregate: str, used: str
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("layout", ["permuted", "expanded", "expanded channels", "sliced", "other item"])
+@pytest.mark.parametrize("layout", ["permuted", "expanded", "expanded channels", "sliced", "batch reversed"])
 def test_gradients_of_any_strides(backend: str, name: str, layout: str) -> None:
     inputs = two_inputs(name)
     out = CALLS[name](*inputs)[0]
@@ -176,7 +176,7 @@ def test_gradients_of_any_strides(backend: str, name: str, layout: str) -> None:
         "expanded": lambda: torch.randn(1, 1, channels).expand(out.shape),
         "expanded channels": lambda: torch.randn(batch, rows, 1).expand(out.shape),
         "sliced": lambda: torch.randn(batch, 2 * rows, channels + 3)[:, ::2, 1 : channels + 1],
-        "other item": lambda: torch.randn(batch, channels, rows).transpose(1, 2).flip(0),
+        "batch reversed": lambda: torch.randn(batch, channels, rows).transpose(1, 2).flip(0),
     }[layout]()
     found = torch.autograd.grad(out, inputs, grad, retain_graph=True)
     wanted = torch.autograd.grad(out, inputs, grad.contiguous().clone())

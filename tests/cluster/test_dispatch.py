@@ -94,7 +94,7 @@ def test_many_tokens_of_few_centres(backend: str) -> None:
     assert_agrees(found, dense(centres, labels, similarity, grad), 2500)
 
 
-def test_is_the_way_back_of_cluster(backend: str) -> None:
+def test_takes_the_results_of_cluster(backend: str) -> None:
     """With the results of a masked round: every token has its own centre, the masked ones zeros."""
     k, v = torch.randn(2, 2, 35, 6)
     mask = torch.rand(2, 35) < 0.7
@@ -201,7 +201,7 @@ def test_empty_batch(backend: str, channels_first: bool) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("channels_first", [False, True])
-def test_bits_repeat_and_an_item_does_not_depend_on_its_batch(backend: str, channels_first: bool) -> None:
+def test_bits_repeat_and_a_sample_does_not_depend_on_its_batch(backend: str, channels_first: bool) -> None:
     centres, labels, similarity = inputs((3, 6, 20, 700), torch.float32)
     grad = laid_out((3, 700, 20), torch.float32, "image" if channels_first else "tokens")
     together = run(centres, labels, similarity, grad, channels_first=channels_first)

@@ -146,7 +146,7 @@ def test_tokens_of_zero(backend: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_nan_stays_in_its_item(backend: str, variant: str) -> None:
+def test_a_nan_stays_in_its_sample(backend: str, variant: str) -> None:
     options = icm_options(SMALL, variant)
     x = torch.randn(3, 35, 6)
     clean = fk.icm(x, None, **options)
@@ -159,7 +159,7 @@ def test_a_nan_stays_in_its_item(backend: str, variant: str) -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["tokens", "image"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_item_does_not_depend_on_its_batch(backend: str, variant: str, layout: str) -> None:
+def test_a_sample_does_not_depend_on_its_batch(backend: str, variant: str, layout: str) -> None:
     x, maps = laid_out((3, 340, 10), torch.float32, layout), projections("biases", 3, 10)
     options = icm_options(LARGER, variant)
     together = run_icm(x, maps, options)[:2]

@@ -42,7 +42,7 @@ CASES = [*DISTINCT[:3], ((3, 2), (4, 5), 3), ((1, 1), (1, 1), 2)]
 def plain_round(
     k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, hw: Grid, grid: Grid, weigh: Callable[[Any], Any]
 ) -> tuple[list[Any], list[int], list[float]]:
-    """One item by the equations, over the tokens that take part: centres, labels, cosines."""
+    """One sample by the equations, over the tokens that take part: centres, labels, cosines."""
     kept = [n for n in range(len(k)) if mask[n]]
     bins = []
     for i in range(grid[0]):
@@ -53,15 +53,15 @@ def plain_round(
     zero = torch.zeros_like(k[0])
     keys = [sum((k[n] for n in bin), zero) / max(len(bin), 1) for bin in bins]
     sums = [sum((v[n] for n in bin), zero) / max(len(bin), 1) for bin in bins]
-    mass, labels, own = [1.0] * len(bins), [-1] * len(k), [0.0] * len(k)
+    weight_sums, labels, own = [1.0] * len(bins), [-1] * len(k), [0.0] * len(k)
     for n in kept:
         found = [float(k[n] @ key / max(k[n].norm(), 1e-12) / max(key.norm(), 1e-12)) for key in keys]
         labels[n] = found.index(max(found))
         own[n] = found[labels[n]]
         weight = weigh(own[n])
         sums[labels[n]] = sums[labels[n]] + weight * v[n]
-        mass[labels[n]] += weight
-    return [s / m for s, m in zip(sums, mass, strict=True)], labels, own
+        weight_sums[labels[n]] += weight
+    return [s / m for s, m in zip(sums, weight_sums, strict=True)], labels, own
 
 
 @pytest.mark.parametrize(("hw", "grid", "channels"), CASES)
@@ -174,15 +174,20 @@ def test_what_masked_tokens_hold_has_no_effect(
     assert (found[4][~mask] == 0).all() and (found[5][~mask] == 0).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_a_nan_of_a_token_that_takes_part_stays_in_its_cluster_and_bins(backend: str, aggregate: str) -> None:
+def test_a_nan_of_a_token_that_takes_part_stays_in_its_cluster_and_bins(
+    backend: str, aggregate: str, masked: bool
+) -> None:
     k, v = torch.randn(2, 2, 35, 4)
-    mask = torch.rand(2, 35) < 0.7
-    mask[1, 16] = True
+    mask = torch.rand(2, 35) < 0.7 if masked else None
+    if mask is not None:
+        mask[1, 16] = True
     clean = fk.cluster(k, v, (2, 3), (5, 7), aggregate=aggregate, mask=mask)
     v = v.clone()
     v[1, 16, 3] = NAN  # row 2 lies in both rows of bins, column 2 in the first two of three
-    v[~mask] = NAN
+    if mask is not None:
+        v[~mask] = NAN
     found = fk.cluster(k, v.requires_grad_(), (2, 3), (5, 7), aggregate=aggregate, mask=mask)
     assert torch.equal(found.labels, clean.labels) and torch.equal(found.similarity, clean.similarity)
     spoiled = torch.zeros(2, 6, 4, dtype=torch.bool)
@@ -210,7 +215,7 @@ def test_a_bin_without_tokens_pools_to_zeros(backend: str, aggregate: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_an_item_wholly_masked(backend: str, aggregate: str, dtype: torch.dtype) -> None:
+def test_a_sample_wholly_masked(backend: str, aggregate: str, dtype: torch.dtype) -> None:
     k, v = torch.randn(2, 3, 35, 6).to(dtype)
     k[1], v[1] = NAN, NAN
     mask = torch.ones(3, 35, dtype=torch.bool)
@@ -255,7 +260,7 @@ def test_empty_batch(backend: str) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_an_item_does_not_depend_on_its_batch(backend: str, aggregate: str) -> None:
+def test_a_sample_does_not_depend_on_its_batch(backend: str, aggregate: str) -> None:
     k, v = torch.randn(2, 3, 340, 10)
     mask = torch.rand(3, 340) < 0.7
     together = everything(k, v, mask, (20, 17), (3, 2), aggregate)

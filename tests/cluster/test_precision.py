@@ -24,7 +24,7 @@ from .cases import (
 
 OP = "icm"
 
-# 16-bit similarities make no mistake about labels that are this clear, so the eager form is no easy rival.
+# 16-bit similarities make no mistake about labels that are this clear, so the eager form is no easy baseline.
 CLEAR = 0.02
 Form = Callable[..., list[torch.Tensor]]
 
@@ -76,10 +76,10 @@ def measured(form: Form, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def compare(kernel: Form, eager: Form, exact: Form, inputs: list[torch.Tensor]) -> list[tuple[float, float]]:
     """Squared errors of the kernel and of the eager form, for each result and gradient."""
-    found, rival = measured(kernel, inputs), measured(eager, inputs)
+    found, baseline = measured(kernel, inputs), measured(eager, inputs)
     wanted = measured(exact, [t.double() for t in inputs])
     errors = []
-    for number, (a, b, c) in enumerate(zip(found, rival, wanted, strict=True)):
+    for number, (a, b, c) in enumerate(zip(found, baseline, wanted, strict=True)):
         ours, theirs = (a - c).norm().item(), (b - c).norm().item()
         errors.append((ours**2, theirs**2))
         if number < len(wanted) - len(inputs):

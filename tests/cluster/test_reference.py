@@ -58,13 +58,13 @@ def plain_round(
     labels = [row.index(max(row)) for row in similarity]
     centres = []
     for o, total in enumerate(plain_pool(values, hw, grid)):
-        mass = 1.0
+        weight_sum = 1.0
         for n, value in enumerate(values):
             if labels[n] == o:
                 weight = 1.0 if gate is None else similarity[n][o]
                 total = [t + weight * v for t, v in zip(total, value, strict=True)]
-                mass += weight
-        centres.append([t / mass for t in total])
+                weight_sum += weight
+        centres.append([t / weight_sum for t in total])
     return centres, similarity, labels
 
 

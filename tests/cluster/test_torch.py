@@ -162,8 +162,8 @@ def peak_memory(run: Callable[[], Any]) -> int:
     ) as profile:
         run()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held)
+    in_use = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(in_use)
 
 
 @pytest.mark.parametrize("form", ["count", "similarity", *VARIANTS])
@@ -183,6 +183,7 @@ def test_no_matrix_of_tokens_by_centres(form: str) -> None:
         assert peak_memory(call) > matrix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["scalar", "avx2"])
 def test_instruction_sets_agree(isa: str) -> None:
     """The comparisons with float64 once more in a process that is held back to these instructions."""

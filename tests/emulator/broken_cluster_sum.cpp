@@ -26,16 +26,16 @@ __global__ void cluster_sum(const float* in, float* out) {
 
 template <int kBlocks>
 int wrong_sums(unsigned seed) {
-  constexpr int threads = 64, items = 3;
-  std::vector<float> in(items * kBlocks * threads), out(in.size(), NAN);
+  constexpr int threads = 64, samples = 3;
+  std::vector<float> in(samples * kBlocks * threads), out(in.size(), NAN);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i % 97);
-  emu::launch_cluster(cluster_sum<kBlocks>, kBlocks, dim3(items * kBlocks), dim3(threads),
+  emu::launch_cluster(cluster_sum<kBlocks>, kBlocks, dim3(samples * kBlocks), dim3(threads),
                       threads * sizeof(float), seed, in.data(), out.data());
   int wrong = 0;
   for (size_t i = 0; i < out.size(); ++i) {
-    const size_t item = i / threads / kBlocks, next = (i % threads + 1) % threads;
+    const size_t sample = i / threads / kBlocks, next = (i % threads + 1) % threads;
     float sum = 0;
-    for (int rank = 0; rank < kBlocks; ++rank) sum += in[(item * kBlocks + rank) * threads + next];
+    for (int rank = 0; rank < kBlocks; ++rank) sum += in[(sample * kBlocks + rank) * threads + next];
     wrong += out[i] != sum;
   }
   return wrong;

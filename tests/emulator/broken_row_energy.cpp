@@ -5,18 +5,25 @@
 
 #include "core/cuda_compat.h"
 
+#ifdef OUT_OF_BOUNDS_WRITE
+constexpr int kBeyond = 1;
+#else
+constexpr int kBeyond = 0;
+#endif
+
 // x [rows, cols] -> out [rows]: sum of squared central differences of each row; one block per row.
 __global__ void row_energy(const float* __restrict__ x, float* __restrict__ out, int cols) {
   FRD_DYNAMIC_SHARED(float, row);
   __shared__ float partial[32];
-  for (int c = threadIdx.x; c < cols; c += blockDim.x) row[c] = x[blockIdx.x * cols + c];
+  for (int c = threadIdx.x; c < cols + kBeyond; c += blockDim.x)
+    row[c] = c < cols ? x[blockIdx.x * cols + c] : 0.f;
 #ifndef FORGET_BARRIER
   __syncthreads();
 #endif
   float sum = 0.f;
   for (int c = threadIdx.x; c < cols; c += blockDim.x) {
-#ifdef OUT_OF_BOUNDS
-    const float right = row[c + 1];
+#ifdef OUT_OF_BOUNDS_READ
+    const float right = x[blockIdx.x * cols + c + 1];
 #else
     const float right = c + 1 < cols ? row[c + 1] : 0.f;
 #endif
@@ -33,6 +40,11 @@ __global__ void row_energy(const float* __restrict__ x, float* __restrict__ out,
   }
 }
 
+// Of memory that the caller has allocated; also for other processes that load this as a library.
+extern "C" void row_energies(const float* x, float* out, int rows, int cols, unsigned seed) {
+  emu::launch(row_energy, dim3(rows), dim3(96), cols * sizeof(float), seed, x, out, cols);
+}
+
 int main() {
   const int rows = 5, cols = 203;
   std::vector<float> x(rows * cols);
@@ -40,7 +52,7 @@ int main() {
   int wrong = 0;
   for (unsigned seed = 0; seed < 5; ++seed) {
     std::vector<float> out(rows, NAN);
-    emu::launch(row_energy, dim3(rows), dim3(96), cols * sizeof(float), seed, x.data(), out.data(), cols);
+    row_energies(x.data(), out.data(), rows, cols, seed);
     for (int r = 0; r < rows; ++r) {
       double want = 0;
       for (int c = 0; c < cols; ++c) {

@@ -10,6 +10,7 @@ import concurrent.futures
 import fcntl
 import functools
 import hashlib
+import os
 import pathlib
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 NAMESPACE = "frd_emulated"
+# No debug information: it doubles the time to compile, and the report names functions without it.
+ASAN = ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
 # Every operator that libfrd_cuda.so registers.
 OPS = (
     *("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
@@ -90,14 +93,14 @@ def _compile(source: Source, flags: list[str], common: bytes, cache: pathlib.Pat
     return out
 
 
-def _link(objects: list[pathlib.Path], cache: pathlib.Path) -> pathlib.Path:
+def _link(objects: list[pathlib.Path], more: tuple[str, ...], cache: pathlib.Path) -> pathlib.Path:
     """Another process may have loaded an older library, which keeps its memory but not its name."""
     key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     library = cache / f"libfrd_emulated-{key}.so"
     if not library.exists():
         partial = library.with_suffix(".partial")
         libtorch = pathlib.Path(torch.__file__).parent / "lib" / "libtorch.so"
-        command = ["g++", "-shared", *map(str, objects), "-o", str(partial)]
+        command = ["g++", "-shared", *more, *map(str, objects), "-o", str(partial)]
         command += ["-Wl,--no-as-needed", str(libtorch), "-Wl,-Bsymbolic"]
         subprocess.run(command, check=True)
         for old in cache.glob("libfrd_emulated*.so"):
@@ -106,10 +109,10 @@ def _link(objects: list[pathlib.Path], cache: pathlib.Path) -> pathlib.Path:
     return library
 
 
-def _build(cache: pathlib.Path) -> pathlib.Path:
+def _build(cache: pathlib.Path, more: tuple[str, ...]) -> pathlib.Path:
     include = cuda_include()
     assert include is not None
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-attributes", "-DFRD_EMULATED"]
+    flags = [*more, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wno-attributes", "-DFRD_EMULATED"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
     flags += [f"-I{CSRC}", f"-I{HERE}"]
     for system in (pathlib.Path(torch.__file__).parent / "include", include):
@@ -120,15 +123,27 @@ def _build(cache: pathlib.Path) -> pathlib.Path:
     sources = [*cuda_sources(), *map(Source, plain)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _compile(source, flags, common, cache), sources))
-    return _link(objects, cache)
+    return _link(objects, more, cache)
 
 
 @functools.cache
 def load() -> None:
-    """Builds (objects of unchanged sources are kept in build/emulated) and loads the library; of several processes
-    one builds."""
-    cache = ROOT / "build" / "emulated"
+    """Builds (objects of unchanged sources are kept in build/) and loads the library; of several processes one builds.
+    Under FRD_EMULATED_ASAN it is the one that AddressSanitizer watches, for processes with `asan_environment`."""
+    watched = os.environ.get("FRD_EMULATED_ASAN") == "1"
+    cache = ROOT / "build" / ("emulated-asan" if watched else "emulated")
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        torch.ops.load_library(str(_build(cache)))
+        torch.ops.load_library(str(_build(cache, ASAN if watched else ())))
+
+
+def asan_environment() -> dict[str, str]:
+    """The environment of a process whose interpreter was not built with AddressSanitizer. libstdc++ has to be there
+    when the sanitizer starts, or exceptions have no way through it."""
+    names = ("libasan.so", "libstdc++.so")
+    found = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip() for name in names
+    ]
+    options = "detect_leaks=0:detect_stack_use_after_return=0"
+    return {**os.environ, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options, "FRD_EMULATED_ASAN": "1"}

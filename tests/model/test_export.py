@@ -60,9 +60,8 @@ def assert_same(opened: Any, model: nn.Module, *shape: int) -> None:
     torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "preset", ["paper", *(pytest.param(name, marks=BUILD) for name in ("released", "lite"))]
-)
+@pytest.mark.build
+@pytest.mark.parametrize("preset", NETS)
 def test_a_net_at_every_batch_and_size(preset: str, tmp_path: Path) -> None:
     model = small_net(preset)
     before = copy.deepcopy(model.state_dict())
@@ -178,7 +177,12 @@ LAYERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+QUICK = ("depthwise", "icm paper")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=BUILD) for name in LAYERS if name not in QUICK)]
+)
 def test_a_layer_by_torch_onnx_export(name: str, tmp_path: Path) -> None:
     """As it is: no fold, no use_backend."""
     torch.manual_seed(0)
@@ -213,7 +217,10 @@ def exported(model: nn.Module, least: int) -> torch.export.ExportedProgram:
     )
 
 
-@pytest.mark.parametrize(("preset", "least"), [("paper", 33), ("released", 33), ("lite", 97)])
+@pytest.mark.parametrize(
+    ("preset", "least"),
+    [("paper", 33), pytest.param("released", 33, marks=BUILD), pytest.param("lite", 97, marks=BUILD)],
+)
 def test_torch_export_at_every_batch_and_size(preset: str, least: int, tmp_path: Path) -> None:
     """With sides that the strides divide and that they do not; loaded from a file; refused below what was asked."""
     model = small_net(preset)

@@ -1,4 +1,4 @@
-"""What the tests of the difference convolution and of its block share: the eager rival, inputs, error bounds."""
+"""What the tests of the difference convolution and of its block have in common: eager forms, inputs, error bounds."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ import frd_kernels as fk
 
 KINDS = ["vanilla", "central", "angular", "radial"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Depthwise: batch, channels, height, width, options. Widths around the vectors of 4, 8 and 16 lanes, channels
+# that fill no vector, whole ones and a rest, images that are cut into strips.
+DEPTHWISE: list[tuple[int, int, int, int, dict[str, Any]]] = [
+    (1, 1, 1, 1, {"padding": 1}),
+    (2, 3, 1, 7, {"padding": "same"}),
+    (1, 8, 2, 3, {"padding": "same", "dilation": 2}),
+    (2, 17, 17, 31, {"padding": 1}),
+    (1, 17, 17, 31, {"padding": 2, "stride": 2, "dilation": 2}),
+    (1, 64, 5, 6, {"padding": 1, "stride": (2, 1)}),
+    (2, 2, 4, 8, {"padding": 1}),
+    (1, 5, 3, 15, {}),
+    (1, 3, 9, 16, {"padding": 2}),
+    (1, 1, 8, 17, {"padding": (0, 1), "dilation": (3, 1)}),
+    (2, 16, 9, 9, {"dilation": 3}),
+    (1, 8, 3, 33, {"padding": 1, "stride": 2}),
+    (1, 4, 2, 2, {"padding": 1, "stride": 3}),
+    (1, 33, 4, 5, {"padding": (4, 3), "dilation": (1, 2)}),
+    (1, 3, 7, 9, {"padding": 5, "stride": (1, 2)}),
+    (1, 3, 40, 200, {"padding": 1}),
+    (1, 1, 30, 300, {"padding": 3, "stride": (2, 3), "dilation": 3}),
+    (2, 3, 9, 8, {"padding": 4, "dilation": (3, 1)}),
+    (1, 33, 7, 7, {"stride": (1, 3)}),
+]
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 

@@ -13,8 +13,9 @@ import frd_kernels as fk
 from frd_kernels import reference
 from frd_kernels.pdc.kinds import Kind
 
-from ..backends import is_slow, share
+from ..backends import is_slow, subset
 from .cases import (
+    DEPTHWISE,
     DTYPES,
     KINDS,
     LAYOUTS,
@@ -29,20 +30,6 @@ from .cases import (
 OP = "pdc2d"
 
 Gradients = tuple[torch.Tensor, ...]
-
-# batch, channels, height, width, options
-DEPTHWISE: list[tuple[int, int, int, int, dict[str, Any]]] = [
-    (1, 1, 1, 1, {"padding": 1}),
-    (2, 3, 1, 7, {"padding": 1}),
-    (2, 17, 9, 16, {"padding": 1}),
-    (1, 17, 11, 13, {"padding": 2, "stride": 2, "dilation": 2}),
-    (1, 8, 5, 6, {"padding": (0, 1), "stride": (2, 1)}),
-    (1, 4, 2, 2, {"padding": 1, "stride": 3}),
-    (2, 3, 9, 8, {"padding": 4, "dilation": (3, 1)}),
-    (1, 33, 7, 7, {"stride": (1, 3)}),
-    (1, 3, 40, 200, {"padding": 1}),
-    (1, 1, 30, 300, {"padding": 3, "stride": (2, 3), "dilation": 3}),
-]
 
 
 @pytest.fixture
@@ -112,7 +99,7 @@ def test_second_derivative_of_one_operand(kind: str, learns: tuple[bool, bool]) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_depthwise(backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
     cases = [(*case, theta) for case in DEPTHWISE for theta in (0.7, 1.0)]
-    for batch, channels, height, width, options, theta in share(backend, cases):
+    for batch, channels, height, width, options, theta in subset(backend, cases):
         x = leaf(batch, channels, height, width, layout=layout, dtype=dtype, device=device)
         weight = leaf(channels, 1, 3, 3, dtype=dtype, device=device)
         bias = leaf(channels, dtype=dtype, device=device)
@@ -142,8 +129,8 @@ def test_low_precision_errs_at_most_twice_as_much_as_eager(
     exact_operands = doubles(x, weight)
     exact = gradients(reference.pdc2d(*exact_operands, **options), grad, *exact_operands)
     ours = gradients(fk.pdc2d(x, weight, **options), grad, x, weight)
-    rival = gradients(eager(x, weight, **options), grad, x, weight)
-    for one, other, truth in zip(ours, rival, exact, strict=True):
+    baseline = gradients(eager(x, weight, **options), grad, x, weight)
+    for one, other, truth in zip(ours, baseline, exact, strict=True):
         assert worst(one, truth) <= 2 * worst(other, truth)
 
 
@@ -239,17 +226,17 @@ def test_repeats_bit_for_bit(
 @pytest.mark.kernels
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_item_does_not_see_its_batch(device: torch.device, kind: str, layout: str) -> None:
+def test_a_sample_does_not_see_its_batch(device: torch.device, kind: str, layout: str) -> None:
     x = leaf(5, 9, 20, 33, layout=layout, device=device)
     weight = leaf(9, 1, 3, 3, device=device)
     grad = torch.randn(5, 9, 20, 33, device=device)
     options: dict[str, Any] = {"kind": kind, "padding": 1, "groups": 9}
     out = fk.pdc2d(x, weight, **options)
     (dx,) = gradients(out, grad, x)
-    item = x[3:4].detach().requires_grad_()
-    alone = fk.pdc2d(item, weight, **options)
+    sample = x[3:4].detach().requires_grad_()
+    alone = fk.pdc2d(sample, weight, **options)
     assert torch.equal(alone, out[3:4])
-    assert torch.equal(gradients(alone, grad[3:4], item)[0], dx[3:4])
+    assert torch.equal(gradients(alone, grad[3:4], sample)[0], dx[3:4])
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
@@ -261,10 +248,10 @@ def test_special_gradients_pass(device: torch.device, special: float, layout: st
     grad[0, 1, 4, 4] = special
     options: dict[str, Any] = {"kind": "central", "theta": 0.7, "padding": 1, "groups": 3}
     dx, dw = gradients(fk.pdc2d(x, weight, **options), grad, x, weight)
-    (rival,) = gradients(eager(x, weight, **options), grad, x)
-    finite = rival.isfinite()
+    (baseline,) = gradients(eager(x, weight, **options), grad, x)
+    finite = baseline.isfinite()
     assert torch.equal(dx.isfinite(), finite)
-    torch.testing.assert_close(dx[finite], rival[finite], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dx[finite], baseline[finite], rtol=1e-5, atol=1e-4)
     exact = doubles(x, weight)
     (exact_dw,) = gradients(reference.pdc2d(*exact, **options), grad, exact[1])
     torch.testing.assert_close(dw.double(), exact_dw, rtol=1e-5, atol=1e-4, equal_nan=True)

@@ -10,8 +10,9 @@ import torch
 import frd_kernels as fk
 from frd_kernels import reference
 
-from ..backends import share
+from ..backends import subset
 from .cases import (
+    DEPTHWISE,
     DTYPES,
     KINDS,
     LAYOUTS,
@@ -25,27 +26,6 @@ from .cases import (
 
 OP = "pdc2d"
 
-# Depthwise: batch, channels, height, width, options. Widths around the vectors of 4, 8 and 16 lanes, channels
-# that fill no vector, whole ones and a rest, images that are cut into strips.
-DEPTHWISE: list[tuple[int, int, int, int, dict[str, Any]]] = [
-    (1, 1, 1, 1, {"padding": 1}),
-    (2, 3, 1, 7, {"padding": "same"}),
-    (1, 8, 2, 3, {"padding": "same", "dilation": 2}),
-    (2, 17, 17, 31, {"padding": 1}),
-    (1, 17, 17, 31, {"padding": 2, "stride": 2, "dilation": 2}),
-    (1, 64, 5, 6, {"padding": 1, "stride": (2, 1)}),
-    (2, 2, 4, 8, {"padding": 1}),
-    (1, 5, 3, 15, {}),
-    (1, 3, 9, 16, {"padding": 2}),
-    (1, 1, 8, 17, {"padding": (0, 1), "dilation": (3, 1)}),
-    (2, 16, 9, 9, {"dilation": 3}),
-    (1, 8, 3, 33, {"padding": 1, "stride": 2}),
-    (1, 4, 2, 2, {"padding": 1, "stride": 3}),
-    (1, 33, 4, 5, {"padding": (4, 3), "dilation": (1, 2)}),
-    (1, 3, 7, 9, {"padding": 5, "stride": (1, 2)}),
-    (1, 3, 40, 200, {"padding": 1}),
-    (1, 1, 30, 300, {"padding": 3, "stride": (2, 3), "dilation": 3}),
-]
 DENSE: list[tuple[int, int, int, dict[str, Any]]] = [  # in and out channels, groups, options
     (1, 3, 1, {"padding": 1}),
     (3, 8, 1, {"padding": "same", "dilation": 2}),
@@ -63,7 +43,7 @@ THETAS = [0.0, 0.7, 1.0]
 def test_depthwise(backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str) -> None:
     blends = [(0.0, True), (0.7, False), (0.7, True), (1.0, False)]
     cases = [(*case, *blend) for case in DEPTHWISE for blend in blends]
-    for batch, channels, height, width, options, theta, biased in share(backend, cases):
+    for batch, channels, height, width, options, theta, biased in subset(backend, cases):
         x = torch.randn(batch, channels, height, width, device=device).to(dtype)
         x = x.contiguous(memory_format=LAYOUTS[layout])
         weight = torch.randn(channels, 1, 3, 3, device=device).to(dtype)
@@ -111,8 +91,8 @@ def test_low_precision_errs_at_most_twice_as_much_as_eager(
     weight = (torch.randn(16, 16 // groups, 3, 3, device=device) / 3).to(dtype)
     options: dict[str, Any] = {"kind": kind, "theta": theta, "padding": 1, "groups": groups}
     exact = reference.pdc2d(x.double(), weight.double(), **options)
-    ours, rival = fk.pdc2d(x, weight, **options), eager(x, weight, **options)
-    assert worst(ours, exact) <= 2 * worst(rival, exact)
+    ours, baseline = fk.pdc2d(x, weight, **options), eager(x, weight, **options)
+    assert worst(ours, exact) <= 2 * worst(baseline, exact)
 
 
 @pytest.mark.parametrize("kind", ["central", "angular"])
@@ -127,8 +107,8 @@ def test_large_mean_errs_a_third_of_eager(
     weight = (torch.rand(32, 1, 3, 3, device=device) / 3).to(dtype)
     options: dict[str, Any] = {"kind": kind, "groups": 32}
     exact = reference.pdc2d(x.double(), weight.double(), **options)
-    ours, rival = fk.pdc2d(x, weight, **options), eager(x, weight, **options)
-    assert 3 * worst(ours, exact) <= worst(rival, exact)
+    ours, baseline = fk.pdc2d(x, weight, **options), eager(x, weight, **options)
+    assert 3 * worst(ours, exact) <= worst(baseline, exact)
 
 
 @pytest.mark.parametrize("kind", ["central", "angular", "radial"])
@@ -233,11 +213,11 @@ def test_special_values_pass(
     out = fk.pdc2d(x, weight, **options)
     exact = reference.pdc2d(*doubles(x, weight), **options)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
-    spoilt, rival = ~out.isfinite(), ~eager(x, weight, **options).isfinite()
+    spoilt, baseline = ~out.isfinite(), ~eager(x, weight, **options).isfinite()
     # A plain kernel multiplies the pixels it does not use by 0 and spoils their outputs, too.
-    assert (rival | ~spoilt).all()
+    assert (baseline | ~spoilt).all()
     if kind in ("vanilla", "central"):
-        assert torch.equal(spoilt, rival)
+        assert torch.equal(spoilt, baseline)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -160,8 +160,8 @@ def test_equals_the_plain_kernel_and_the_eager_form(kind: str, theta: float) -> 
     assert plain.shape == (6, 2, 5, 5) if kind == "radial" else (6, 2, 3, 3)
     padding = 4 if kind == "radial" else 2
     torch.testing.assert_close(out, F.conv2d(x, plain, None, 2, padding, 2, 2), rtol=0, atol=1e-12)
-    rival = eager(x, weight, kind=kind, theta=theta, padding=2, dilation=2, stride=2, groups=2)
-    torch.testing.assert_close(out, rival, rtol=0, atol=1e-12)
+    baseline = eager(x, weight, kind=kind, theta=theta, padding=2, dilation=2, stride=2, groups=2)
+    torch.testing.assert_close(out, baseline, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("kind", "unused"), [("central", 4), ("angular", 4), ("radial", 0)])

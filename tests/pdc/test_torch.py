@@ -125,10 +125,10 @@ def test_autocast_of_a_dense_layer(
     x = 8 + torch.rand(2, 8, 12, 12, device=device)
     with torch.no_grad(), torch.autocast(device.type, dtype=dtype):
         ours = layer(x)
-        rival = eager(x, layer.weight, layer.bias, kind=kind, padding=1)
+        baseline = eager(x, layer.weight, layer.bias, kind=kind, padding=1)
     exact = reference.pdc2d(x.double(), layer.weight.double(), layer.bias.double(), kind=kind, padding=1)
     assert ours.dtype == dtype
-    assert worst(ours, exact) <= 2 * worst(rival, exact)
+    assert worst(ours, exact) <= 2 * worst(baseline, exact)
     with torch.no_grad():  # a kernel kept from inside the region is not used outside of it
         torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=1e-4)
 

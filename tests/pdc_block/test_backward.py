@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import frd_kernels as fk
 from frd_kernels import reference
 
-from ..backends import is_slow, share
+from ..backends import is_slow, subset
 from ..pdc.cases import (
     KINDS,
     LAYOUTS,
@@ -96,7 +96,7 @@ def test_matches_the_oracle(
     backend: str, device: torch.device, kind: str, dtype: torch.dtype, layout: str
 ) -> None:
     eps = torch.finfo(dtype).eps
-    for batch, channels, filters, height, width, options in share(backend, CASES):
+    for batch, channels, filters, height, width, options in subset(backend, CASES):
         shape = (batch, channels, filters, height, width)
         draw = partial(block_operands, *shape, dtype=dtype, layout=layout, device=device, **options)
         operands = learning(off_the_kink(draw, kind=kind, theta=0.7, **options))
@@ -124,9 +124,9 @@ def test_low_precision_errs_at_most_twice_as_much_as_eager(
     grad = torch.randn(2, 24, 14, 14, device=device).to(dtype)
     exact = gradients(reference.pdc_block(**exact_operands, kind=kind), grad, exact_operands)
     ours = gradients(fk.pdc_block(**operands, kind=kind), grad, operands)
-    rival = gradients(eager_block(**operands, kind=kind), grad, operands)
+    baseline = gradients(eager_block(**operands, kind=kind), grad, operands)
     for name, gradient in ours.items():
-        assert worst(gradient, exact[name]) <= 2 * worst(rival[name], exact[name]), name
+        assert worst(gradient, exact[name]) <= 2 * worst(baseline[name], exact[name]), name
 
 
 @pytest.mark.parametrize("groups", [4, 1], ids=["depthwise", "dense"])
@@ -196,7 +196,7 @@ def test_repeats_bit_for_bit(
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "dilation": 2}], ids=str)
-def test_an_item_does_not_see_its_batch(device: torch.device, layout: str, options: dict[str, Any]) -> None:
+def test_a_sample_does_not_see_its_batch(device: torch.device, layout: str, options: dict[str, Any]) -> None:
     operands = learning(block_operands(5, 9, 12, 20, 33, device=device, layout=layout, **options))
     out = fk.pdc_block(**operands, kind="angular", **options)
     grad = torch.randn_like(out)
@@ -217,11 +217,11 @@ def test_special_gradients_pass(device: torch.device, special: float, layout: st
     grad = torch.randn(1, 4, 9, 9, device=device)
     grad[0, 1, 4, 4] = special
     found = gradients(fk.pdc_block(**operands, kind="central"), grad, operands)
-    rival = gradients(eager_block(**operands, kind="central"), grad, operands)
-    finite = rival["x"].isfinite()
+    baseline = gradients(eager_block(**operands, kind="central"), grad, operands)
+    finite = baseline["x"].isfinite()
     assert torch.equal(found["x"].isfinite(), finite)
-    torch.testing.assert_close(found["x"][finite], rival["x"][finite], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found["point_bias"], rival["point_bias"], equal_nan=True)
+    torch.testing.assert_close(found["x"][finite], baseline["x"][finite], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["point_bias"], baseline["point_bias"], equal_nan=True)
     assert torch.equal(found["residual"], grad) or special != special
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import frd_kernels as fk
 from frd_kernels import reference
 
-from ..backends import device_of, running, share
+from ..backends import device_of, running, subset
 from ..pdc.cases import (
     DTYPES,
     KINDS,
@@ -98,7 +98,7 @@ def test_rounded_once(backend: str, device: torch.device, kind: str, dtype: torc
     matrix units take it rounded once, as eager gives it to them."""
     absences = [["pdc_bias"], ["point_bias", "residual"], []]
     cases = [(*case, absences[i % 3], theta) for i, case in enumerate(CASES) for theta in (0.7, 1.0)]
-    for batch, channels, filters, height, width, options, absent, theta in share(backend, cases):
+    for batch, channels, filters, height, width, options, absent, theta in subset(backend, cases):
         operands = block_operands(
             batch, channels, filters, height, width, dtype=dtype, layout=layout, device=device, **options
         )
@@ -132,8 +132,8 @@ def test_low_precision_errs_at_most_twice_as_much_as_eager(
     operands = block_operands(2, 16, 24, 14, 14, groups=groups, dtype=dtype, device=device)
     operands["x"] = (torch.rand(2, 16, 14, 14, device=device) + mean).to(dtype)
     exact = reference.pdc_block(**in_double(operands), kind=kind)
-    ours, rival = fk.pdc_block(**operands, kind=kind), eager_block(**operands, kind=kind)
-    assert worst(ours, exact) <= 2 * worst(rival, exact)
+    ours, baseline = fk.pdc_block(**operands, kind=kind), eager_block(**operands, kind=kind)
+    assert worst(ours, exact) <= 2 * worst(baseline, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -148,8 +148,8 @@ def test_large_mean_errs_a_third_of_eager(
     operands["x"] = (8 + torch.rand_like(operands["x"].float())).to(dtype)
     exact = reference.pdc_block(**in_double(operands), kind=kind)[..., 1:-1, 1:-1]
     ours = fk.pdc_block(**operands, kind=kind)[..., 1:-1, 1:-1]
-    rival = eager_block(**operands, kind=kind)[..., 1:-1, 1:-1]
-    assert 3 * worst(ours, exact) <= worst(rival, exact)
+    baseline = eager_block(**operands, kind=kind)[..., 1:-1, 1:-1]
+    assert 3 * worst(ours, exact) <= worst(baseline, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -275,8 +275,8 @@ def test_dense_block_is_composed_of_public_parts(device: torch.device) -> None:
         F.conv2d(F.relu(hidden), operands["point_weight"], operands["point_bias"]) + operands["residual"]
     )
     torch.testing.assert_close(fk.pdc_block(**operands, kind="central"), expected)
-    rival = eager(operands["x"], operands["pdc_weight"], operands["pdc_bias"], kind="central", padding=1)
-    torch.testing.assert_close(hidden, rival, rtol=1e-4, atol=1e-4)
+    baseline = eager(operands["x"], operands["pdc_weight"], operands["pdc_bias"], kind="central", padding=1)
+    torch.testing.assert_close(hidden, baseline, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif("triton" not in running(OP), reason="needs Triton, in its interpreter or on a GPU")
@@ -292,10 +292,10 @@ def test_dense_triton_kernel(
     operands = block_operands(
         2, 64, 128, 7, 9, groups=1, dtype=dtype, layout=layout, device=device, **options
     )
-    rival = eager_block(**operands, kind=kind, theta=theta, **{"stride": 1} | options)
+    baseline = eager_block(**operands, kind=kind, theta=theta, **{"stride": 1} | options)
     exact = reference.pdc_block(**in_double(operands), kind=kind, theta=theta, **options)
     with fk.use_backend("triton"):
         out = fk.pdc_block(**operands, kind=kind, theta=theta, **options)
     assert out.dtype == dtype
     assert_layout(out, layout)
-    assert worst(out, exact) <= 2 * worst(rival, exact)
+    assert worst(out, exact) <= 2 * worst(baseline, exact)
