@@ -134,7 +134,7 @@ def check_icm(other: str, case: Case, variant: str, dtype: torch.dtype, layout: 
 
 
 @pytest.mark.parametrize("case", ICMS, ids=lambda case: f"{case.hw}-{case.channels}-{case.projected}")
-@pytest.mark.parametrize(("dtype", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("dtype", "layout"), LAYOUTS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_icm(other: str, variant: str, dtype: torch.dtype, layout: str, case: Case) -> None:
     check_icm(other, case, variant, dtype, layout)
@@ -157,7 +157,7 @@ CLUSTERS: list[tuple[Grid, Grid, int, bool]] = [
 
 
 @pytest.mark.parametrize(("hw", "grid", "channels", "masked"), CLUSTERS)
-@pytest.mark.parametrize(("dtype", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("dtype", "layout"), LAYOUTS, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("aggregate", [0, 1])
 def test_cluster(
     other: str,
