@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import frd_kernels as fk
+
+# The dense form of a round, which the fused operator never stores.
+from frd_kernels.cluster.reference import cluster_densely, dispatch_densely
 
 from .config import FRDNetConfig
 
@@ -18,11 +24,60 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
 
 
+class DivergentICM(fk.ICM):
+    """The ICM of the paper's text: of the last round's centres only the two most divergent reach the pixels.
+
+    sigmoid(alpha * (M1 ... MT)[:, pair] + beta) R_T[pair], with `pair` the rows of R_T of the lowest mutual cosine, of
+    equal ones the first in reading order; no gradient flows through the choice. The parameters are those of
+    :class:`frd_kernels.ICM` without its round of two centres. Plain PyTorch, with the cosines [B, N, O] of each round
+    in memory: the fused operator `icm` is not used.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H, W]."""
+        height, width = x.shape[2], x.shape[3]
+        hw: tuple[int, int] = height, width
+        tokens, matrices = x.flatten(2).transpose(1, 2), []
+        for project, grid in zip(self.rounds, self.grids, strict=True):
+            keys, values = project(tokens)
+            tokens, matrix = cluster_densely(keys, values, grid, hw)
+            matrices.append(matrix)
+            hw = grid
+        out = dispatch_pair(tokens, matrices, self.alpha, self.beta)
+        return torch.unflatten(out.transpose(1, 2), 2, (height, width))
+
+
+def dispatch_pair(centres: Tensor, matrices: Sequence[Tensor], alpha: Tensor, beta: Tensor) -> Tensor:
+    """Eq. 4 with the two most divergent centres alone. centres [B, O, C], matrices as M_1 ... M_T -> [B, N, C]."""
+    pair = most_divergent(centres).unsqueeze(2)
+    last = matrices[-1].gather(2, pair.mT.expand(-1, matrices[-1].shape[1], -1))
+    kept = centres.gather(1, pair.expand(-1, -1, centres.shape[2]))
+    return dispatch_densely(kept, [*matrices[:-1], last], alpha, beta)
+
+
+def most_divergent(centres: Tensor) -> Tensor:
+    """Indices i < j of the two centres of the lowest mutual cosine. [B, O, C], O >= 2 -> int64 [B, 2]."""
+    unit = F.normalize(centres.detach().float(), dim=2, eps=1e-12)
+    pairs = torch.triu_indices(centres.shape[1], centres.shape[1], 1, device=centres.device)
+    # Not a matrix product, which autocast would round to 16 bit.
+    first = (unit[:, pairs[0]] * unit[:, pairs[1]]).sum(dim=2).argmin(dim=1)
+    return pairs.mT[first]
+
+
+# Leaves of a torch.fx graph, which has no sizes.
+for _name in ("cluster_densely", "dispatch_pair"):
+    torch.fx.wrap(_name)
+
+
 def make_icm(channels: int, config: FRDNetConfig) -> nn.Module:
     """The clustering half of a mixer, or the identity if the configuration switches it off."""
     if not config.icm:
         return nn.Identity()
-    icm = fk.ICM(channels, grids=config.grids, variant=config.variant)
+    icm: fk.ICM
+    if config.icm_centres == "divergent":
+        icm = DivergentICM(channels, grids=config.grids[:-1])
+    else:
+        icm = fk.ICM(channels, grids=config.grids, variant=config.variant)
     if config.icm_alpha is not None:
         nn.init.constant_(icm.alpha, config.icm_alpha)
     return icm

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 VARIANTS = ("paper", "released")
+CENTRES = ("last", "divergent")
 NORMS = ("group", "batch", "none")
 DECODERS = ("deconv", "pyramid")
 STEMS = ("none", "pdc")
 ENCODER_INPUTS = ("planes", "trace")
 CHOICES = (
     ("variant", VARIANTS),
+    ("icm_centres", CENTRES),
     ("norm", NORMS),
     ("decoder", DECODERS),
     ("stem", STEMS),
@@ -38,6 +40,9 @@ class FRDNetConfig:
         mlp_ratio: hidden width of a block's MLP divided by its channels.
         variant: equations of the ICM: ``"paper"`` (Eq. 1-4) or ``"released"`` (the authors' code).
         grids: centres of each clustering round as (rows, columns); 64, 16 and 2 centres by default.
+        icm_centres: what the ICM gives back to the pixels: ``"last"``, the centres of the last round (the equations
+            and the authors' code), or ``"divergent"`` (the text of the paper; ``variant="paper"`` only): there is
+            no last round, but the two least alike centres of the round before it; see :class:`DivergentICM`.
         icm_alpha: initial value of the ICM's alpha; None keeps the default of :class:`frd_kernels.ICM`.
         icm, dpm: switch off one half of the mixer. Its channels then pass through unchanged, so that only
             the component itself is missing.
@@ -85,6 +90,7 @@ class FRDNetConfig:
     pyramid_width: int = 64
     trace_widths: tuple[int, ...] = ()
     encoder_input: str = "planes"
+    icm_centres: str = "last"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -172,10 +178,10 @@ def _check_values(c: FRDNetConfig) -> None:
     _need(ascending, "stages", "must be ascending integers from 1 on", c.stages)
     _need(
         isinstance(c.grids, tuple)
-        and len(c.grids) == 3
+        and len(c.grids) > 0
         and all(_is_int_tuple(g, 1) and len(g) == 2 for g in c.grids),
         "grids",
-        "must be three pairs (rows, columns) of integers of at least 1",
+        "must be pairs (rows, columns) of integers of at least 1, one for each round",
         c.grids,
     )
     _need(
@@ -200,6 +206,18 @@ def _check_values(c: FRDNetConfig) -> None:
 
 
 def _check_combinations(c: FRDNetConfig) -> None:
+    _need(
+        c.icm_centres == "last" or c.variant == "paper",
+        "icm_centres",
+        'must be "last" in variant "released"',
+        c.icm_centres,
+    )
+    _need(
+        c.icm_centres == "last" or (len(c.grids) > 1 and math.prod(c.grids[-2]) > 1),
+        "grids",
+        "divergent centres need a round of two or more centres before the last",
+        c.grids,
+    )
     _need(
         not c.dpm or c.angular or c.central,
         "angular, central",
@@ -255,13 +273,14 @@ PRESETS: dict[str, FRDNetConfig] = {
 }
 
 NAME_PREFIX = "frdnet_"
+BASELINE_PREFIX = "segformer_"
 
 
 def model_config(name: str | None = None, preset: str = "paper", **overrides: Any) -> FRDNetConfig:
     """The configuration of a net by the name and preset of :func:`frd_model.create_model`.
 
     Args:
-        name: ``frdnet_`` and the encoder; None for the preset's own.
+        name: ``frdnet_`` or ``segformer_`` and the encoder; None for the preset's own.
 
     Raises:
         ValueError: unknown name, preset or field, a value out of its range.
@@ -270,6 +289,17 @@ def model_config(name: str | None = None, preset: str = "paper", **overrides: An
         raise ValueError(f"preset: must be one of {', '.join(PRESETS)}, got {preset!r}")
     if name is None:
         return PRESETS[preset].replace(**overrides)
-    if not isinstance(name, str) or not name.startswith(NAME_PREFIX):
-        raise ValueError(f"name: must be {NAME_PREFIX}ENCODER, such as frdnet_mit_b2, got {name!r}")
-    return PRESETS[preset].replace(**{"encoder": name.removeprefix(NAME_PREFIX), **overrides})
+    for prefix in (NAME_PREFIX, BASELINE_PREFIX):
+        if isinstance(name, str) and name.startswith(prefix):
+            family = _baseline(PRESETS[preset]) if prefix == BASELINE_PREFIX else PRESETS[preset]
+            return family.replace(**{"encoder": name.removeprefix(prefix), **overrides})
+    raise ValueError(
+        f"name: must be {NAME_PREFIX}ENCODER or {BASELINE_PREFIX}ENCODER, such as frdnet_mit_b2, got {name!r}"
+    )
+
+
+def _baseline(preset: FRDNetConfig) -> FRDNetConfig:
+    """A preset without FRD blocks. Its deconv decoder is the one of IMDL-BenCo's SegFormer: 3x3 kernels, no skip."""
+    if preset.decoder != "deconv":
+        return preset.replace(blocks=0)
+    return preset.replace(blocks=0, decoder_kernel=3, decoder_skip=False)

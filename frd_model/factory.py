@@ -20,7 +20,8 @@ def create_model(
     """An FRD-Net by name.
 
     Args:
-        name: ``frdnet_`` and the encoder: ``mit_b0`` ... ``mit_b5`` or a timm backbone.
+        name: ``frdnet_`` and the encoder: ``mit_b0`` ... ``mit_b5`` or a timm backbone. ``segformer_`` and the encoder
+            is the ablation's baseline, without FRD blocks: ``segformer_mit_b2`` has 25.76 M parameters.
         preset: ``paper``, ``released`` or ``lite`` (made for ``frdnet_mit_b0``).
         pretrained: None (random weights), a file for :func:`frd_model.weights.load_weights`, or ``"demo"``,
             the weights inside the package.

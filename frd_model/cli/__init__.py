@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "score a checkpoint, or saved maps of any method, on images with known masks",
     ),
     "table1": ("frd_model.cli.table1", "put results of `frd evaluate` into the paper's Table 1"),
+    "complexity": (
+        "frd_model.cli.complexity",
+        "parameters, multiply-accumulates, memory and time of a net, as in the paper's Table 2",
+    ),
     "export": ("frd_model.cli.export", "write a checkpoint as ONNX, run it and compare"),
     "forge": ("frd_model.cli.forge", "make forged images with masks from authentic photos"),
     "data": ("frd_model.cli.data", "check a data set before a training run"),

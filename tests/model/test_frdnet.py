@@ -12,7 +12,7 @@ from torch import Tensor
 
 import frd_kernels as fk
 from frd_model import FRDNet, create_model
-from frd_model.blocks import FRDBlock, Mixer
+from frd_model.blocks import DivergentICM, FRDBlock, Mixer, most_divergent
 from frd_model.config import PRESETS, FRDNetConfig
 
 # Small enough for a test and with blocks that matter: the presets' layer scale of 1e-5 would hide them.
@@ -77,7 +77,10 @@ def test_other_inputs_are_refused(images: Tensor, error: type[Exception], messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "resnet"}, "name: must be frdnet_ENCODER, such as frdnet_mit_b2, got 'resnet'"),
+        (
+            {"name": "resnet"},
+            "name: must be frdnet_ENCODER or segformer_ENCODER, such as frdnet_mit_b2, got 'resnet'",
+        ),
         ({"preset": "tiny"}, "preset: must be one of paper, released, lite, got 'tiny'"),
         ({"colour": "red"}, "unknown field 'colour'"),
     ],
@@ -124,6 +127,8 @@ def test_the_mixer_clusters_the_first_half_and_differences_the_second() -> None:
         ({"angular": False}, {"ICM", "PDCBlock2d"}, {"DPM"}),
         ({"central": False}, {"ICM", "PDCBlock2d"}, {"DPM"}),
         ({"blocks": 0}, set(), {"Mixer", "ICM", "DPM"}),
+        ({"grids": [[2, 1]]}, {"ICM", "DPM"}, set()),
+        ({"icm_centres": "divergent"}, {"DivergentICM", "DPM"}, {"ICM"}),
         ({"norm": "batch"}, {"BatchNorm2d"}, {"GroupNorm"}),
         ({"norm": "none", "layer_scale": None}, {"ICM"}, {"GroupNorm", "BatchNorm2d"}),
     ],
@@ -205,15 +210,79 @@ def test_channels_last_gives_the_same_logits(preset: str) -> None:
     torch.testing.assert_close(last, plain, rtol=0, atol=2e-3 * plain.std().item())
 
 
-@pytest.mark.parametrize("preset", PRESET_NAMES)
-def test_every_parameter_gets_a_gradient(preset: str) -> None:
-    model = small_model(preset).train()
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [*((preset, {}) for preset in PRESET_NAMES), ("paper", {"icm_centres": "divergent"})],
+)
+def test_every_parameter_gets_a_gradient(preset: str, overrides: dict[str, Any]) -> None:
+    model = small_model(preset, **overrides).train()
     model(photo(64, 64)).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     # Paper: keys learn through the dense similarities of the dispatch alone (no gradient through labels).
     silent = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
     assert silent == []
+
+
+def divergent_by_hand(icm: DivergentICM, x: Tensor) -> Tensor:
+    """The formula in loops over tokens and centres, for grids that divide the sides. [B, C, H, W] -> the same."""
+    out = torch.empty_like(x)
+    for b, image in enumerate(x):
+        tokens, (height, width) = image.flatten(1).T, image.shape[1:]
+        product = torch.eye(len(tokens), dtype=x.dtype)
+        for project, (rows, columns) in zip(icm.rounds, icm.grids, strict=True):
+            keys, values = project(tokens)
+            bins = [
+                [r * width + c for r in range(height) for c in range(width)
+                 if (r * rows // height, c * columns // width) == (i, j)]
+                for i in range(rows) for j in range(columns)
+            ]  # fmt: skip
+            pooled = torch.stack([keys[own].mean(0) for own in bins])
+            cosines = torch.stack([F.cosine_similarity(key, pooled, dim=1) for key in keys])
+            labels = cosines.argmax(1)
+            tokens = torch.stack([
+                (values[own].mean(0) + values[labels == o].sum(0)) / (1 + (labels == o).sum())
+                for o, own in enumerate(bins)
+            ])  # fmt: skip
+            product, (height, width) = product @ cosines, (rows, columns)
+        pairs = [(i, j) for i in range(len(tokens)) for j in range(i + 1, len(tokens))]
+        alike = [F.cosine_similarity(tokens[i], tokens[j], dim=0).item() for i, j in pairs]
+        pair = list(pairs[alike.index(min(alike))])
+        dispatched = torch.sigmoid(icm.alpha * product[:, pair] + icm.beta) @ tokens[pair]
+        out[b] = dispatched.T.unflatten(1, image.shape[1:])
+    return out
+
+
+@pytest.mark.parametrize("grids", [((4, 4), (2, 2)), ((4, 2),)])
+def test_divergent_centres_are_the_formula(grids: tuple[tuple[int, int], ...]) -> None:
+    torch.manual_seed(0)
+    icm = DivergentICM(6, grids=grids).double()
+    x = torch.randn(2, 6, 8, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 6, 8, 8, dtype=torch.float64)
+    variables = [x, *icm.parameters()]
+    out, want = icm(x), divergent_by_hand(icm, x)
+    torch.testing.assert_close(out, want)
+    grads = torch.autograd.grad((out * weight).sum(), variables)
+    want_grads = torch.autograd.grad((want * weight).sum(), variables)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad, want_grad)
+
+
+def test_divergent_centres_choose_per_image_and_the_first_of_equal_pairs() -> None:
+    centres = torch.tensor([[[1.0, 0], [1, 0.1], [-2, 0], [0, 1]], [[0, 1], [1, 0], [0, 2], [3, 0]]])
+    assert most_divergent(centres).tolist() == [[0, 2], [0, 1]]
+
+
+def test_divergent_centres_replace_the_last_round() -> None:
+    icm = small_model("paper", icm_centres="divergent").blocks[0].mixer.icm
+    assert icm.grids == ((8, 8), (4, 4)) and icm.alpha.item() == 1 / 64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small_model("paper", icm_centres="divergent")(photo(64, 64)).isfinite().all()
+
+
+def test_a_configuration_without_the_choice_of_centres_is_the_default() -> None:
+    old = {k: v for k, v in PRESETS["paper"].to_dict().items() if k != "icm_centres"}
+    assert FRDNetConfig.from_dict(old) == PRESETS["paper"] and PRESETS["paper"].icm_centres == "last"
 
 
 def test_the_small_net_learns_to_see_noise() -> None:

@@ -21,6 +21,12 @@ SMALL: dict[str, Any] = {"stages": (1, 2), "grids": ((2, 2), (2, 1), (1, 1)), "b
 NETS: dict[str, Callable[[], FRDNet]] = {
     "lite": lambda: create_model("frdnet_mit_b0", preset="lite", pyramid_width=8, **SMALL),
     "paper": lambda: create_model("frdnet_mit_b0", preset="paper", decoder_widths=(8, 8), **SMALL),
+    "divergent": lambda: create_model(
+        "frdnet_mit_b0",
+        icm_centres="divergent",
+        decoder_widths=(8, 8),
+        **{**SMALL, "grids": ((2, 2), (3, 1), (2, 1))},
+    ),
     "released": lambda: create_model("frdnet_mit_b0", preset="released", decoder_widths=(8,), **SMALL),
     "timm": lambda: create_model("frdnet_resnet18", decoder_widths=(8, 8), **SMALL),
 }
