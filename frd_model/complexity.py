@@ -206,13 +206,14 @@ def table2(rows: dict[str, dict[str, Any]]) -> str:
             f"{1e3 * row['seconds']:.1f} ms",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Rows marked (quoted) are the paper's numbers. What it calls FLOPs are multiply-accumulates, as fvcore counts.",
-        *(
-            f"{name}: {row['dtype']}, {row['device']}, {row['threads']} threads, torch {row['torch']}, batch 1, "
-            f"median of {row['repeats']} ({1e3 * row['seconds_range'][0]:.1f} to {1e3 * row['seconds_range'][1]:.1f} ms)."
-            for name, row in rows.items()
-        ),
-    ]
+    quoted = "Rows marked (quoted) are the paper's numbers. What it calls FLOPs are multiply-accumulates, as fvcore counts."
+    lines += ["", quoted, *(_conditions(name, row) for name, row in rows.items())]
     return "\n".join(lines) + "\n"
+
+
+def _conditions(name: str, row: dict[str, Any]) -> str:
+    low, high = (1e3 * seconds for seconds in row["seconds_range"])
+    return (
+        f"{name}: {row['dtype']}, {row['device']}, {row['threads']} threads, torch {row['torch']}, batch 1, "
+        f"median of {row['repeats']} ({low:.1f} to {high:.1f} ms)."
+    )
