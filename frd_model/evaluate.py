@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from frd_model.data.forge import Forger
 from frd_model.data.forge_options import KINDS
 from frd_model.data.images import write_bytes
 from frd_model.data.photos import sample_photos
-from frd_model.evaluate_presets import EVAL_PRESETS, SCALED, EvalPreset, eval_preset
+from frd_model.evaluate_presets import EVAL_PRESETS, SAVED, SCALED, EvalPreset, eval_preset
 from frd_model.metrics import (
     THRESHOLDS,
     Confusion,
@@ -261,7 +261,7 @@ def evaluate_saved(
 
     A map of another size than the mask's is resized bilinearly and noted. A missing or bad map goes to `failed`.
     """
-    rules = eval_preset(preset, threshold=threshold)
+    rules = replace(eval_preset(preset, threshold=threshold), size=SAVED)
     check_options("whole", TILE, OVERLAP, rules.threshold, 1)
 
     def saved(sample: Labelled, report: Report) -> _Map:

@@ -12,6 +12,8 @@ from typing import Any
 
 # Not a policy of `predict`: the photo is scaled to the scoring size, and the map is not scaled back.
 SCALED = "scaled"
+# Maps from files, whatever the network saw.
+SAVED = "saved"
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class EvalPreset:
     """One protocol.
 
     name: what results call it.
-    size: a policy of `frd_model.predict` ("auto", "whole", "tiles", "resize"), or "scaled": the photo is resized
-        bilinearly to `scored_at` and goes through the network in one piece.
+    size: a policy of `frd_model.predict` ("auto", "whole", "tiles", "resize"); "scaled": the photo is resized
+        bilinearly to `scored_at` and goes through the network in one piece; "saved": the maps come from files.
     scored_at: side of the square at which maps and masks are compared, the mask resized by nearest neighbour; None
         is the photo's own size.
     main: the metric that the protocol reports.
@@ -42,7 +44,8 @@ class EvalPreset:
     def describe(self) -> str:
         """The rules in one line."""
         side = self.scored_at
-        size = f"photo resized to {side} (bilinear)" if self.size == SCALED else f"size policy {self.size}"
+        sizes = {SCALED: f"photo resized to {side} (bilinear)", SAVED: "saved maps"}
+        size = sizes.get(self.size, f"size policy {self.size}")
         scored = f"scored at {side} x {side} (mask nearest)" if side else "scored at the photo's own size"
         rule = "the best threshold of each photo" if "_opt" in self.main else f"threshold {self.threshold:g}"
         band = "border band left out" if self.main.endswith("_band") else "all pixels"

@@ -96,7 +96,7 @@ def _preset(text: str) -> str:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the means, write the files asked for. Status 1 if an image could not be scored."""
     _check_outputs(args)
-    rules = eval_preset(args.preset, size=args.size, threshold=args.threshold)
+    eval_preset(args.preset, size=args.size, threshold=args.threshold)
     _check_predictions(args)
     sources = open_sources(args)
     maps = _open_maps(args, list(sources))
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             "checkpoint": None if maps else label,
             "predictions": str(maps[name].folder) if maps else None,
             "data": source.label,
-            "size_policy": None if maps else rules.size,
+            "size_policy": reports[name].preset.size,
             **reports[name].summary(args.resamples),
             "seconds": round(time.perf_counter() - start, 2),
         }

@@ -261,7 +261,10 @@ def test_the_command_scores_saved_maps(folder: Path, capsys: pytest.CaptureFixtu
         rows = list(csv.DictReader(file))
     assert np.mean([float(r["permute_f1"]) for r in rows if r["permute_f1"]]) == pytest.approx(mean["mean"])
     out = capsys.readouterr().out
-    assert "preset cat-fixed: size policy whole" in out and "skipped: 1 x untouched photo" in out
+    assert (
+        "preset cat-fixed: saved maps, scored at the photo's own size" in out
+        and "skipped: 1 x untouched photo" in out
+    )
 
 
 def test_bad_and_missing_maps_are_named_and_the_others_scored(
