@@ -100,12 +100,13 @@ class Source:
 class Report:
     """Figures of one method on one set.
 
-    rows: one per image, in order: name, kind, edited (fraction of the pixels), score, seconds, alarm (fraction of the
-        pixels above the threshold), and for forged images the metrics of `localization_metrics` and white_*, f1,
-        permute_f1, auc and iou of a mask that marks every pixel.
-    failed: name and error of each image that could not be scored, which no figure counts.
-    notes: how many images something was done to that a reader of the means should know.
-    curves: sums over the forged images of F1 at each of `metrics.THRESHOLDS`.
+    Attributes:
+        rows: one per image, in order: name, kind, edited (fraction of the pixels), score, seconds, alarm (fraction of
+            the pixels above the threshold), and for forged images the metrics of `localization_metrics` and white_*,
+            f1, permute_f1, auc and iou of a mask that marks every pixel.
+        failed: name and error of each image that could not be scored, which no figure counts.
+        notes: how many images something was done to that a reader of the means should know.
+        curves: sums over the forged images of F1 at each of `metrics.THRESHOLDS`.
     """
 
     threshold: float

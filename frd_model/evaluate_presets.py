@@ -18,19 +18,18 @@ SAVED = "saved"
 
 @dataclass(frozen=True)
 class EvalPreset:
-    """One protocol.
+    """One protocol. Its means are over the forged photos: untouched ones have no pixel metric and bring false alarms.
 
-    name: what results call it.
-    size: a policy of `frd_model.predict` ("auto", "whole", "tiles", "resize"); "scaled": the photo is resized
-        bilinearly to `scored_at` and goes through the network in one piece; "saved": the maps come from files.
-    scored_at: side of the square at which maps and masks are compared, the mask resized by nearest neighbour; None
-        is the photo's own size.
-    main: the metric that the protocol reports.
-    table: the metrics that it gives to Table 1, by its halves "optimal" and "fixed".
-    threshold: of the metrics with a fixed threshold, and of a photo's score.
-    note: how the code that the protocol is named after differs; "" for not at all.
-
-    The means are over the forged photos: untouched ones have no pixel metric, are counted and bring false alarms.
+    Attributes:
+        name: what results call it.
+        size: a policy of `frd_model.predict` ("auto", "whole", "tiles", "resize"); "scaled": the photo is resized
+            bilinearly to `scored_at` and goes through the network in one piece; "saved": the maps come from files.
+        scored_at: side of the square at which maps and masks are compared, the mask resized by nearest neighbour; None
+            is the photo's own size.
+        main: the metric that the protocol reports.
+        table: the metrics that it gives to Table 1, by its halves "optimal" and "fixed".
+        threshold: of the metrics with a fixed threshold, and of a photo's score.
+        note: how the code that the protocol is named after differs; "" for not at all.
     """
 
     name: str
