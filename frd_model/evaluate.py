@@ -199,12 +199,14 @@ class Report:
         }
 
     def _skipped(self, forged: list[dict[str, Any]], clean: list[dict[str, Any]]) -> dict[str, int]:
-        whole = sum(math.isnan(r["auc"]) for r in forged if "auc" in r)
-        banded = sum(math.isnan(r["permute_f1_band"]) for r in forged if "permute_f1_band" in r)
+        undefined = {c: sum(math.isnan(r[c]) for r in forged if c in r) for c in PIXEL_METRICS}
         reasons = {
             "untouched photo: no pixel metric": len(clean),
-            "every pixel edited: no auc": whole,
-            "border band leaves nothing of the mask, nothing or everything marked: no permute_f1_band": banded,
+            "every pixel edited: no auc": undefined["auc"],
+            "border band leaves no pixel: no permute_f1_opt_band": undefined["permute_f1_opt_band"],
+            "border band leaves one class, which is what was marked: no permute_f1_band": undefined[
+                "permute_f1_band"
+            ],
             "could not be read or scored": len(self.failed),
         }
         return {reason: count for reason, count in reasons.items() if count}
@@ -324,8 +326,8 @@ def _score(sample: Labelled, given: _Map, report: Report) -> None:
         row |= {f"white_{k}": v for k, v in _white_figures(mask).items()}
         for name, curve in found.curves.items():
             report.curves[name] = report.curves.get(name, 0.0) + curve
-        if found.emptied:
-            report.notes["border band leaves nothing of the mask: 0 in permute_f1_opt_band"] += 1
+        if found.emptied and not math.isnan(row["permute_f1_opt_band"]):
+            report.notes["border band leaves nothing edited: 0 in permute_f1_opt_band"] += 1
     report.rows.append(row)
 
 

@@ -292,9 +292,9 @@ def localization_metrics(probability: Array, mask: Array, threshold: float = 0.5
     """Every metric of one image [H, W], those of `image_metrics` among them.
 
     "ap", "mcc"; "permute_f1_opt" at the image's best "threshold_opt"; and with TruFor's border band left out
-    "permute_f1_band" at `threshold` and "permute_f1_opt_band" at "threshold_opt_band". Where the band leaves nothing
-    edited these are what TruFor's code gives: 0 at the best threshold, NaN at `threshold` if nothing or everything
-    is marked (0 / 0), else 0.
+    "permute_f1_band" at `threshold` and "permute_f1_opt_band" at "threshold_opt_band". These are what TruFor's code
+    gives: where the band leaves nothing edited 0, and at `threshold` NaN if nothing is marked either (or everything is
+    edited and marked); both NaN where it leaves no pixel to score.
     """
     return localization(probability, mask, threshold).metrics
 
@@ -324,7 +324,7 @@ def localization(probability: Array, mask: Array, threshold: float = 0.5) -> Loc
     best = _optimum(ranks, permute=True)
     metrics |= {
         "permute_f1_band": _fixed_f1_of_band(inner, inner_truth, threshold),
-        "permute_f1_opt_band": best.f1,
+        "permute_f1_opt_band": best.f1 if len(inner) else math.nan,
         "threshold_opt_band": best.threshold,
     }
     curves["permute_f1_band"] = _f1_curve(ranks, permute=True)
@@ -332,11 +332,11 @@ def localization(probability: Array, mask: Array, threshold: float = 0.5) -> Loc
 
 
 def _fixed_f1_of_band(scores: Array, truth: Array, threshold: float) -> float:
-    """`scores` may be empty: the band may be the whole image."""
+    """Permute-F1; NaN where truth and prediction together are of one class, as TruFor's code has it, or no pixel is."""
     if not len(scores):
         return math.nan
     counts = confusion(scores, truth, threshold)
-    if counts.tp + counts.fn == 0 and (counts.fp == 0 or counts.tn == 0):
+    if len(scores) in (counts.tn, counts.tp):
         return math.nan
     return max(counts.f1(), counts.complement().f1())
 

@@ -162,6 +162,10 @@ HALF = np.where(BLOCK, np.float32(0.5), np.float32(0))
         # TruFor's own rules, under TruFor's names alone: erosion leaves nothing of a thin region
         (THIN, THIN.astype(np.float32) * 0, "permute_f1_band", math.nan),
         (THIN, ONE_PIXEL, "permute_f1_band", 0.0),
+        (THIN, ONE_PIXEL * 0 + 1, "permute_f1_band", 0.0),
+        (ALL, ONE_PIXEL * 0 + 1, "permute_f1_band", math.nan),
+        (ALL, ONE_PIXEL * 0, "permute_f1_band", 1.0),
+        (THIN[8:22], THIN[8:22].astype(np.float32), "permute_f1_opt_band", math.nan),
         (THIN, THIN.astype(np.float32), "permute_f1_opt_band", 0.0),
         (BLOCK, CONSTANT, "mcc", 0.0),
         (BLOCK, BLOCK.astype(np.float32), "mcc", 1.0),
