@@ -35,6 +35,18 @@ FLAGS: dict[str, tuple[str, type, str]] = {
         'list of [image, mask or "Negative"] to train on; sets data.source to json',
     ),
     "--val-json": ("data.val_json", str, "such a list to validate on"),
+    "--protocol": (
+        "data.protocol",
+        str,
+        "training lists made from the data sets: cat, benco, frdnet or mvss (docs/data.md)",
+    ),
+    "--per-set": (
+        "data.per_set",
+        int,
+        "photos of each data set in an epoch; default: all, or the protocol's",
+    ),
+    "--resize": ("data.resize", int, "resize whole photos to squares of this side, in the place of the crop"),
+    "--augment": ("data.augment", str, "own (default) or mvss: augmentation of own photos"),
     "--crop": ("data.crop", int, "side of the square training crops, cut at the photos' own scale"),
     "--model": ("model.name", str, "network, such as frdnet_mit_b2"),
     "--model-preset": ("model.preset", str, "its variant: paper, released or lite; --preset chooses one too"),
@@ -50,6 +62,12 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--workers": ("workers", int, "processes that prepare images; 0: the training process itself"),
     "--save-every": ("save_every", int, "write last.pt every N steps too; always every 10 minutes"),
 }
+SETS = {
+    "--data": ("data.train", "a data set to train on (docs/data.md lists the layouts)"),
+    "--val-data": ("data.val", "a data set to validate on; default: held-out photos of the others"),
+}
+# What the flags call the ways to name data, and the keys of each, without data.train or data.val.
+WAYS = {"--images and --masks": ("_images", "_masks"), "--json": ("_json",), "--data": ("",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for flag, (key, kind, text) in FLAGS.items():
         parser.add_argument(flag, dest=key, type=kind, default=None, help=text)
+    for flag, (key, text) in SETS.items():
+        parser.add_argument(
+            flag, dest=key, action="append", metavar="[NAME=]LAYOUT:PATH", help=f"{text}; may be repeated"
+        )
     parser.add_argument(
         "--channels-last", action="store_true", default=None, help="channels_last memory format"
     )
@@ -157,20 +179,19 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         found["compile"] = args.compile
     if args.recursive is not None:
         found["data.recursive"] = args.recursive
-    # A data set given by flags replaces the one of the configuration file.
-    for part in ("train", "val"):
-        images, masks, listed = (f"data.{part}_{kind}" for kind in ("images", "masks", "json"))
-        folder = images in found or masks in found
-        if folder and listed in found:
-            raise ConfigError(
-                "--images and --masks exclude --json, --val-images and --val-masks exclude --val-json"
-            )
-        if folder:
-            found[listed] = None
-        elif listed in found:
-            found |= {images: None, masks: None}
-        if part == "train" and (folder or listed in found):
-            found["data.source"] = "folder" if folder else "json"
+    found |= {key: getattr(args, key) for key, _ in SETS.values() if getattr(args, key) is not None}
+    # Data given by flags replaces the data of the configuration file.
+    for part, prefix in (("train", "--"), ("val", "--val-")):
+        keys = {way: [f"data.{part}{end}" for end in ends] for way, ends in WAYS.items()}
+        given = [way for way in keys if any(key in found for key in keys[way])]
+        if len(given) > 1:
+            flags = (way.replace("--", prefix) for way in given[:2])
+            raise ConfigError(f"{' and '.join(flags)} exclude each other, got both")
+        if given:
+            others = [key for way in keys if way != given[0] for key in keys[way]]
+            found |= {key: () if key == f"data.{part}" else None for key in others}
+            if part == "train":
+                found["data.source"] = dict(zip(WAYS, ("folder", "json", "sets"), strict=True))[given[0]]
     return found | dict(parse_override(text) for text in args.set)
 
 

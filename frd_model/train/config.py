@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from frd_model.data.protocols import PROTOCOLS
+
 
 class ConfigError(ValueError):
     """A configuration with an unknown key or an invalid value."""
@@ -31,8 +33,11 @@ class ModelSection:
 
 @dataclass
 class AugmentSection:
-    """Random changes of the photos of a folder or JSON list, each with its probability; see `Augmentation`."""
+    """Random changes of photos, each with its probability; see `Augmentation`. preset: "own", which these values set,
+    or "mvss", which they do not change (`MvssAugmentation`); `augment: mvss` is short for it.
+    """
 
+    preset: str = "own"
     flip: float = 0.5
     turn: float = 0.5
     colour: float = 0.2
@@ -48,15 +53,22 @@ class DataSection:
 
     Attributes:
         source: of the training images: "sample" (forgeries of the photos that ship with scikit-image and scikit-learn,
-            by split), "folder" (train_images, train_masks) or "json" (train_json).
-        val_images and val_masks, or val_json: the validation set. Without one, "sample" validates on forgeries of other
-            sample photos, and "folder" and "json" hold out a fraction `val_share` of the training set, at least one
-            photo, drawn by `val_seed` from forged and untouched photos separately.
+            by split), "sets" (train), "folder" (train_images, train_masks) or "json" (train_json).
+        train, val: data sets by name, each "[NAME=]LAYOUT:PATH"; see `frd_model.data.sets.open_sets`.
+        val, val_images and val_masks, or val_json: the validation set. Without one, "sample" validates on forgeries of
+            other sample photos, and the others hold out a fraction `val_share` of each training set, at least one
+            photo, drawn by `val_seed` from forged and untouched photos separately; of sets with `per_set`, that
+            fraction of an epoch's photos.
+        protocol: training lists of `frd_model.data.protocols`, made from the data sets in train.
+        per_set, replacement: photos of each set, or list of the protocol, in an epoch, and whether they are drawn with
+            replacement. None is the protocol's; without a protocol, each photo once.
         recursive: search sub-folders too.
         invert_masks: masks are black where edited.
         crop: side of the square training images in pixels. It is a random crop at the photo's own scale: nothing is
             resized. Smaller photos and their masks are padded by reflection.
-        augment: augmentation of the crops ("folder" and "json").
+        resize: in the place of the crop, the whole photo resized to a square of this side, and the validation photos
+            and masks too (not "sample").
+        augment: augmentation of the training images (not of "sample").
         max_bad: fraction of the photos of a set that may be unusable, at least one photo unless it is 0. They are
             reported and replaced by other photos; with more of them the run stops.
         samples, val_samples: images of one epoch and of the fixed validation set ("sample").
@@ -67,6 +79,7 @@ class DataSection:
 
     source: str = "sample"
     crop: int = 256
+    resize: int | None = None
     samples: int = 512
     val_samples: int = 48
     val_seed: int = 1
@@ -74,6 +87,11 @@ class DataSection:
     zoom: tuple[float, float] = (0.5, 1.25)
     colour: float = 0.5
     forge: dict[str, Any] = field(default_factory=dict)
+    train: tuple[str, ...] = ()
+    val: tuple[str, ...] = ()
+    protocol: str | None = None
+    per_set: int | None = None
+    replacement: bool | None = None
     train_images: str | None = None
     train_masks: str | None = None
     val_images: str | None = None
@@ -179,17 +197,42 @@ class TrainConfig:
             raise ConfigError(
                 f"optim.min_lr must be at most optim.lr ({optim.lr:g}), got {optim.min_lr:g}; set both"
             )
-        for key, source in (("train_images", "folder"), ("train_masks", "folder"), ("train_json", "json")):
-            if getattr(data, key) is None and data.source == source:
+        for key, source in (
+            ("train", "sets"),
+            ("train_images", "folder"),
+            ("train_masks", "folder"),
+            ("train_json", "json"),
+        ):
+            given = getattr(data, key) not in (None, ())
+            if not given and data.source == source:
                 raise ConfigError(f"data.{key} must be given for data.source {source}, got nothing")
-            if getattr(data, key) is not None and data.source != source:
+            if given and data.source != source:
                 raise ConfigError(
                     f"data.source must be {source} where data.{key} is given, got {data.source}"
                 )
-        if data.val_json is not None and data.val_images is not None:
-            raise ConfigError("data.val_json and data.val_images exclude each other, got both")
+        named = [key for key in ("val", "val_json", "val_images") if getattr(data, key) not in (None, ())]
+        if len(named) > 1:
+            raise ConfigError(f"data.{named[0]} and data.{named[1]} exclude each other, got both")
         if (data.val_images is None) != (data.val_masks is None):
             raise ConfigError("data.val_images and data.val_masks must be given together, got only one")
+        if data.protocol is not None and data.source != "sets":
+            raise ConfigError(
+                f"data.source must be sets where data.protocol is given, got {data.source}; name each set by --data"
+            )
+        for key in ("per_set", "replacement"):
+            if getattr(data, key) is not None and data.source == "sample":
+                raise ConfigError(
+                    f"data.{key} must be left out for data.source sample, got {getattr(data, key)}"
+                )
+        changed = [
+            key.name
+            for key in dataclasses.fields(AugmentSection)
+            if getattr(data.augment, key.name) != key.default
+        ]
+        if data.augment.preset == "mvss" and changed != ["preset"]:
+            raise ConfigError(
+                f"data.augment.{changed[1]} must be left out for data.augment.preset mvss, got a value"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary that `TrainConfig` can be read back from."""
@@ -209,6 +252,10 @@ def _one_of(*choices: str) -> Rule:
     return lambda value: value in choices, f"one of {', '.join(choices)}"
 
 
+def _optional(rule: Rule) -> Rule:
+    return lambda value: value is None or rule[0](value), rule[1]
+
+
 def _ordered(low: float, high: float) -> Rule:
     """A pair (a, b) with low <= a <= b <= high."""
     return lambda pair: low <= pair[0] <= pair[1] <= high, f"two rising values between {low} and {high}"
@@ -226,7 +273,7 @@ AMP = ("none", "bf16", "fp16")
 _CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = {name: _CONFIGS / f"{name}.yaml" for name in ("paper", "released")}
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-SOURCES = ("sample", "folder", "json")
+SOURCES = ("sample", "sets", "folder", "json")
 PATHS = (
     "output",
     "model.pretrained",
@@ -256,6 +303,9 @@ RULES: dict[str, Rule] = {
     "save_minutes": _FROM_ZERO,
     "data.source": _one_of(*SOURCES),
     "data.crop": _between(32, 8192),
+    "data.resize": _optional(_between(32, 8192)),
+    "data.protocol": _optional(_one_of(*PROTOCOLS)),
+    "data.per_set": _optional(_COUNT),
     "data.samples": _COUNT,
     "data.val_samples": _COUNT,
     "data.val_seed": _SEED,
@@ -264,6 +314,7 @@ RULES: dict[str, Rule] = {
     "data.authentic": _BELOW_ONE,
     "data.zoom": _ordered(0.01, 100),
     "data.colour": _SHARE,
+    "data.augment.preset": _one_of("own", "mvss"),
     **{f"data.augment.{name}": _SHARE for name in ("flip", "turn", "colour", "blur", "jpeg")},
     "data.augment.blur_sigma": _ordered(0.01, 100),
     "data.augment.jpeg_quality": _ordered(1, 100),
@@ -374,6 +425,8 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 def _build(cls: type, values: Any, prefix: str) -> Any:
     # YAML reads a section whose keys are all commented out as None.
     values = {} if values is None and prefix else values
+    if cls is AugmentSection and isinstance(values, str):
+        values = {"preset": values}
     if not isinstance(values, dict):
         raise ConfigError(f"{prefix.rstrip('.')} must be a section of keys, got {values!r}")
     hints = typing.get_type_hints(cls)
@@ -401,7 +454,9 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         return convert(hint, value, name)
     if origin is tuple:
         arguments = typing.get_args(hint)
-        if arguments[-1] is Ellipsis and isinstance(value, (list, tuple)):
+        if arguments[-1] is Ellipsis:
+            if not isinstance(value, (list, tuple)):
+                raise ConfigError(f"{name} must be a list, got {value!r}")
             arguments = arguments[:1] * len(value)
         if not isinstance(value, (list, tuple)) or len(value) != len(arguments):
             raise ConfigError(f"{name} must be a list of {len(arguments)} values, got {value!r}")

@@ -7,8 +7,9 @@ import hashlib
 import os
 import sys
 import typing
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from frd_model.data.augment import Augmentation
-from frd_model.data.dataset import FolderDataset, ForgeryDataset, JsonDataset, PairDataset
+from frd_model.data.augment import Augmentation, MvssAugmentation
+from frd_model.data.balanced_sampler import BalancedSampler
+from frd_model.data.dataset import FolderDataset, ForgeryDataset, JoinedDataset, PairDataset
 from frd_model.data.files import describe_skipped
 from frd_model.data.forge_options import ForgeOptions
 from frd_model.data.photos import sample_photos
-from frd_model.data.transforms import mask_to_tensor, to_tensor
+from frd_model.data.protocols import PROTOCOLS, select_lists
+from frd_model.data.sets import join_sets, open_sets
+from frd_model.data.transforms import mask_to_tensor, squash, to_tensor
 from frd_model.output import one_line, say
 
 from .config import ConfigError, DataSection, TrainConfig, convert
@@ -56,14 +60,17 @@ class ValidationData(Protocol):
         """Photo uint8 RGB [H, W, 3] and mask bool [H, W]; ValueError or OSError for a file that cannot be used."""
 
 
+Augment = Callable[[UInt8, Bool, int], tuple[UInt8, Bool]]
+
+
 class TrainingPairs(Dataset[Sample]):
-    """Augmented crops of the photos of a `PairDataset`.
+    """Augmented views of the photos of a `PairDataset`.
 
     A sample depends only on (seed, epoch, index) and the files, not on the worker. A photo that cannot be used is
     reported in `Sample.failures` and replaced by another one, drawn by the same rule.
     """
 
-    def __init__(self, pairs: PairDataset, augmentation: Augmentation, seed: int) -> None:
+    def __init__(self, pairs: PairDataset, augmentation: Augment, seed: int) -> None:
         self.pairs = pairs
         self.augmentation = augmentation
         self.seed = seed
@@ -89,10 +96,63 @@ class TrainingPairs(Dataset[Sample]):
             return Sample(to_tensor(image), mask_to_tensor(mask), failures)
         return Sample(None, None, failures)
 
-    def _candidates(self, index: int, rng: np.random.Generator) -> typing.Iterator[int]:
-        yield index
-        others = rng.permutation(len(self.pairs))[: REPLACEMENTS + 1]
-        yield from (int(other) for other in others if other != index)
+    def _candidates(self, index: int, rng: np.random.Generator) -> Iterator[int]:
+        number = index % len(self.pairs)
+        yield number
+        alike = self._alike(number)
+        others = rng.permutation(len(alike))[: REPLACEMENTS + 1]
+        yield from (alike[other] for other in others if alike[other] != number)
+
+    def _alike(self, number: int) -> range:
+        """The photos one of which replaces a photo."""
+        return range(len(self.pairs))
+
+
+class BalancedPairs(TrainingPairs):
+    """As many photos of each set of a `JoinedDataset` in an epoch; see `BalancedSampler`.
+
+    An epoch takes the indices of `order`. Those of a photo that comes again are higher by the number of photos each
+    time, so that it is augmented anew.
+    """
+
+    def __init__(
+        self, pairs: PairDataset, augmentation: Augment, seed: int, per_set: int, replacement: bool = False
+    ) -> None:
+        super().__init__(pairs, augmentation, seed)
+        self.sets = list(pairs.parts.values()) if isinstance(pairs, JoinedDataset) else [range(len(pairs))]
+        self.sampler = BalancedSampler(self.sets, per_set, seed, replacement=replacement)
+
+    def __len__(self) -> int:
+        return self.sampler.total
+
+    def order(self, epoch: int) -> list[int]:
+        """The indices of an epoch."""
+        times: Counter[int] = Counter()
+        indices = []
+        for number in self.sampler.order(epoch):
+            indices.append(number + times[number] * len(self.pairs))
+            times[number] += 1
+        return indices
+
+    def _alike(self, number: int) -> range:
+        return next(part for part in self.sets if number in part)
+
+
+class SquarePairs(PairDataset):
+    """The photos of a set with their masks, resized to squares as the training images are."""
+
+    def __init__(self, source: PairDataset, side: int) -> None:
+        super().__init__(source.pairs)
+        self.names = source.names
+        self._source, self._side = source, side
+
+    def load_mask(self, index: int, size: tuple[int, int] | None = None) -> Bool | None:
+        """See `PairDataset.load_mask`; at the mask's own size."""
+        return self._source.load_mask(index, size)
+
+    def load(self, index: int) -> tuple[UInt8, Bool]:
+        """Photo uint8 RGB [side,side,3] and mask bool [side,side]."""
+        return squash(*self._source.load(index), self._side)
 
 
 class ForgedValidation:
@@ -140,14 +200,28 @@ def open_data(config: TrainConfig) -> tuple[Any, ValidationData]:
     data = config.data
     # Checked even if the section is not used.
     forge_options(data.forge)
-    validation = _open_pairs(data, "val")
+    held = _open_sets(data, "val")
+    validation = join_sets(held) if held else None
+    if validation is not None and data.resize:
+        validation = SquarePairs(validation, data.resize)
     if data.source == "sample":
         return open_training_data(config), validation or _forged_validation(data)
-    pairs = cast(PairDataset, _open_pairs(data, "train"))
+    sets = _open_sets(data, "train")
+    per_set, replacement = data.per_set, data.replacement
+    if data.protocol is not None:
+        protocol = PROTOCOLS[data.protocol]
+        sets = select_lists(data.protocol, sets)
+        per_set = protocol.per_set if per_set is None else per_set
+        replacement = protocol.replacement if replacement is None and per_set else replacement
+    if per_set is None and replacement is not None:
+        raise ConfigError("data.replacement goes with data.per_set, the photos of each set, got none")
     if validation is None:
-        pairs, validation = split(pairs, data.val_share, data.val_seed)
-    augmentation = Augmentation(data.crop, **dataclasses.asdict(data.augment))
-    return TrainingPairs(pairs, augmentation, config.seed), validation
+        sets, validation = split_sets(sets, data.val_share, data.val_seed, per_set)
+        validation = SquarePairs(validation, data.resize) if data.resize else validation
+    pairs, augment = join_sets(sets), _augmentation(data)
+    if per_set is None:
+        return TrainingPairs(pairs, augment, config.seed), validation
+    return BalancedPairs(pairs, augment, config.seed, per_set, bool(replacement)), validation
 
 
 def open_training_data(config: TrainConfig) -> Any:
@@ -167,6 +241,40 @@ def split(pairs: PairDataset, share: float, seed: int) -> tuple[PairDataset, Pai
     """Split into a training and a validation set. A fraction `share` of the photos with and of those without a mask
     is held out, at least one photo, and one with a mask if there are two of them.
     """
+    training, validation = split_sets({"": pairs}, share, seed)
+    return training[""], validation
+
+
+def split_sets(
+    sets: Mapping[str, PairDataset], share: float, seed: int, per_set: int | None = None
+) -> tuple[dict[str, PairDataset], PairDataset]:
+    """Hold photos out of each set as `split` does; with `per_set` a fraction of an epoch's photos, not of all.
+
+    A file that several records or sets name is held out of all of them.
+    """
+    held: dict[str, list[int]] = {}
+    for name, pairs in sets.items():
+        part = share if per_set is None else share * min(1.0, per_set / len(pairs))
+        held[name] = _held_out(pairs, part, seed)
+    validation = {name: sets[name].subset(indices) for name, indices in held.items() if indices}
+    files = {pair.image for pairs in validation.values() for pair in pairs.pairs}
+    training = {}
+    for name, pairs in sets.items():
+        kept = [i for i, pair in enumerate(pairs.pairs) if pair.image not in files]
+        if files and not kept:
+            raise ConfigError(
+                f"training set {name} must keep photos beside those held out for validation, got none"
+            )
+        training[name] = pairs.subset(kept) if kept else pairs
+    if not validation:
+        raise ConfigError(
+            f"the training set must have two photos with a mask or two without for a validation set to be held out, "
+            f"got {sum(map(len, sets.values()))}; give data.val_images and data.val_masks, data.val_json or data.val"
+        )
+    return training, join_sets(validation)
+
+
+def _held_out(pairs: PairDataset, share: float, seed: int) -> list[int]:
     rng = np.random.default_rng([seed, len(pairs)])
     held_out: set[int] = set()
     for masked in (True, False):
@@ -174,14 +282,7 @@ def split(pairs: PairDataset, share: float, seed: int) -> tuple[PairDataset, Pai
         minimum = 1 if len(group) > 1 and not held_out else 0
         count = min(max(round(share * len(group)), minimum), max(len(group) - 1, 0))
         held_out |= {group[i] for i in rng.permutation(len(group))[:count]}
-    if not held_out:
-        raise ConfigError(
-            f"the training set must have two photos with a mask or two without for a validation set to be held out, "
-            f"got {len(pairs)}; give data.val_images and data.val_masks, or data.val_json"
-        )
-    parts = [[p for i, p in enumerate(pairs.pairs) if (i in held_out) == which] for which in (False, True)]
-    training, validation = (PairDataset(part, invert_masks=pairs.invert_masks) for part in parts)
-    return training, validation
+    return sorted(held_out)
 
 
 def pairs_of(data: Any) -> PairDataset | None:
@@ -204,7 +305,16 @@ def describe(data: Any) -> str:
     pairs = pairs_of(data)
     if pairs is None:
         return f"{len(data)} generated photos"
-    return f"{len(pairs)} photos, {sum(pair.mask is not None for pair in pairs.pairs)} of them with a mask"
+    text = f"{len(pairs)} photos, {sum(pair.mask is not None for pair in pairs.pairs)} of them with a mask"
+    if isinstance(data, BalancedPairs):
+        text += f" ({data.sampler.per_set} of each of {len(data.sets)} sets in an epoch)"
+    return text
+
+
+def count_photos(data: Any) -> int:
+    """Photos of a set, which may be more than an epoch takes."""
+    pairs = pairs_of(data)
+    return len(data if pairs is None else pairs)
 
 
 def forge_options(values: dict[str, Any]) -> ForgeOptions:
@@ -247,16 +357,30 @@ def _forgeries(data: DataSection, photos: str, length: int, seed: int, colour: f
     )
 
 
-def _open_pairs(data: DataSection, part: str) -> PairDataset | None:
-    """The photos that the configuration names for a part ("train" or "val"), or None if it names none."""
+def _augmentation(data: DataSection) -> Augment:
+    """The configured changes of a photo of data.crop pixels, or of data.resize."""
+    side, resize = data.resize or data.crop, data.resize is not None
+    values = dataclasses.asdict(data.augment)
+    if values.pop("preset") == "mvss":
+        return MvssAugmentation(side, resize=resize)
+    return Augmentation(side, resize=resize, **values)
+
+
+def _open_sets(data: DataSection, part: str) -> dict[str, PairDataset]:
+    """The data sets that the configuration names for a part ("train" or "val"); none if it names none."""
     images, masks, listed = (getattr(data, f"{part}_{kind}") for kind in ("images", "masks", "json"))
-    if listed is not None:
-        return JsonDataset(listed, invert_masks=data.invert_masks)
-    if images is None:
-        return None
-    found = FolderDataset(
-        images, masks, allow_authentic=True, invert_masks=data.invert_masks, recursive=data.recursive
-    )
-    if found.skipped:
-        say(f"not used of {images} and {masks}: {describe_skipped(found.skipped)}", sys.stderr)
-    return found
+    specs = getattr(data, part) if listed is None else [f"json:{listed}"]
+    if specs:
+        sets = open_sets(specs, invert_masks=data.invert_masks, recursive=data.recursive)
+    elif images is not None:
+        folders = FolderDataset(
+            images, masks, allow_authentic=True, invert_masks=data.invert_masks, recursive=data.recursive
+        )
+        sets = {"photos": folders}
+    else:
+        return {}
+    for name, found in sets.items():
+        if found.skipped:
+            where = name if specs else f"{images} and {masks}"
+            say(f"not used of {where}: {describe_skipped(found.skipped)}", sys.stderr)
+    return sets

@@ -39,6 +39,7 @@ from .config import TrainConfig, from_dict
 from .data import (
     Failure,
     collate,
+    count_photos,
     describe,
     digest,
     failure,
@@ -360,7 +361,7 @@ class Trainer:
         if failed.name in bad:
             return
         bad.add(failed.name)
-        size = len(self.train_data if part == "training" else self.val_data)
+        size = count_photos(self.train_data if part == "training" else self.val_data)
         share = self.config.data.max_bad
         tqdm.write(f"skipped {failed.reason} ({len(bad)} of {size} {part} photos)", file=sys.stderr)
         if len(bad) > (max(1, int(share * size)) if share else 0) or len(bad) == size:
