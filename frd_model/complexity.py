@@ -206,7 +206,7 @@ def table2(rows: dict[str, dict[str, Any]]) -> str:
             f"{1e3 * row['seconds']:.1f} ms",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    quoted = "Rows marked (quoted) are the paper's numbers. What it calls FLOPs are multiply-accumulates, as fvcore counts."
+    quoted = "Rows marked (quoted) are the paper's numbers; its FLOPs are multiply-accumulates, as fvcore counts them."
     lines += ["", quoted, *(_conditions(name, row) for name, row in rows.items())]
     return "\n".join(lines) + "\n"
 

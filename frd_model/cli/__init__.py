@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "score a checkpoint, or saved maps of any method, on images with known masks",
     ),
     "table1": ("frd_model.cli.table1", "put results of `frd evaluate` into the paper's Table 1"),
+    "robustness": (
+        "frd_model.cli.robustness",
+        "score a checkpoint on distorted photos, as in the paper's Figure 3",
+    ),
     "complexity": (
         "frd_model.cli.complexity",
         "parameters, multiply-accumulates, memory and time of a net, as in the paper's Table 2",
