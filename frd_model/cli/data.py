@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "check" and args.json_out is not None:
             check_output_file("--json-out", args.json_out, overwrite=args.overwrite)
         return _check(args, sets) if args.action == "check" else _convert(args, sets)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         say(f"frd data {args.action}: {error}", sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
