@@ -7,6 +7,7 @@ A list is the forged or the untouched photos of a data set. The user says where 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from .pairing import DatasetError, Pair
@@ -27,10 +28,11 @@ class TrainingList(NamedTuple):
         """A set of this name is the list itself."""
         return f"{self.source}-{self.folder.removesuffix('_images') or ('forged' if self.forged else 'untouched')}"
 
-    def holds(self, pair: Pair) -> bool:
-        """Whether a photo of the source belongs to the list."""
-        in_folder = not self.folder or pair.image.parent.name.lower() == self.folder
-        return in_folder and (pair.mask is not None) == self.forged
+    def holds(self, pair: Pair, name: str) -> bool:
+        """Whether a photo of the source belongs to the list; `name`: of the photo in its set."""
+        # A cache keeps the folders in the names alone, a list in the files alone.
+        folders = [path.parent.name.lower() for path in (pair.image, PurePosixPath(name))]
+        return (pair.mask is not None) == self.forged and (not self.folder or self.folder in folders)
 
 
 class Protocol(NamedTuple):
@@ -85,7 +87,7 @@ def _select(
     if part.name in names:
         return sets[names[part.name]]
     data = sets[names[part.source]]
-    indices = [i for i, pair in enumerate(data.pairs) if part.holds(pair)]
+    indices = [i for i, pair in enumerate(data.pairs) if part.holds(pair, data.names[i])]
     if not indices:
         where = f" in a folder {part.folder}" if part.folder else ""
         kind = "forged" if part.forged else "untouched"

@@ -24,6 +24,7 @@ from frd_model.data.sets import open_sets
 from frd_model.train import Trainer
 from frd_model.train.config import ConfigError, from_dict, load_config
 from frd_model.train.data import BalancedPairs, TrainingPairs, collate, split_sets
+from frd_model.train.sampler import StepSampler
 
 TINY = {"stages": [1, 2], "blocks": 1, "pyramid_width": 8, "trace_widths": [8, 8]}
 SMALL = [
@@ -154,6 +155,15 @@ def test_a_list_of_its_own(tmp_path: Path) -> None:
     sets = open_sets([f"casia2-forged=txt:{tmp_path / 'list.txt'}"])
     assert len(select_lists("mvss", sets)["casia2-forged"]) == 1
     assert len(select_lists("mvss", open_sets([f"CASIA2={spec}"]))["casia2-forged"]) == 6
+
+
+def test_lists_of_a_cache(tmp_path: Path) -> None:
+    spec = tampcoco(tmp_path / "tampcoco")
+    cache = tmp_path / "cache"
+    assert main(["data", "convert", "--data", spec, "--to", "cache", "--out", str(cache)]) == 0
+    specs = [spec for spec in all_sets(tmp_path / "all") if not spec.startswith(("tampcoco", "compraise"))]
+    lists = select_lists("benco", open_sets([*specs, f"tampcoco=cache:{cache}"]))
+    assert [len(lists[f"tampcoco-{kind}"]) for kind in ("cm", "sp", "bcm", "bcmc")] == [3, 3, 3, 3]
 
 
 def test_sets_that_do_not_fit_a_protocol(tmp_path: Path) -> None:
@@ -314,6 +324,39 @@ def test_training_by_a_protocol_in_two_layouts(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     assert train(tmp_path / "half", *flags, "--epochs", "3", "--resume") == 1
     assert "the training set must hold the files of the saved run" in capsys.readouterr().err
+
+
+def test_resumes_in_mid_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [casia2(tmp_path / "a"), fantasticreality(tmp_path / "b")]
+    flags = [*as_flags(specs), "--per-set", "8", "--set", "data.replacement=true", "--augment", "mvss"]
+    flags += ["--save-every", "1", "--epochs", "2"]
+    assert train(tmp_path / "whole", *flags) == 0
+    step = Trainer._step
+
+    def stop(self: Trainer, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if (self.epoch, self.step) == (1, 2):
+            raise OSError("stopped")
+        return step(self, image, mask)
+
+    monkeypatch.setattr(Trainer, "_step", stop)
+    assert train(tmp_path / "half", *flags) == 1
+    monkeypatch.undo()
+    state = torch.load(tmp_path / "half" / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 2)
+    assert train(tmp_path / "half", *flags, "--resume") == 0
+    one, other = (load_model(tmp_path / run / "last.safetensors").state_dict() for run in ("whole", "half"))
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_two_processes_divide_the_batches_of_one(tmp_path: Path) -> None:
+    pairs = JoinedDataset(open_sets([casia2(tmp_path / "a"), tampcoco(tmp_path / "b")]))
+    data = BalancedPairs(pairs, Augmentation(32), seed=5, per_set=10)
+    samplers = [StepSampler(data, 6, seed=5, rank=rank, world=2) for rank in range(2)]
+    for sampler in samplers:
+        sampler.set_position(epoch=3, step=1)
+    steps = list(zip(*samplers, strict=True))
+    assert [len(first) + len(second) for first, second in steps] == [6, 6, 2]
+    assert [i for first, second in steps for i in (*first, *second)] == data.order(3)[6:]
 
 
 def test_bad_files_of_a_set_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
