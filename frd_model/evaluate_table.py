@@ -38,7 +38,7 @@ class Table1:
         """
         try:
             method, preset = str(summary["method"]), summary["preset"]
-            column = _column(name or str(summary["set"]))
+            column = paper_column(name or str(summary["set"]))
             found = {half: summary["means"][metric]["mean"] for half, metric in preset["table"].items()}
             images = {half: summary["means"][metric]["images"] for half, metric in preset["table"].items()}
         except (KeyError, TypeError, AttributeError):
@@ -102,7 +102,7 @@ def table1(results: Iterable[tuple[str | None, Path]]) -> Table1:
     return table
 
 
-def _column(name: str) -> str:
+def paper_column(name: str) -> str:
     """The paper's column that a set's name means, or the name itself."""
     plain = "".join(c for c in name.lower() if c.isalnum())
     columns = {c.lower(): c for c in paper_tables()["table1"]["columns"][:-1]}

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "frd_model.cli.robustness",
         "score a checkpoint on distorted photos, as in the paper's Figure 3",
     ),
+    "ablate": ("frd_model.cli.ablate", "train and evaluate the six rows of the paper's Table 3"),
     "complexity": (
         "frd_model.cli.complexity",
         "parameters, multiply-accumulates, memory and time of a net, as in the paper's Table 2",
