@@ -8,12 +8,16 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .blocks import FRDBlock
 from .config import FRDNetConfig
 from .decoder import DeconvDecoder, PyramidDecoder
 from .encoder import create_encoder
 from .stem import PDCStem, TraceBranch
+
+#: The logit of pixels outside the valid size: a probability of 1e-13, finite in half precision.
+OUTSIDE = -30.0
 
 
 class FRDNet(nn.Module):
@@ -27,9 +31,15 @@ class FRDNet(nn.Module):
     repeating its last column and row, to multiples of the encoder's coarsest stride (32), and the logits are
     cropped back.
 
+    A batch of images of several sizes, each padded to [H, W] on the right and at the bottom, comes with `valid_size`,
+    integers [B, 2]: the height and width of each image itself. Logits and gradients are then those of the images
+    without the margins, whose content is never read; in the margins the logits are -30 and have no gradient. Images
+    that take equally many multiples of the stride are computed together, others one after the other.
+
     Raises:
-        ValueError: images are not [B, 3, H, W] with H, W >= 1.
-        TypeError: images are not floating point.
+        ValueError: images are not [B, 3, H, W] with H, W >= 1; valid_size is not [B, 2] within the images.
+        TypeError: images are not floating point, valid_size is not an integer tensor.
+        NotImplementedError: training with batch normalisation on images that are not computed together.
     """
 
     def __init__(self, config: FRDNetConfig) -> None:
@@ -58,10 +68,40 @@ class FRDNet(nn.Module):
         else:
             self.decoder = PyramidDecoder(channels, config)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, valid_size: Tensor | None = None) -> Tensor:
         _check_images(images)
+        # torch.fx traces the argument that is left out as a Proxy.
+        if valid_size is not None and not isinstance(valid_size, torch.fx.Proxy):
+            return self._without_margins(images, _sizes(valid_size, images))
         x = _pad(images, self.multiple, self.min_side)
         return _fit(self.logits(x), x, images)
+
+    def _without_margins(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """Logits of images [B, 3, H, W] of which each has its own size; OUTSIDE elsewhere.
+
+        Crops instead of masks: bins of the clustering, borders of convolutions and interpolations depend on where the
+        image ends, and margins cost no time.
+        """
+        groups: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        for i, (height, width) in enumerate(sizes):
+            x = _pad(images[i : i + 1, :, :height, :width], self.multiple, self.min_side)
+            groups.setdefault(tuple(x.shape[2:]), {})[i] = x
+        if len(groups) > 1 and any(isinstance(m, _BatchNorm) and m.training for m in self.modules()):
+            raise NotImplementedError(
+                "valid_size: batch normalisation in training needs images of one size, got "
+                f"{len(groups)}; resize or crop them, or use norm='group'"
+            )
+        found: dict[int, Tensor] = {}
+        for group in groups.values():
+            x = torch.cat(list(group.values()))
+            found.update(zip(group, _fit(self.logits(x), x, x), strict=True))
+        rows, columns = images.shape[2:]
+        return torch.stack(
+            [
+                F.pad(found[i][:, :height, :width], (0, columns - width, 0, rows - height), value=OUTSIDE)
+                for i, (height, width) in enumerate(sizes)
+            ]
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits at the decoder's resolution, for images whose sides are multiples of `multiple`."""
@@ -85,6 +125,26 @@ def _check_images(images: Tensor) -> None:
         raise ValueError(f"images: must be [B, 3, H, W] with H, W >= 1, got {list(images.shape)}")
     if not images.is_floating_point():
         raise TypeError(f"images: must be floating point, got {images.dtype}")
+
+
+def _sizes(valid_size: Tensor, images: Tensor) -> list[tuple[int, int]]:
+    is_integer = isinstance(valid_size, Tensor) and not (
+        valid_size.is_floating_point() or valid_size.is_complex() or valid_size.dtype == torch.bool
+    )
+    if not is_integer:
+        got = valid_size.dtype if isinstance(valid_size, Tensor) else type(valid_size).__name__
+        raise TypeError(f"valid_size: must be an integer tensor, got {got}")
+    if valid_size.shape != (len(images), 2):
+        raise ValueError(f"valid_size: must be [{len(images)}, 2], got {list(valid_size.shape)}")
+    # One wait for the device.
+    sizes = [(int(height), int(width)) for height, width in valid_size.tolist()]
+    rows, columns = images.shape[2:]
+    wrong = [size for size in sizes if not (1 <= size[0] <= rows and 1 <= size[1] <= columns)]
+    if wrong:
+        raise ValueError(
+            f"valid_size: must lie between 1 and the images' {rows} x {columns}, got {list(wrong[0])}"
+        )
+    return sizes
 
 
 def _pad(images: Tensor, multiple: int, min_side: int) -> Tensor:

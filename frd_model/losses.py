@@ -27,11 +27,16 @@ def _cross_max(x: Tensor, width: int) -> Tensor:
     return torch.maximum(row, column)
 
 
-def _morphological_gradient(x: Tensor, width: int, name: str) -> Tensor:
+def _morphological_gradient(x: Tensor, width: int, name: str, valid: Tensor | None = None) -> Tensor:
     _check_width(width)
     if x.dim() != 4:
         raise ValueError(f"{name} must be [B,1,H,W], got shape {tuple(x.shape)}")
-    return _cross_max(x, width) + _cross_max(-x, width)
+    if valid is None:
+        return _cross_max(x, width) + _cross_max(-x, width)
+    # As max_pool2d treats what is beyond the image.
+    low = float("-inf")
+    gradient = _cross_max(x.where(valid, low), width) + _cross_max((-x).where(valid, low), width)
+    return gradient.where(valid, 0.0)
 
 
 def soft_edge_map(probability: Tensor, width: int = 7) -> Tensor:
@@ -74,6 +79,13 @@ def _dice(overlap: Tensor, size: Tensor, form: str) -> Tensor:
     return 1 - (overlap + smooth) / (size + smooth)
 
 
+def _cross_entropy(logits: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return F.binary_cross_entropy_with_logits(logits, mask)
+    each = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
+    return each.where(valid, 0.0).sum() / valid.sum()
+
+
 class FRDLoss(nn.Module):
     """Region dice + edge_weight * edge dice (Eq. 8), optionally mixed with binary cross-entropy.
 
@@ -82,8 +94,9 @@ class FRDLoss(nn.Module):
     an untouched image still raise the loss. `bce_weight` adds the mean cross-entropy: dice alone starts slowly
     from scratch.
 
-    Called with logits and mask [B,1,H,W]; returns 0-d tensors "total", "region", "edge" (and "bce" where its
-    weight is not 0), computed in fp32 (fp64 for fp64 logits) whatever autocast says.
+    Called with logits and mask [B,1,H,W], and optionally `valid`, bool [B,1,H,W]: the pixels that count, for padded
+    images; the others are treated as what is beyond the image. Returns 0-d tensors "total", "region", "edge" (and
+    "bce" where its weight is not 0), computed in fp32 (fp64 for fp64 logits) whatever autocast says.
     """
 
     def __init__(
@@ -107,10 +120,10 @@ class FRDLoss(nn.Module):
             f"bce_weight={self.bce_weight}"
         )
 
-    def forward(self, logits: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        return self.from_sums(self.sums(logits, mask))
+    def forward(self, logits: Tensor, mask: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
+        return self.from_sums(self.sums(logits, mask, valid))
 
-    def sums(self, logits: Tensor, mask: Tensor) -> Tensor:
+    def sums(self, logits: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
         """What the loss is a function of, [6]: sums over the batch, so that those of a batch's parts add up to its own.
 
         Numerator and denominator of the region's and of the edge's dice, then cross-entropy times images, and images.
@@ -121,20 +134,26 @@ class FRDLoss(nn.Module):
             raise ValueError(
                 f"mask must have the shape of logits {tuple(logits.shape)}, got {tuple(mask.shape)}"
             )
+        if valid is not None and (valid.shape != logits.shape or valid.dtype != torch.bool):
+            raise ValueError(
+                f"valid must be bool of the shape of logits {tuple(logits.shape)}, got {valid.dtype} "
+                f"{tuple(valid.shape)}"
+            )
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits if logits.dtype == torch.float64 else logits.float()
             mask = mask.to(logits.dtype)
             probability = logits.sigmoid()
-            band = edge_map(mask, self.edge_width)
+            if valid is not None:
+                probability, mask = probability.where(valid, 0.0), mask.where(valid, 0.0)
+            band = _morphological_gradient(mask.detach(), self.edge_width, "mask", valid)
             region = _dice_sums(probability, mask, self.form)
             if self.form == "paper":
-                edge = _dice_sums(soft_edge_map(probability, self.edge_width), band, "paper")
+                soft = _morphological_gradient(probability, self.edge_width, "probability", valid)
+                edge = _dice_sums(soft, band, "paper")
             else:
                 edge = _dice_sums(probability * band, mask * band, "released")
             images = torch.full((), len(logits), dtype=logits.dtype, device=logits.device)
-            entropy = (
-                F.binary_cross_entropy_with_logits(logits, mask) if self.bce_weight else images.new_zeros(())
-            )
+            entropy = _cross_entropy(logits, mask, valid) if self.bce_weight else images.new_zeros(())
             return torch.stack((*region, *edge, entropy * images, images))
 
     def from_sums(self, sums: Tensor) -> dict[str, Tensor]:
