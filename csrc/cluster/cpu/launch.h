@@ -80,14 +80,14 @@ void bind_saved(ClusterRound<A>& r, const SavedRound& at, const Tensor& saved) {
     return PerSample<A>{static_cast<A*>(const_cast<void*>(saved.const_data_ptr())) + offset, saved.size(1)};
   };
   r.cosine = part(at.cosine);
-  r.inv_norm = part(at.scale);
+  r.inv_norm = part(at.inv_norm);
   r.pooled = part(at.pooled);
   r.unit_key = part(at.unit);
   r.mean = part(at.mean);
   r.result = part(at.result);
-  r.pooled_inv_norm = part(at.unit_scale);
-  r.weight_sum = part(at.mass);
-  r.inv_bin_count = part(at.share);
+  r.pooled_inv_norm = part(at.unit_inv_norm);
+  r.weight_sum = part(at.weight_sum);
+  r.inv_bin_count = part(at.inv_bin_count);
 }
 
 // Workspace of a round.

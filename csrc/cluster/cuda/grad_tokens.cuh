@@ -167,7 +167,7 @@ FRD_DEVICE void value_grads(const GradItem<T, kBlocks>& g, int t, int first, int
       A v[kRun] = {};
       if (label >= 0) {
         add_run(weight, mean_grad + int64_t{label} * channels + c, channels - c, v);
-        bins.add(r, g.saved + r.saved.share, mean_grad, channels, c, v);
+        bins.add(r, g.saved + r.saved.inv_bin_count, mean_grad, channels, c, v);
       }
       store_run(g.outs + i * g.pitch + c, channels - c, v);
     });
@@ -201,7 +201,7 @@ FRD_DEVICE void key_side_grads(const GradItem<T, kBlocks>& g, int t, int first, 
       load_run((projected ? kept : g.rows + i * g.pitch) + c, left, v);
       if (!projected) pull.turn(c, v);
       if (g.a.shared) add_run(weight, g.work + w.mean_grad + int64_t{label} * channels + c, left, v);
-      bins.add(r, g.saved + r.saved.share, g.work + w.pooled_grad, channels, c, v);
+      bins.add(r, g.saved + r.saved.inv_bin_count, g.work + w.pooled_grad, channels, c, v);
       store_run(to + c, left, v);
     });
   });

@@ -167,7 +167,7 @@ class TeamDispatch {
     const A* from = saved_ + a_.round[t - 1].saved.result;
     for (int n = tokens.begin + warp_of_block(); n < tokens.end; n += kTeamWarps)
       for (int j = 0; j < a_.columns; ++j) {
-        const A v = product(t, from + static_cast<int64_t>(n) * channels_, saved_[r.saved.scale + n], j);
+        const A v = product(t, from + static_cast<int64_t>(n) * channels_, saved_[r.saved.inv_norm + n], j);
         if (lane_of_warp() == 0) saved_[r.saved.product + static_cast<int64_t>(n) * a_.columns + j] = v;
       }
   }
@@ -182,7 +182,7 @@ class TeamDispatch {
       __syncthreads();
       for (int i = warp_of_block(); i < m; i += kTeamWarps)
         for (int j = 0; j < count; ++j) {
-          const A scale = saved_[a_.round[0].saved.scale + first + i];
+          const A scale = saved_[a_.round[0].saved.inv_norm + first + i];
           const A v = product(0, block_.values + i * pitch_, scale, begin + j);
           if (lane_of_warp() == 0) gate[i * kGates + j] = team_sigmoid(alpha * v + beta);
         }

@@ -111,7 +111,7 @@ FRD_DEVICE void dense_tokens(const GradItem<T, kBlocks>& g) {
     if (g.a.copies_keys) g.keep(g.rows, first, m, g.a.keys_copy);
     if (g.a.copies_grad) g.keep(g.outs, first, m, g.a.grad_copy);
     for_rows(m, [&](int i) {
-      const A scale = g.saved[r.saved.scale + first + i];
+      const A scale = g.saved[r.saved.inv_norm + first + i];
 #pragma unroll 1
       for (int j = 0; j < columns; ++j) {
         A product = 0, along = 0;
@@ -224,7 +224,7 @@ FRD_DEVICE int query_sums(const GradItem<T, kBlocks>& g, int t) {
     const A grad = warp_dot(unit + int64_t{n} * channels, query_grad + int64_t{j} * channels, channels);
     if (lane_of_warp() != 0) return;
     g.work[g.a.work[t].product_grad + at] = grad;
-    pulls[at] = g.saved[r.saved.scale + n] * grad;
+    pulls[at] = g.saved[r.saved.inv_norm + n] * grad;
   });
   __syncthreads();
   const int most = (r.tokens() + 15) / 16, parts = most < g.a.dispatch_parts ? most : g.a.dispatch_parts;

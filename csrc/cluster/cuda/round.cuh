@@ -101,17 +101,17 @@ class TeamRound {
   __device__ void pool_tile(int first, int m) {
     const SavedRound& s = r_.saved;
     with_tokens(a_.values, [&](const auto& rows) {
-      pool_rows(rows, first, m, block_.values, saved_ + s.share + first);
+      pool_rows(rows, first, m, block_.values, saved_ + s.inv_bin_count + first);
     });
     __syncthreads();
     store_tile<A>(block_.values, pitch_, first, m, channels_, {saved_ + s.pooled, channels_, 1});
     if (!a_.shared) {
       with_tokens(a_.keys, [&](const auto& rows) {
-        pool_rows(rows, first, m, block_.keys, saved_ + s.share + first);
+        pool_rows(rows, first, m, block_.keys, saved_ + s.inv_bin_count + first);
       });
       __syncthreads();
     }
-    make_keys<3>(m, saved_ + s.unit_scale + first);
+    make_keys<3>(m, saved_ + s.unit_inv_norm + first);
     store_tile<A>(block_.keys, pitch_, first, m, channels_, {saved_ + s.unit, channels_, 1});
     __syncthreads();
   }
@@ -158,7 +158,7 @@ class TeamRound {
     else
       make_keys<3>(m, block_.scale);
     renew();
-    const Units<A> units{saved_ + r_.saved.unit, saved_ + r_.saved.unit_scale, r_.centres(), channels_};
+    const Units<A> units{saved_ + r_.saved.unit, saved_ + r_.saved.unit_inv_norm, r_.centres(), channels_};
     find_centres(block_, m, units, order_);
     renew();
     __syncthreads();
@@ -182,7 +182,7 @@ class TeamRound {
     block_.label[i] = label, block_.weight[i] = weight;
     a_.labels[item * a_.label_stride + r_.labels + token] = label;
     saved_[r_.saved.cosine + token] = cosine;
-    saved_[r_.saved.scale + token] = part ? block_.scale[i] : A(0);
+    saved_[r_.saved.inv_norm + token] = part ? block_.scale[i] : A(0);
     if (a_.similarity != nullptr)
       static_cast<A*>(a_.similarity)[item * r_.tokens() + token] = a_.weighted ? weight : cosine;
   }
@@ -210,7 +210,7 @@ class TeamRound {
         block_.values[i * pitch_ + c] = sum / mass;
       }
       if (lane_of_warp() == 0) {
-        saved_[s.mass + centre] = mass;
+        saved_[s.weight_sum + centre] = mass;
         if (a_.counts != nullptr)
           a_.counts[Blocks::item() * r_.centres() + centre] = static_cast<int32_t>(tally);
       }

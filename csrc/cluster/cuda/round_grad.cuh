@@ -120,7 +120,7 @@ FRD_DEVICE void mean_grads(const GradItem<T, kBlocks>& g, int t) {
     }
     for_rows(m, [&](int i) {
       const int o = first + i;
-      const A mass = g.saved[r.saved.mass + o];
+      const A mass = g.saved[r.saved.weight_sum + o];
       A along = 0;
       for_runs(channels, [&](int c) {
         A v[kRun], mean[kRun];
@@ -175,7 +175,7 @@ FRD_DEVICE void token_pulls(const GradItem<T, kBlocks>& g, int t) {
           beta_grad += static_cast<double>(argument);
           grad = g.gate(g.a.alpha, t) * argument;
         }
-        pull = grad * g.saved[r.saved.scale + n];
+        pull = grad * g.saved[r.saved.inv_norm + n];
       }
       if (lane_of_warp() == 0) g.work[w.pull + n] = pull;
     });
@@ -205,7 +205,7 @@ struct TokenPull {
   __device__ TokenPull(const GradItem<T, kBlocks>& item, int t, int n) : g(item), pull(0), back(0) {
     const RoundArgs& r = g.a.round[t];
     const RoundWork& w = g.a.work[t];
-    const A scale = g.saved[r.saved.scale + n], live = is_live(scale) ? scale : A(0);
+    const A scale = g.saved[r.saved.inv_norm + n], live = is_live(scale) ? scale : A(0);
     columns = g.a.dense ? g.a.columns : 0;
     if (!g.a.dense) {
       const int label = g.labels_of(t)[n];
@@ -245,7 +245,7 @@ FRD_DEVICE void centre_key_grad(const GradItem<T, kBlocks>& g, int t, int o, con
   const RoundArgs& r = g.a.round[t];
   const int channels = g.channels;
   const A* unit = g.saved + r.saved.unit + int64_t{o} * channels;
-  const A scale = g.saved[r.saved.unit_scale + o], live = is_live(scale) ? scale : A(0);
+  const A scale = g.saved[r.saved.unit_inv_norm + o], live = is_live(scale) ? scale : A(0);
   A along = 0;
   for_runs(channels, [&](int c) {
     A v[kRun], direction[kRun];

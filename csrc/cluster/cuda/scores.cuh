@@ -37,8 +37,8 @@ struct Best {
   }
 };
 
-// Units are given as [centres, channels] with unit_scale [centres], 1 / the norms that divided them; keys are
-// in block.keys [m, pitch], divided by their norms 1 / block.scale.
+// Units are given as [centres, channels] with unit_inv_norm [centres], 1 / the norms that divided them; keys
+// are in block.keys [m, pitch], divided by their norms 1 / block.scale.
 template <class A>
 struct Units {
   const A *rows, *scale;
