@@ -233,7 +233,7 @@ def evaluate(
 
     Args:
         preset: one of `EVAL_PRESETS`; `original` predicts and scores each photo at its own size, as `predict` does.
-        size, threshold: in the place of the preset's own; a preset that scores at a size of its own takes no `size`.
+        size, threshold: instead of the preset's own; a preset that scores at a size of its own takes no `size`.
 
     Pixel metrics are not defined on an untouched image: such images count in the false-alarm rates alone. A sample that
     cannot be read or scored (NaN from the network, too large for the memory) goes to `failed` and the others are
@@ -260,7 +260,7 @@ def evaluate_saved(
     preset: str = "original",
     threshold: float | None = None,
 ) -> Report:
-    """`evaluate` with maps from files in the place of a network: see `SavedMaps` for their kinds and names.
+    """`evaluate` with maps from files instead of a network: see `SavedMaps` for their kinds and names.
 
     A map of another size than the mask's is resized bilinearly and noted. A missing or bad map goes to `failed`.
     """
@@ -349,7 +349,8 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
     writer.writerows(rows)
-    # File names may hold bytes that are no text, which come out as they went in, and lists what no name can hold.
+    # File names may hold bytes that are not text: they are written as they were read. Other surrogates
+    # have no encoding.
     legible = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text.getvalue())
     write_bytes(path, legible.encode(errors="surrogateescape"))
 

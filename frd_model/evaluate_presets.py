@@ -52,7 +52,7 @@ class EvalPreset:
         return f"{self.name}: {size}, {scored}; {self.main} at {rule}, {band}; mean over forged photos{note}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as they stand in a result file."""
+        """The fields as a result file has them."""
         return dataclasses.asdict(self) | {"table": dict(self.table)}
 
 
@@ -79,7 +79,7 @@ EVAL_PRESETS: dict[str, EvalPreset] = {
 
 
 def eval_preset(name: str, *, size: str | None = None, threshold: float | None = None) -> EvalPreset:
-    """The preset of that name, with what was given in the place of its own.
+    """The preset of that name, with what was given instead of its own.
 
     Raises ValueError for an unknown name, and for a size policy where the preset fixes the scoring size.
     """

@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": ("frd_model.cli.export", "write a checkpoint as ONNX, run it and compare"),
     "forge": ("frd_model.cli.forge", "make forged images with masks from authentic photos"),
-    "data": ("frd_model.cli.data", "check a data set before a training run"),
+    "data": ("frd_model.cli.data", "check data sets before a training run, and convert them"),
 }
 
 # Commands of frd_kernels that parse their own arguments: main(argv) -> exit status.

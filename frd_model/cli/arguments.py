@@ -54,17 +54,6 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return whole_number
 
 
-def tile_side(text: str) -> int:
-    """The side of a tile in pixels."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 64:
-        raise argparse.ArgumentTypeError(f"must be at least 64 pixels, in whole numbers, got {text!r}")
-    return value
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded network and its name in results."""

@@ -116,5 +116,5 @@ def _load(target: str, device: str) -> nn.Module:
         raise ValueError(f"--module: {error}") from None
     net = build()
     if not isinstance(net, nn.Module):
-        raise ValueError(f"--module must give a torch.nn.Module, got {type(net).__name__} of {target!r}")
+        raise ValueError(f"--module must return a torch.nn.Module, got {type(net).__name__} of {target!r}")
     return net.to(parse_device(device))

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--predictions",
         type=path,
         metavar="DIR",
-        help="score maps of any method in the place of a checkpoint: NAME.png (8 or 16 bit), NAME.npy, or NAME.npz "
+        help="score maps of any method instead of a checkpoint: NAME.png (8 or 16 bit), NAME.npy, or NAME.npz "
         "with the key map",
     )
     parser.add_argument(
@@ -203,7 +203,7 @@ def _say_about(maps: dict[str, SavedMaps], summaries: list[dict[str, Any]]) -> N
                 sys.stderr,
             )
         if folder.others:
-            say(f"frd evaluate: {folder.others} files in {str(folder.folder)!r} are no maps", sys.stderr)
+            say(f"frd evaluate: {folder.others} files in {str(folder.folder)!r} are not maps", sys.stderr)
         if folder.too_dark():
             say(f"frd evaluate: warning: {folder.too_dark()}", sys.stderr)
     for summary in summaries:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from frd_model import data
 from frd_model.data.forge_options import KINDS, MIN_SIDE
 from frd_model.data.photos import SPLITS
-from frd_model.output import one_line, say
+from frd_model.output import say
 
 from .arguments import at_least, fraction, path
 
@@ -59,30 +59,26 @@ def run(args: argparse.Namespace) -> int:
         return 2
     from frd_model.data.forged_folder import check_output
 
-    try:
-        files = [] if args.sample else _find_photos(args.photos, args.recursive, args.out)
-        check_output(args.out, args.overwrite)
-        photos, failed = (data.sample_photos(args.sample), 0) if args.sample else _read_photos(files)
-        items = data.forge_folder(
-            photos,
-            args.out,
-            args.count,
-            args.seed,
-            args.kinds,
-            args.size,
-            args.authentic,
-            args.format,
-            overwrite=args.overwrite,
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        say(f"frd forge: {one_line(error)}", sys.stderr)
-        return 1
-    say(f"{len(items)} images from {len(photos)} photos in {args.out}")
+    files = [] if args.sample else _find_photos(args.photos, args.recursive, args.out)
+    check_output(args.out, args.overwrite)
+    photos, failed = (data.sample_photos(args.sample), 0) if args.sample else _read_photos(files)
+    made = data.forge_folder(
+        photos,
+        args.out,
+        args.count,
+        args.seed,
+        args.kinds,
+        args.size,
+        args.authentic,
+        args.format,
+        overwrite=args.overwrite,
+    )
+    say(f"{len(made)} images from {len(photos)} photos in {args.out}")
     return 1 if failed else 0
 
 
 def _find_photos(paths: Sequence[str], recursive: bool, out: Path) -> list[Path]:
-    """The photos' files; what their folders hold beside is reported. They may not lie where the output goes."""
+    """The photos' files; what else their folders hold is reported. They must not be where the output goes."""
     found = data.scan_images(paths, recursive)
     if found.skipped:
         say(f"frd forge: passed over {data.describe_skipped(found.skipped)}", sys.stderr)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from frd_model.output import check_output_folder, one_line, say
 from frd_model.tiling import OVERLAP, POLICIES, TILE
 
-from .arguments import Checkpoint, add_checkpoint_argument, fraction, open_checkpoint, path, tile_side
+from .arguments import Checkpoint, add_checkpoint_argument, at_least, fraction, open_checkpoint, path
 
 if TYPE_CHECKING:
     from frd_model.data.files import Skipped
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: whole photo up to one megapixel, tiles above (default); resize: 512x512 and back",
     )
     parser.add_argument(
-        "--tile", type=tile_side, default=TILE, help=f"side of a tile in pixels (default {TILE})"
+        "--tile", type=at_least(64), default=TILE, help=f"side of a tile in pixels (default {TILE})"
     )
     parser.add_argument(
         "--json",

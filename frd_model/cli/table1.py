@@ -1,4 +1,4 @@
-"""`frd table1`: the paper's Table 1 with rows of one's own, from result files of `frd evaluate`."""
+"""`frd table1`: the paper's Table 1 with additional rows, from result files of `frd evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="[SET=]FILE",
         help="a JSON file of `frd evaluate --json-out`; SET names its column (Columbia, COVER, CASIAv1, NIST16, "
-        "COCOglide, or a set of one's own) where the file does not",
+        "COCOglide, or any other name) if the file does not",
     )
     parser.add_argument("--out", type=path, metavar="FILE", help="write the Markdown there, not to stdout")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE of --out")

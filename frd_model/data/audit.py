@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Hamming distance of two 64-bit perceptual hashes up to which two photos are taken for versions of one.
 NEAR = 6
-# What findings are, in the order of the table. Notes may be intended, faults cannot be used or spoil a result.
+# Kinds of findings, in the order of the table. Notes may be intended; a fault cannot be used or spoils a result.
 FAULTS = ("missing", "unreadable", "size", "mask", "inverted", "duplicate", "shared", "near")
 NOTES = ("black mask", "untouched twice", "passed over", "count")
 
@@ -96,8 +96,8 @@ def audit_against(
     workers: int = 4,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> dict[str, Audit]:
-    """Audit training sets and test sets, and find the photos of the former that stand, alike or as the same file,
-    among the latter. Photos are compared by a 64-bit perceptual hash (pHash of the library ImageHash).
+    """Audit training sets and test sets, and find the photos of the former that are also, as the same file or a
+    similar one, among the latter. Photos are compared by a 64-bit perceptual hash (pHash of the library ImageHash).
 
     Raises:
         ValueError: ImageHash is not installed.
@@ -132,7 +132,7 @@ def _audit(
         first = seen.setdefault(photo.digest, photo)
         if first is not photo:
             if photo.edited or first.edited:
-                text = f"photo {str(photo.file)!r} must stand once, got the same file as {str(first.file)!r}"
+                text = f"photo {str(photo.file)!r} must occur once, got the same file as {str(first.file)!r}"
                 result.findings.append(Finding("duplicate", str(photo.file), text))
             else:
                 twins.append(photo.file)
@@ -161,7 +161,7 @@ def _read(data: PairDataset, workers: int, look: bool) -> Iterator[Finding | tup
         return _Seen(pair.image, digest, hashed, bool(mask.any())), float(mask.mean())
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        # a few ahead, so that results do not pile up
+        # A few ahead, so that results do not pile up.
         numbers = iter(range(len(data)))
         waiting = [pool.submit(read, i) for i in islice(numbers, 4 * max(1, workers))]
         while waiting:
@@ -188,7 +188,7 @@ def _unusable(image: Path, mask: Path | None, text: str) -> Finding:
 def _notes(data: PairDataset, black: list[Path], twins: list[Path], layout: str) -> Iterator[Finding]:
     for kind, files, what in (
         ("black mask", black, "black masks, whose photos count as untouched"),
-        ("untouched twice", twins, "untouched photos that stand there before"),
+        ("untouched twice", twins, "untouched photos that occur more than once"),
     ):
         if files:
             yield Finding(kind, str(files[0]), f"{len(files)} {what}, the first {str(files[0])!r}")
@@ -248,5 +248,5 @@ _ONES = np.array([bin(value).count("1") for value in range(256)], np.uint8)
 
 
 def _bit_counts(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
-    """Number of ones [N] of values [N]; NumPy 1 has no function for it."""
+    """Number of ones [N] of values [N]; NumPy 1 has no function for that."""
     return np.asarray(_ONES[values.view(np.uint8)].reshape(-1, 8).sum(axis=1), np.intp)

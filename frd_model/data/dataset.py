@@ -122,7 +122,7 @@ class PairDataset(Dataset[Sample]):
         pairs: the files, in order.
         size: (height, width) to resize to, or None for each photo's own size (batches then need equal photos).
         invert_masks: for data sets whose masks are white on untouched pixels.
-        reader: decodes a mask; for data sets whose masks are no black and white images (`frd_model.data.layouts`).
+        reader: decodes a mask; for data sets whose masks are not black-and-white images (`frd_model.data.layouts`).
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class PairDataset(Dataset[Sample]):
         return _Subset(self, indices)
 
     def load_mask(self, index: int, size: tuple[int, int] | None = None) -> Bool | None:
-        """Mask bool [H,W] of a pair, None for an untouched photo. ImageError where it is no mask of that size."""
+        """Mask bool [H,W] of a pair, None for an untouched photo. ImageError if it is not a mask of that size."""
         mask = self.pairs[index].mask
         return None if mask is None else self._read_mask(mask, size, invert=self.invert_masks)
 

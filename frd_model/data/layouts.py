@@ -1,7 +1,7 @@
 """How the public data sets lie on disk: for each, its photos, their masks and what a mask file holds.
 
-A reader takes the folder of a data set and returns its pairs. A mask whose file is missing stays in its pair: loading
-the pair then says so, and the others are used.
+A reader takes the folder of a data set and returns its pairs. A mask whose file is missing stays in its pair, so that
+loading this pair fails with its name and the others are used.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Layout(NamedTuple):
     """A public data set.
 
     about: one line for the help. read: its pairs. counts: known numbers of forged and of untouched photos, in the
-    versions that are around; None: not checked. invert: its masks are black where edited. read_mask: for files that
-    are no black and white images.
+    versions in use; None: not checked. invert: its masks are black where edited. read_mask: for files that are
+    not black-and-white images.
     """
 
     about: str
@@ -151,7 +151,7 @@ def _nist16(root: Path) -> list[Pair]:
             f"table {str(table)!r} must have the columns ProbeFileName, ProbeMaskFileName and IsTarget, "
             f"got none of the name {error}"
         ) from None
-    # A photo stands there once for each of its manipulations.
+    # The table has a row for each manipulation of a photo.
     pairs = {
         photo: Pair(root / photo, root / mask if target == "Y" and mask else None)
         for photo, mask, target in columns
@@ -240,7 +240,7 @@ def _read_labels(path: Path, size: tuple[int, int] | None = None, invert: bool =
     try:
         return read_mask(path, size, invert=invert)
     except ImageError as error:
-        # 1 for edited is no mask by our rule, but it is what these files hold
+        # By our rule a mask of 0 and 1 is an error, but these files are such.
         values = read_image(path)[:, :, 0]
         if (
             "white" not in str(error)

@@ -110,7 +110,7 @@ def _refuse_other_masks(
         if lone and os.path.isfile(entry.path):
             raise DatasetError(
                 f"mask {str(entry.path)!r} must be an image, got a {entry.reason} "
-                "(move it elsewhere if it is no mask)"
+                "(move it elsewhere if it is not a mask)"
             )
 
 

@@ -115,7 +115,7 @@ def _open_collection(path: Path, invert: bool) -> dict[str, PairDataset]:
     """The two kinds of file that IMDL-BenCo has: sets by name to test on, and a list of sets to train on. Relative
     paths start at the file's folder."""
     try:
-        # comments in lines of their own stand in lists that are passed around
+        # Lists in use have comments, in lines of their own.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         entries = json.loads("\n".join(line for line in lines if not line.lstrip().startswith("//")))
     except OSError as error:

@@ -105,7 +105,7 @@ def test_version_and_module_run() -> None:
         (["predict", "a.png"], "frd predict: the following arguments are required: --out"),
         (
             ["predict", "a.png", "--out", "x", "--tile", "8"],
-            "frd predict: argument --tile: must be at least 64",
+            "frd predict: argument --tile: must be a whole number of at least 64",
         ),
         (
             ["predict", "a.png", "--out", "x", "--preset", "big"],

@@ -127,7 +127,7 @@ def test_complexity_of_another_module(capsys: pytest.CaptureFixture[str]) -> Non
         ("torchvision.models", "--module must be MODULE:CALLABLE"),
         ("torchvision.models:none", "has no attribute 'none'"),
         ("no_such_module:net", "No module named 'no_such_module'"),
-        ("builtins:dict", "--module must give a torch.nn.Module, got dict"),
+        ("builtins:dict", "--module must return a torch.nn.Module, got dict"),
     ):
         assert main(["complexity", "--module", module]) == 1
         captured = capsys.readouterr().err

@@ -141,10 +141,10 @@ def test_twins(folders):
     """The same photo twice is a fault if it was edited; untouched it is a note."""
     entries = [["Tp/a.jpg", "Gt/a_gt.png"], ["Tp/b.jpg", "Negative"], ["Tp/b.jpg", "Negative"]]
     report = JsonDataset(write_list(folders / "list.json", entries)).inspect()
-    assert report.faults == [] and "1 untouched photos that stand there before" in report.notes[0]
+    assert report.faults == [] and "1 untouched photos that occur more than once" in report.notes[0]
     data = JsonDataset(write_list(folders / "list.json", [*entries, entries[0], ["Tp/b.jpg", "Gt/b_gt.png"]]))
     assert [text.split("must")[1] for text in data.check()] == [
-        f" stand once, got the same file as {str(folders / 'Tp' / name)!r}" for name in ("a.jpg", "b.jpg")
+        f" occur once, got the same file as {str(folders / 'Tp' / name)!r}" for name in ("a.jpg", "b.jpg")
     ]
 
 
@@ -175,7 +175,7 @@ def test_check_command(folders, capsys):
     assert check(*flags) == 1
     assert "must have a mask of its name" in capsys.readouterr().err
     assert check(*flags, "--allow-authentic") == 1
-    assert "c.jpg' must stand once, got the same file as" in capsys.readouterr().out
+    assert "c.jpg' must occur once, got the same file as" in capsys.readouterr().out
     assert check("--images", folders / "Tp") == 2
 
 

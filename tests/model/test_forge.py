@@ -1,11 +1,9 @@
-import argparse
 import json
 
 import numpy as np
 import pytest
 
-from frd_model.cli import data as check_command
-from frd_model.cli import forge as forge_command
+from frd_model.cli import main
 from frd_model.data.dataset import FolderDataset
 from frd_model.data.forge import Forger
 from frd_model.data.forge_options import KINDS, SHAPES, ForgeOptions
@@ -155,9 +153,7 @@ def test_folder(tmp_path, extension):
 
 
 def command(*flags):
-    parser = argparse.ArgumentParser()
-    forge_command.add_arguments(parser)
-    return forge_command.run(parser.parse_args(flags))
+    return main(["forge", *flags])
 
 
 def test_command(tmp_path, capsys):
@@ -264,11 +260,8 @@ def test_data_check_finds_no_fault(tmp_path, capsys, extension, size, authentic)
     photos = {"a": photo(1), "b": photo(2)}
     options = {"size": size, "authentic": authentic, "extension": extension}
     forge_folder(photos, tmp_path / "out", 30, **options)
-    parser = argparse.ArgumentParser()
-    check_command.add_arguments(parser)
     folders = [str(tmp_path / "out" / name) for name in ("images", "masks")]
-    flags = ["check", "--images", folders[0], "--masks", folders[1]]
-    assert check_command.run(parser.parse_args(flags)) == 0
+    assert main(["data", "check", "--images", folders[0], "--masks", folders[1]]) == 0
     out = capsys.readouterr().out
     black = sum(not mask.any() for _, mask in map(FolderDataset(*folders).load, range(30)))
     assert f"30 photos, {black} of them untouched, 0 findings" in out
