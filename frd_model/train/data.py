@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -202,8 +203,6 @@ def open_data(config: TrainConfig) -> tuple[Any, ValidationData]:
     forge_options(data.forge)
     held = _open_sets(data, "val")
     validation = join_sets(held) if held else None
-    if validation is not None and data.resize:
-        validation = SquarePairs(validation, data.resize)
     if data.source == "sample":
         return open_training_data(config), validation or _forged_validation(data)
     sets = _open_sets(data, "train")
@@ -217,7 +216,8 @@ def open_data(config: TrainConfig) -> tuple[Any, ValidationData]:
         raise ConfigError("data.replacement goes with data.per_set, the photos of each set, got none")
     if validation is None:
         sets, validation = split_sets(sets, data.val_share, data.val_seed, per_set)
-        validation = SquarePairs(validation, data.resize) if data.resize else validation
+    if data.resize:
+        validation = SquarePairs(validation, data.resize)
     pairs, augment = join_sets(sets), _augmentation(data)
     if per_set is None:
         return TrainingPairs(pairs, augment, config.seed), validation
@@ -257,10 +257,12 @@ def split_sets(
         part = share if per_set is None else share * min(1.0, per_set / len(pairs))
         held[name] = _held_out(pairs, part, seed)
     validation = {name: sets[name].subset(indices) for name, indices in held.items() if indices}
-    files = {pair.image for pairs in validation.values() for pair in pairs.pairs}
+    # Of the folders alone: to resolve every file of a large set takes a minute.
+    folder = functools.cache(os.path.realpath)
+    files = {(folder(p.image.parent), p.image.name) for pairs in validation.values() for p in pairs.pairs}
     training = {}
     for name, pairs in sets.items():
-        kept = [i for i, pair in enumerate(pairs.pairs) if pair.image not in files]
+        kept = [i for i, p in enumerate(pairs.pairs) if (folder(p.image.parent), p.image.name) not in files]
         if files and not kept:
             raise ConfigError(
                 f"training set {name} must keep photos beside those held out for validation, got none"

@@ -299,6 +299,19 @@ def test_held_out_photos_of_each_set(tmp_path: Path) -> None:
     assert (len(training["casia2"]), len(validation)) == (29, 1)
 
 
+def test_photos_of_two_sets_are_held_out_of_both(tmp_path: Path) -> None:
+    spec = casia2(tmp_path / "a", 10, 0)
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "list.txt").write_text(
+        "".join(f"link/Tp/Tp_{i}.png link/Gt/Tp_{i}_gt.png\n" for i in range(10))
+    )
+    training, validation = split_sets(open_sets([spec, f"txt:{tmp_path / 'list.txt'}"]), 0.3, seed=1)
+    held = {pair.image.name for pair in validation.pairs}
+    assert 3 <= len(held) <= 6
+    for data in training.values():
+        assert {pair.image.name for pair in data.pairs} == {f"Tp_{i}.png" for i in range(10)} - held
+
+
 def test_masks_keep_their_reader(tmp_path: Path) -> None:
     trainer = configuration(tmp_path, train=[fantasticreality(tmp_path / "fr")])
     assert isinstance(trainer.train_data, TrainingPairs)
