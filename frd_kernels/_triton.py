@@ -1,6 +1,6 @@
 """Declares the Triton kernels as operators of the namespace `frd_triton`, without importing triton yet.
 
-They have the schemas of `frd`'s own and live in `<family>/triton*` under the same names; one is Triton's alone.
+They have the schemas of `frd`'s own and live in `<family>/triton/` under the same names; one is Triton's alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 _MODULES = {
-    "pdc.triton": ("pdc_weight", "pdc_weight_backward", "pdc2d_depthwise", "pdc2d_depthwise_backward"),
-    "pdc_block.triton": ("pdc_block",),
-    "pdc_block.triton_backward": ("pdc_block_backward",),
+    "pdc.triton.weight": ("pdc_weight", "pdc_weight_backward"),
+    "pdc.triton.depthwise": ("pdc2d_depthwise", "pdc2d_depthwise_backward"),
+    "pdc_block.triton.forward": ("pdc_block",),
+    "pdc_block.triton.backward": ("pdc_block_backward",),
     "cluster.triton.forward": ("cluster", "icm"),
     "cluster.triton.backward": ("cluster_backward", "icm_backward"),
     "cluster.triton.dispatch": ("cluster_dispatch", "cluster_dispatch_backward"),
@@ -61,6 +62,6 @@ _DENSE = (
 
 LIBRARY = _library.declare(NAMESPACE, [name for names in _MODULES.values() for name in names])
 LIBRARY.define(_DENSE)
-for _module, _names in (*_MODULES.items(), ("pdc_block.triton_dense", ("pdc_block_dense",))):
+for _module, _names in (*_MODULES.items(), ("pdc_block.triton.dense", ("pdc_block_dense",))):
     for _name in _names:
         LIBRARY.impl(_name, _deferred(_module, _name), DEVICE.upper())

@@ -131,7 +131,7 @@ def _runs_dense_kernel(
     if needs_grad and torch.is_grad_enabled():
         return False
     # Imported here, since it imports triton.
-    from .triton_dense import can_run_dense
+    from .triton.dense import can_run_dense
 
     point_weight = others[1]
     assert point_weight is not None

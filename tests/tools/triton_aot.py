@@ -23,10 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from frd_kernels.pdc import triton as pdc
-from frd_kernels.pdc.kinds import Kind
-from frd_kernels.pdc_block import triton as block
-from frd_kernels.pdc_block import triton_backward, triton_dense
+from frd_kernels.pdc.kinds import Kind, plain_size
+from frd_kernels.pdc.triton import depthwise
+from frd_kernels.pdc.triton import weight as transform
+from frd_kernels.pdc_block.triton import backward, dense, forward
 
 # Run as a script: its folder is on the path.
 from triton_aot_cluster import launches as icm_launches  # isort: skip
@@ -76,7 +76,7 @@ def pdc_forward(
         torch.empty((channels, 1, 3, 3), dtype=dtype, device="meta"),
     )
     bias = torch.empty(channels, dtype=dtype, device="meta") if kind == Kind.ANGULAR else None
-    return lambda: pdc.pdc2d_depthwise(x, weight, bias, kind, 1.0, stride, ONE, ONE)
+    return lambda: depthwise.pdc2d_depthwise(x, weight, bias, kind, 1.0, stride, ONE, ONE)
 
 
 def pdc_backward(
@@ -87,30 +87,32 @@ def pdc_backward(
         torch.empty((channels, 1, 3, 3), dtype=dtype, device="meta"),
     )
     grad = images(8, channels, (side - 1) // stride[0] + 1, dtype, layout)
-    return lambda: pdc.pdc2d_depthwise_backward(grad, x, weight, kind, 1.0, stride, ONE, ONE, True, True)
+    return lambda: depthwise.pdc2d_depthwise_backward(
+        grad, x, weight, kind, 1.0, stride, ONE, ONE, True, True
+    )
 
 
 def pdc_weight(source: torch.dtype, result: torch.dtype, kind: Kind) -> Launch:
-    weight = torch.empty((256, 256, 3, 3), dtype=source, device="meta")
-    return lambda: pdc.pdc_weight(weight, kind, 1.0, result)
+    parameter = torch.empty((256, 256, 3, 3), dtype=source, device="meta")
+    return lambda: transform.pdc_weight(parameter, kind, 1.0, result)
 
 
 def pdc_weight_backward(source: torch.dtype, result: torch.dtype, kind: Kind) -> Launch:
-    side = 5 if kind == Kind.RADIAL else 3
+    side = plain_size(kind)
     grad = torch.empty((256, 256, side, side), dtype=source, device="meta")
-    return lambda: pdc.pdc_weight_backward(grad, kind, 0.7, result)
+    return lambda: transform.pdc_weight_backward(grad, kind, 0.7, result)
 
 
 def block_forward(dtype: torch.dtype, layout: str, kind: Kind) -> Launch:
     x, weight = images(8, 256, 64, dtype, layout), torch.empty((256, 1, 3, 3), dtype=dtype, device="meta")
     point, bias = (torch.empty(size, dtype=dtype, device="meta") for size in ((256, 256, 1, 1), (256,)))
-    return lambda: block.pdc_block(x, weight, bias, point, bias, x, kind, 1.0, ONE, ONE)
+    return lambda: forward.pdc_block(x, weight, bias, point, bias, x, kind, 1.0, ONE, ONE)
 
 
 def block_backward(dtype: torch.dtype, layout: str, kind: Kind) -> Launch:
     x, weight = images(8, 256, 64, dtype, layout), torch.empty((256, 1, 3, 3), dtype=dtype, device="meta")
     point = torch.empty((256, 256, 1, 1), dtype=dtype, device="meta")
-    return lambda: triton_backward.pdc_block_backward(x, x, weight, None, point, kind, 1.0, ONE, ONE)
+    return lambda: backward.pdc_block_backward(x, x, weight, None, point, kind, 1.0, ONE, ONE)
 
 
 def block_dense(dtype: torch.dtype, layout: str, kind: Kind, channels: int = 256) -> Launch:
@@ -118,7 +120,7 @@ def block_dense(dtype: torch.dtype, layout: str, kind: Kind, channels: int = 256
     plain, point = (
         torch.empty((channels, channels, side, side), dtype=dtype, device="meta") for side in (3, 1)
     )
-    return lambda: triton_dense.pdc_block_dense(x, plain, None, point, None, x, kind, 1.0, ONE, ONE)
+    return lambda: dense.pdc_block_dense(x, plain, None, point, None, x, kind, 1.0, ONE, ONE)
 
 
 def launches() -> dict[str, Launch]:

@@ -1,21 +1,25 @@
-"""Triton kernels of the depthwise 3x3 differences with stride 1 and dilation 1: a program walks down the rows of
-a column and keeps the last three, so that it reads a pixel once.
+"""The depthwise 3x3 differences with stride 1 and dilation 1: a program goes down the rows of an image and keeps the
+last three in registers, so that it reads each pixel once.
 
-Where channels come first, a thread holds a strip of STRIP neighbouring columns, one vector of memory, as that
-many tiles [channels, strips]; a window of the next column is then the next tiles. Else STRIP is 1 and a vector
-runs over the channels. UNROLL 4 is the number of rows that are in registers or being loaded: after that many, each
-has its registers again, and none had to be copied.
+Where channels come first, a thread holds a strip of STRIP neighbouring columns, one vector of memory, as STRIP tiles
+[channels, strips]; the window of the next column consists of the next tiles. Else STRIP is 1 and vectors run over the
+channels. UNROLL 4 is the number of rows that are in registers or being loaded: after 4 rows each is in its first
+registers again, and none had to be copied.
 """
 
 # Triton functions take no annotations, and their tuples grow.
 # mypy: disable-error-code="no-untyped-def, assignment, misc"
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from .._triton_ops import narrow, widen_all
-from .triton_gather import (
+from ..._triton_ops import narrow, widen_all
+from .stencil import combine, combine_transposed, correlate, plain_weights
+from .tiles import (
+    UNROLL_ROWS,
+    Launch,
     channel_starts,
     log2,
     over_channels,
@@ -25,7 +29,6 @@ from .triton_gather import (
     tile_bias,
     tile_weights,
 )
-from .triton_stencil import combine, combine_transposed, correlate, plain_weights
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def _join(tiles, STRIP: tl.constexpr):
 
 @triton.jit
 def _row_masks(mask, column, width, STRIP: tl.constexpr):
-    """What exists of the columns before, in and after the strips that begin at `column`."""
+    """Of the columns before, in and after the strips that begin at `column`: whether they are in the image."""
     last = column + STRIP
     before = mask & ((column > 0) & (column <= width))
     inside = mask & ((column >= 0) & (column < width))
@@ -52,7 +55,8 @@ def _row_masks(mask, column, width, STRIP: tl.constexpr):
 
 @triton.jit
 def _load_row(at, masks, exists, step, STRIP: tl.constexpr):
-    """The STRIP + 2 tiles around the strips at `at`, in the compute type; exists: whether the row does."""
+    """The STRIP + 2 columns from before to after the strips at `at`, in the compute type. exists: whether the row is
+    in the image."""
     tiles = (tl.load(at - step, mask=masks[0] & exists, other=0.0),)
     inside = masks[1] & exists
     if STRIP == 1:
@@ -78,6 +82,7 @@ def _store_row(at, tiles, mask, STRIP: tl.constexpr):
 
 @triton.jit
 def _window(above, centre, below, i: tl.constexpr):
+    """The window of column i of the strips."""
     return (
         above[i],
         above[i + 1],
@@ -97,13 +102,7 @@ def rows_forward(
     weight,
     bias,
     y,
-    channels,
-    height,
-    width,
-    rows,
-    columns,
-    lead_y,
-    lead_x,
+    geometry,
     run_rows,
     BIAS: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr,
@@ -114,13 +113,16 @@ def rows_forward(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y = sum_k w_k (x_plus_k - theta * x_minus_k) + bias, stride and dilation 1.
+    """y = sum_k w_k (x_plus_k - theta x_minus_k) + bias.
 
-    A STRIP > 1 needs lead_x 1 and a width of whole strips; UNROLL
-    divides rows and run_rows.
-
+    STRIP > 1 needs pad_x 1 and a width of whole strips; UNROLL divides rows and run_rows.
     Grid: (images * runs of run_rows rows * blocks of POSITIONS strips, blocks of channels).
     """
+    channels = geometry.channels
+    height = geometry.height
+    width = geometry.width
+    rows = geometry.rows
+    columns = geometry.columns
     blocks = tl.cdiv(columns, POSITIONS * STRIP)
     runs = tl.cdiv(rows, run_rows)
     block = tl.program_id(0) % blocks
@@ -129,7 +131,7 @@ def rows_forward(
     index = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     channel = over_channels(index, CHANNELS_FIRST)
     start = (block * POSITIONS + over_positions(tl.arange(0, POSITIONS), CHANNELS_FIRST)) * STRIP
-    column = start + (1 - lead_x)
+    column = start + (1 - geometry.pad_x)
     mask = (channel < channels) & (start < columns)
     step = 1 if CHANNELS_FIRST else channels
     weights = tile_weights(weight, index, channels, CHANNELS_FIRST)
@@ -137,7 +139,7 @@ def rows_forward(
     masks = _row_masks(mask, column, width, STRIP)
     first = run * run_rows
     last = tl.minimum(first + run_rows, rows) - 1
-    top = first - lead_y
+    top = first - geometry.pad_y
     pitch = width * step
     at = channel_starts(x, image, channel, channels, height * width, CHANNELS_FIRST) + (
         top * pitch + column * step
@@ -153,9 +155,9 @@ def rows_forward(
     for group in range(first, last + 1, UNROLL):
         for inner in tl.static_range(UNROLL):
             row = group + inner
-            ahead = row - lead_y + 3
+            ahead = row - geometry.pad_y + 3
             at += pitch
-            # Under way while this row is computed.
+            # Loaded while this row is computed.
             following = _load_row(at, masks, (row < last) & ((ahead >= 0) & (ahead < height)), step, STRIP)
             totals = ()
             for i in tl.static_range(STRIP):
@@ -167,16 +169,32 @@ def rows_forward(
             below = following
 
 
+def launch_forward(
+    launch: Launch, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """Writes y."""
+    tile = launch.strip_tile(launch.columns, launch.vector)
+    programs, options = launch.walk(tile, launch.rows, tile.blocks(launch.columns), 1)
+    rows_forward[(programs, triton.cdiv(launch.channels, tile.channels))](
+        x,
+        weight,
+        weight if bias is None else bias,
+        y,
+        launch.geometry,
+        BIAS=bias is not None,
+        **launch.constants,
+        **options,
+    )
+
+
 @triton.jit
 def rows_backward(
     grad,
     x,
     weight,
     dx,
-    partial,
-    channels,
-    height,
-    width,
+    partial,  # [parts, 10, C]
+    geometry,
     run_rows,
     NEED_DX: tl.constexpr,
     NEED_DW: tl.constexpr,
@@ -188,11 +206,15 @@ def rows_backward(
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """dx, and the sums of dw and db of a part, for padding 1: grad, x and dx are [height x width]. STRIP and
-    UNROLL as for `rows_forward`.
+    """dx(p) = sum_k w_k (dy(p - plus_k) - theta dy(p - minus_k)), and the sums over a part of the positions
+    dw_k = sum_p dy (x_plus_k - theta x_minus_k), db = sum_p dy.
 
+    For padding 1, where dy is as large as x. STRIP and UNROLL as for `rows_forward`.
     Grid: (parts = images * runs of run_rows rows * blocks of POSITIONS strips, blocks of channels).
     """
+    channels = geometry.channels
+    height = geometry.height
+    width = geometry.width
     blocks = tl.cdiv(width, POSITIONS * STRIP)
     runs = tl.cdiv(height, run_rows)
     block = tl.program_id(0) % blocks
@@ -246,3 +268,32 @@ def rows_backward(
             grad_centre = grad_below
     if NEED_DW:
         store_sums(partial, sums, bias_sums, index, channels, CHANNELS_FIRST)
+
+
+def launch_backward(
+    launch: Launch,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dx: torch.Tensor,
+    need_dx: bool,
+    need_dw: bool,
+) -> torch.Tensor:
+    """Writes dx; returns the partial sums [parts, 10, C] of dw and db."""
+    tile = launch.strip_tile(launch.width, launch.backward_vector)
+    # A run stores ten sums for each channel: over a single row these could be more values than the row has.
+    programs, options = launch.walk(tile, launch.height, tile.blocks(launch.width), UNROLL_ROWS)
+    partial = launch.partial_sums(x, programs if need_dw else 0)
+    rows_backward[(programs, triton.cdiv(launch.channels, tile.channels))](
+        grad,
+        x,
+        weight,
+        dx,
+        partial,
+        launch.geometry,
+        NEED_DX=need_dx,
+        NEED_DW=need_dw,
+        **launch.constants,
+        **options,
+    )
+    return partial

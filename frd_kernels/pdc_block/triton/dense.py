@@ -1,17 +1,24 @@
-"""The dense PDC block as one Triton kernel, forward only: an implicit matrix product over the taps of the
-equivalent plain kernel, whose result meets the 1x1 weight before it leaves the registers."""
+"""The dense PDC block as one Triton kernel, forward only: `frd_triton::pdc_block_dense`.
 
+An implicit matrix product over the taps of the equivalent plain kernel, whose result is multiplied by the 1x1 weight
+while it is in registers.
+"""
+
+# Triton functions take no annotations.
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .._triton_ops import INTERPRETED, matmul_add, narrow, on_device, widen
-from ..pdc.kinds import Kind
-from ..pdc.taps import Offset, pairs
-from ..pdc.triton import Launch
-from .triton_hidden import SMALL_IMAGE, dot_precision, relu, shared_memory
+from ..._triton_ops import INTERPRETED, matmul_add, narrow, on_device, widen
+from ...pdc.kinds import Kind
+from ...pdc.taps import Offset, pairs
+from ...pdc.triton.tiles import Launch
+from .hidden import SMALL_IMAGE, dot_precision, relu, shared_memory
 
 OptionalTensor = torch.Tensor | None
 
@@ -50,108 +57,115 @@ def dense_taps(kind: int, theta: float) -> list[Offset]:
     return sorted(taps)
 
 
+class Images(NamedTuple):
+    """[B, C, H, W]: the first element, strides of an image, of a channel, of a row, of a pixel."""
+
+    start: Any
+    image: int
+    channel: int
+    row: int
+    pixel: int
+
+
+class Taps(NamedTuple):
+    """Of the plain kernel: their number, their rows and columns from its centre as `_packed`."""
+
+    number: int
+    rows: int
+    columns: int
+
+
+def _images_of(t: torch.Tensor) -> Images:
+    """t [B, C, H, W], contiguous or channels_last"""
+    _, channels, height, width = t.shape
+    if t.is_contiguous():
+        return Images(t, channels * height * width, height * width, width, 1)
+    return Images(t, channels * height * width, 1, width * channels, channels)
+
+
 def _packed(steps: list[int]) -> int:
-    """Steps of -2 to 2, three bits each: a table that lives in a register."""
+    """Steps of -2 to 2 as a table in one register, three bits each."""
     return sum((step + 2) << (3 * i) for i, step in enumerate(steps))
 
 
 @triton.jit
 def _hidden(
     x,
+    image,
     plain,
     pdc_bias,
-    row,
-    column,
-    inside,
-    steps,
-    height,
-    width,
-    stride_c,
-    stride_y,
-    stride_x,
-    dilation_y,
-    dilation_x,
+    pixel,
+    mask,
+    geometry,
     channel,
+    steps,
     TAPS: tl.constexpr,
-    TAP_ROWS: tl.constexpr,
-    TAP_COLUMNS: tl.constexpr,
     C: tl.constexpr,
     HIDDEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """relu(conv2d(x, plain) + pdc_bias) of the tile's pixels and the hidden channels `channel`, in x's dtype."""
-    tap_rows = tl.full((), TAP_ROWS, tl.int64)
-    tap_columns = tl.full((), TAP_COLUMNS, tl.int64)
-    acc = tl.zeros((row.shape[0], channel.shape[0]), tl.float32)
+    """relu(conv2d(x, plain) + pdc_bias) [pixel, channel] of an image, in the dtype of x."""
+    tap_rows = tl.full((), TAPS.rows, tl.int64)
+    tap_columns = tl.full((), TAPS.columns, tl.int64)
+    row = pixel // geometry.columns * geometry.stride_y
+    column = pixel % geometry.columns * geometry.stride_x
+    start = x.start + image * x.image
+    acc = tl.zeros((pixel.shape[0], channel.shape[0]), tl.float32)
     for step in range(steps):
-        # Taps inside, channels outside: the slab of x stays in the cache.
-        tap = step % TAPS
-        source = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
-        at_row = row + (((tap_rows >> (3 * tap)) & 7) - 2).to(tl.int32) * dilation_y
-        at_column = column + (((tap_columns >> (3 * tap)) & 7) - 2).to(tl.int32) * dilation_x
-        mask = inside & (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
-        at = at_row * stride_y + at_column * stride_x
-        a = tl.load(x + at[:, None] + (source * stride_c)[None, :], mask=mask[:, None], other=0.0)
+        # Taps in the inner loop, channels in the outer one: the slab of x stays in the cache.
+        tap = step % TAPS.number
+        source = step // TAPS.number * BLOCK_K + tl.arange(0, BLOCK_K)
+        at_row = row + (((tap_rows >> (3 * tap)) & 7) - 2).to(tl.int32) * geometry.dilation_y
+        at_column = column + (((tap_columns >> (3 * tap)) & 7) - 2).to(tl.int32) * geometry.dilation_x
+        inside = mask & (at_row >= 0) & (at_row < geometry.height)
+        inside = inside & (at_column >= 0) & (at_column < geometry.width)
+        at = start + (at_row * x.row + at_column * x.pixel)[:, None] + (source * x.channel)[None, :]
+        a = tl.load(at, mask=inside[:, None], other=0.0)
         b = tl.load(plain + ((tap * C + source) * HIDDEN)[:, None] + channel[None, :])
         acc = matmul_add(a, b, acc, PRECISION)
     if HAS_BIAS:
         acc += widen(tl.load(pdc_bias + channel))[None, :]
-    return narrow(relu(acc), x.dtype.element_ty)
+    return narrow(relu(acc), x.start.dtype.element_ty)
 
 
 @triton.jit
 def _store(
     out,
+    image,
     residual,
     point_bias,
     result,
     pixel,
+    mask,
     channel,
-    inside,
-    stride_c,
-    stride_p,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
 ):
-    """result [pixel, channel] + point_bias + residual."""
+    """out = result [pixel, channel] + point_bias + residual."""
     if HAS_BIAS:
         result += widen(tl.load(point_bias + channel))[None, :]
-    to = (pixel * stride_p)[:, None] + (channel * stride_c)[None, :]
+    to = (pixel * out.pixel)[:, None] + (channel * out.channel)[None, :]
     if HAS_RESIDUAL:
-        result += widen(tl.load(residual + to, mask=inside[:, None], other=0.0))
-    tl.store(out + to, narrow(result, out.dtype.element_ty), mask=inside[:, None])
+        result += widen(tl.load(residual + image * out.image + to, mask=mask[:, None], other=0.0))
+    start = out.start + image * out.image
+    tl.store(start + to, narrow(result, out.start.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
 def _dense_kernel(
-    x,  # [B, C, H, W]: sx_b, sx_c, sx_y, sx_x
-    plain,  # [TAPS, C, HIDDEN]
+    x,  # `Images` [B, C, H, W]
+    plain,  # [taps, C, HIDDEN]
     pdc_bias,  # [HIDDEN]
     point,  # [OUT, HIDDEN]
     point_bias,  # [OUT]
-    residual,  # [B, OUT, Ho, Wo] as out
-    out,  # [B, OUT, Ho, Wo]: so_c from channel to channel, so_p from pixel to pixel
-    height,
-    width,
-    out_width,
-    pixels,  # of an image of out
+    residual,  # in memory as out
+    out,  # `Images` [B, OUT, Ho, Wo]
+    geometry,
     tiles,  # of an image
-    steps,  # TAPS * C / BLOCK_K
-    sx_b,
-    sx_c,
-    sx_y,
-    sx_x,
-    so_c,
-    so_p,
-    stride_y,
-    stride_x,
-    dilation_y,
-    dilation_x,
+    steps,  # taps * C / BLOCK_K
     TAPS: tl.constexpr,
-    TAP_ROWS: tl.constexpr,
-    TAP_COLUMNS: tl.constexpr,
     C: tl.constexpr,
     HIDDEN: tl.constexpr,
     OUT: tl.constexpr,
@@ -164,42 +178,35 @@ def _dense_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """out = point relu(conv2d(x, plain) + pdc_bias) + point_bias + residual. Grid: (images * tiles,)."""
     tile = tl.program_id(0)
     image = (tile // tiles).to(tl.int64)
     pixel = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = pixel < pixels
-    row = pixel // out_width * stride_y
-    column = pixel % out_width * stride_x
-    x += image * sx_b
-    out += image * OUT * pixels
-    residual += image * OUT * pixels
+    mask = pixel < geometry.rows * geometry.columns
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # fmt: off
     for first in range(0, HIDDEN, BLOCK_H):
         slab = first + tl.arange(0, BLOCK_H)
-        # fmt: off
         hidden = _hidden(
-            x, plain, pdc_bias, row, column, inside, steps, height, width, sx_c, sx_y, sx_x, dilation_y, dilation_x,
-            slab, TAPS, TAP_ROWS, TAP_COLUMNS, C, HIDDEN, HAS_PDC_BIAS, BLOCK_K, PRECISION,
+            x, image, plain, pdc_bias, pixel, mask, geometry, slab, steps, TAPS, C, HIDDEN, HAS_PDC_BIAS, BLOCK_K,
+            PRECISION,
         )
-        # fmt: on
         if BLOCK_H == HIDDEN:
             for begin in range(0, OUT, BLOCK_N):
                 channel = begin + tl.arange(0, BLOCK_N)
                 weight = tl.load(point + slab[:, None] + (channel * HIDDEN)[None, :])
                 part = matmul_add(hidden, weight, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-                # fmt: off
-                _store(out, residual, point_bias, part, pixel, channel, inside, so_c, so_p,
-                       HAS_POINT_BIAS, HAS_RESIDUAL)
-                # fmt: on
+                _store(
+                    out, image, residual, point_bias, part, pixel, mask, channel, HAS_POINT_BIAS, HAS_RESIDUAL
+                )
         else:
             channel = tl.arange(0, BLOCK_N)
             weight = tl.load(point + slab[:, None] + (channel * HIDDEN)[None, :])
             result = matmul_add(hidden, weight, result, PRECISION)
     if BLOCK_H != HIDDEN:
         channel = tl.arange(0, BLOCK_N)
-        # fmt: off
-        _store(out, residual, point_bias, result, pixel, channel, inside, so_c, so_p, HAS_POINT_BIAS, HAS_RESIDUAL)
-        # fmt: on
+        _store(out, image, residual, point_bias, result, pixel, mask, channel, HAS_POINT_BIAS, HAS_RESIDUAL)
+    # fmt: on
 
 
 def pdc_block_dense(
@@ -216,7 +223,8 @@ def pdc_block_dense(
 ) -> torch.Tensor:
     """conv1x1(relu(conv2d(x, plain) + pdc_bias)) + point_bias + residual, with padding = dilation.
 
-    The hidden values meet the 1x1 weight in the dtype of x, as in eager PyTorch; both products add in float32.
+    The hidden values are rounded to the dtype of x before the 1x1 convolution, as in eager PyTorch; the sums of both
+    products are in float32.
 
     Args:
         x: [B, C, H, W]. plain: [Ch, C, s, s], the equivalent plain kernel in the dtype of x, s = 5 for radial,
@@ -233,8 +241,7 @@ def pdc_block_dense(
     if reason is not None:
         raise NotImplementedError(f"pdc_block_dense: {reason}")
     launch = Launch(x, kind, theta, stride, dilation, dilation)
-    channels, height, width = launch.size
-    hidden, filters = plain.shape[0], point_weight.shape[0]
+    channels, hidden, filters = launch.channels, plain.shape[0], point_weight.shape[0]
     pixels = launch.rows * launch.columns
     size = (launch.batch, filters, launch.rows, launch.columns)
     out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=launch.layout)
@@ -246,27 +253,17 @@ def pdc_block_dense(
     tiles = triton.cdiv(pixels, block_m)
     with on_device(x):
         _dense_kernel[(launch.batch * tiles,)](
-            launch.dense(x),
+            _images_of(launch.dense(x)),
             torch.stack([plain[:, :, dy + reach, dx + reach].t() for dy, dx in taps]),
             out if pdc_bias is None else pdc_bias.contiguous(),
             point_weight.contiguous(),
             out if point_bias is None else point_bias.contiguous(),
             out if residual is None else launch.dense(residual),
-            out,
-            height,
-            width,
-            launch.columns,
-            pixels,
+            _images_of(out),
+            launch.geometry,
             tiles,
             len(taps) * channels // block_k,
-            channels * height * width,
-            *((height * width, width, 1) if launch.channels_first else (1, width * channels, channels)),
-            *((pixels, 1) if launch.channels_first else (1, filters)),
-            *stride,
-            *dilation,
-            TAPS=len(taps),
-            TAP_ROWS=_packed([dy for dy, _ in taps]),
-            TAP_COLUMNS=_packed([dx for _, dx in taps]),
+            TAPS=Taps(len(taps), _packed([dy for dy, _ in taps]), _packed([dx for _, dx in taps])),
             C=channels,
             HIDDEN=hidden,
             OUT=filters,
@@ -285,16 +282,16 @@ def pdc_block_dense(
 
 
 def _tiles(x: torch.Tensor, pixels: int, hidden: int, filters: int) -> tuple[int, int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_K, BLOCK_H, BLOCK_N, warps, stages). The batch decides nothing that changes a sum: neither the
-    blocks of its terms, nor the instruction (Hopper's wgmma needs 64 rows)."""
-    if INTERPRETED.value:  # which pays for programs, not for elements
+    """(BLOCK_M, BLOCK_K, BLOCK_H, BLOCK_N, warps, stages). The batch changes no sum of a sample: neither its blocks nor
+    the instruction (Hopper's wgmma needs 64 rows) depend on it."""
+    if INTERPRETED.value:  # whose cost is per program, not per element
         block_m = max(16, min(512, triton.next_power_of_2(pixels)))
         return (
             (block_m, 64, 32, filters, 4, 1) if x.dtype == torch.float32 else (block_m, 64, hidden, 64, 4, 1)
         )
     many = x.shape[0] * pixels > 16384
     if x.dtype == torch.float32:
-        # The operands are split in two halves each: with all hidden channels at once the registers run out.
+        # Products of float32 split their operands in two: all hidden channels at once would fill the registers.
         return (32, 32, 32, filters, 8, 2) if many else (16, 32, 32, filters, 4, 2)
     if pixels <= SMALL_IMAGE:
         return 32 if many else 16, 64, hidden, 64, 4, 3

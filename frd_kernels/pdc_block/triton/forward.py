@@ -1,20 +1,20 @@
-"""The depthwise PDC block on Triton kernels: `frd_triton::pdc_block` and its backward.
+"""The depthwise PDC block on Triton: `frd_triton::pdc_block`.
 
-Signatures and semantics are those of `csrc/register.cpp`; arguments are checked by the caller. The stencil is the
-prologue of the matrix product: a tile of it meets the 1x1 weight without passing through memory.
+Signatures and semantics are those of `csrc/register.cpp`; arguments are checked by the caller. A tile of the hidden
+layer is computed in registers and multiplied by the 1x1 weight, without passing through memory.
 """
 
+# Triton functions take no annotations.
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 
-from .._triton_ops import INTERPRETED, compute_type, matmul_add, narrow, on_device, widen
-from ..pdc.triton import Launch
-from ..pdc.triton_gather import channel_starts, over_channels, over_positions
-from .triton_backward import pdc_block_backward
-from .triton_hidden import (
+from ..._triton_ops import INTERPRETED, compute_type, matmul_add, narrow, on_device, widen
+from ...pdc.triton.tiles import Launch, channel_starts, over_channels, over_positions
+from .hidden import (
     MIN_PROGRAMS,
     SMALL_IMAGE,
     Tile,
@@ -24,12 +24,9 @@ from .triton_hidden import (
     hidden_tile,
     hidden_window,
     relu,
-    shapes,
-    stencil_weight,
-    window_corner,
+    stencil_of,
+    tile_corner,
 )
-
-__all__ = ["pdc_block", "pdc_block_backward"]
 
 OptionalTensor = torch.Tensor | None
 
@@ -46,7 +43,7 @@ def multiply_slab(
     CHANNELS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """total plus the product of a slab of hidden channels `index` with its part of point [filters, channels]."""
+    """total + point hidden over the hidden channels `index`. point: [filters, channels]."""
     source = over_positions(index, CHANNELS_FIRST)
     mask = (filter < filters) & (source >= 0) & (source < channels)
     factors = tl.load(point + (filter * channels + source), mask=mask, other=0.0)
@@ -60,26 +57,13 @@ def multiply_slab(
 @triton.jit
 def _forward(
     x,
-    weight,
-    bias,
+    stencil,
     point,  # [filters, channels]
     point_bias,
     residual,
     out,
+    geometry,
     filters,
-    channels,
-    height,
-    width,
-    rows,
-    columns,
-    step_y,
-    step_x,
-    lead_y,
-    lead_x,
-    dilation_y,
-    dilation_x,
-    weight_step,
-    channel_step,
     tiles,  # of an image
     BIAS: tl.constexpr,
     POINT_BIAS: tl.constexpr,
@@ -92,52 +76,45 @@ def _forward(
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = point relu(pdc(x) + bias) + point_bias + residual: [filters, rows x columns] of each image.
+    """out = point relu(pdc(x) + bias) + point_bias + residual: [filters, pixels] of each image.
 
-    Grid: (images * tiles * blocks of filters,), the last fastest."""
+    Grid: (images * tiles * blocks of filters,), the last fastest.
+    """
     blocks = tl.cdiv(filters, FILTERS)
     tile = tl.program_id(0) // blocks
     image = tile // tiles
     position = tile % tiles * POSITIONS + tl.arange(0, POSITIONS)
     index = tl.program_id(0) % blocks * FILTERS + tl.arange(0, FILTERS)
     filter = over_channels(index, CHANNELS_FIRST)
+    channels = geometry.channels
+    pixels = geometry.rows * geometry.columns
     accumulator: tl.constexpr = compute_type(x.dtype.element_ty)
     shape: tl.constexpr = (FILTERS, POSITIONS) if CHANNELS_FIRST else (POSITIONS, FILTERS)
     tile_shape: tl.constexpr = (CHANNELS, POSITIONS) if CHANNELS_FIRST else (POSITIONS, CHANNELS)
     total = tl.zeros(shape, accumulator)
-    geometry = (step_y, step_x, lead_y, lead_x, dilation_y, dilation_x)
-    weight_steps = (weight_step, channel_step)
-    corner = window_corner(position, rows, columns, geometry, CHANNELS_FIRST)
+    corner = tile_corner(position, geometry, CHANNELS_FIRST)
     slab = tl.arange(0, CHANNELS)
     hidden = fixed(tl.zeros(tile_shape, x.dtype.element_ty))
-    # The window of a slab is on its way while the slab before it is multiplied.
+    # The window of a slab is loaded while the slab before it is multiplied.
     for first in range(0, channels, CHANNELS):
-        # fmt: off
-        window = hidden_window(
-            x, image, corner, first + slab, channels, height, width, geometry, CHANNELS_FIRST, KIND
-        )
-        # fmt: on
-        behind = first - CHANNELS + slab
+        window = hidden_window(x, image, corner, first + slab, geometry, CHANNELS_FIRST, KIND)
+        last = first - CHANNELS + slab
         total = multiply_slab(
-            total, hidden, point, filter, behind, filters, channels, CHANNELS_FIRST, PRECISION
+            total, hidden, point, filter, last, filters, channels, CHANNELS_FIRST, PRECISION
         )
-        # fmt: off
-        hidden = hidden_tile(
-            window, weight, bias, first + slab, channels, weight_steps, BIAS, CHANNELS_FIRST, KIND, THETA
-        )
-        # fmt: on
+        hidden = hidden_tile(window, stencil, first + slab, channels, BIAS, CHANNELS_FIRST, KIND, THETA)
         hidden = fixed(narrow(relu(hidden), x.dtype.element_ty))
-    behind = tl.cdiv(channels, CHANNELS) * CHANNELS - CHANNELS + slab
-    total = multiply_slab(total, hidden, point, filter, behind, filters, channels, CHANNELS_FIRST, PRECISION)
+    last = tl.cdiv(channels, CHANNELS) * CHANNELS - CHANNELS + slab
+    total = multiply_slab(total, hidden, point, filter, last, filters, channels, CHANNELS_FIRST, PRECISION)
     pixel = over_positions(position, CHANNELS_FIRST)
-    mask = (filter < filters) & (pixel < rows * columns)
+    mask = (filter < filters) & (pixel < pixels)
     to = pixel * (1 if CHANNELS_FIRST else filters)
     if POINT_BIAS:
         total += widen(tl.load(point_bias + filter, mask=filter < filters, other=0.0))
     if RESIDUAL:
-        start = channel_starts(residual, image, filter, filters, rows * columns, CHANNELS_FIRST)
+        start = channel_starts(residual, image, filter, filters, pixels, CHANNELS_FIRST)
         total += widen(tl.load(start + to, mask=mask, other=0.0))
-    start = channel_starts(out, image, filter, filters, rows * columns, CHANNELS_FIRST)
+    start = channel_starts(out, image, filter, filters, pixels, CHANNELS_FIRST)
     tl.store(start + to, narrow(total, out.dtype.element_ty), mask=mask)
 
 
@@ -156,7 +133,8 @@ def pdc_block(
     """conv1x1(relu(pdc2d(x))) + residual with padding = dilation: x [B, C, H, W], pdc_weight [C, 1, 3, 3],
     pdc_bias [C], point_weight [Co, C, 1, 1], point_bias [Co], residual [B, Co, Ho, Wo] -> [B, Co, Ho, Wo].
 
-    The hidden values meet the 1x1 weight in the dtype of x, as in eager PyTorch; their product adds in float32.
+    The hidden values are rounded to the dtype of x before the 1x1 convolution, as in eager PyTorch; its sums are in the
+    compute type.
     """
     launch = Launch(x, kind, theta, stride, dilation, dilation)
     filters = point_weight.shape[0]
@@ -165,19 +143,16 @@ def pdc_block(
     if out.numel() == 0:
         return out
     tile = choose_tile(launch, x.dtype, filters)
-    weight, weight_steps = stencil_weight(launch, pdc_weight)
     with on_device(x):
         _forward[(tile.programs(launch, filters),)](
             launch.dense(x),
-            weight,
-            weight if pdc_bias is None else pdc_bias.contiguous(),
+            stencil_of(launch, pdc_weight, pdc_bias),
             point_weight.contiguous(),
-            weight if point_bias is None else point_bias.contiguous(),
+            out if point_bias is None else point_bias.contiguous(),
             out if residual is None else launch.dense(residual),
             out,
+            launch.geometry,
             filters,
-            *shapes(launch),
-            *weight_steps,
             triton.cdiv(launch.rows * launch.columns, tile.positions),
             BIAS=pdc_bias is not None,
             POINT_BIAS=point_bias is not None,
@@ -195,12 +170,12 @@ _SLAB = {torch.float16: 32, torch.bfloat16: 32, torch.float32: 16, torch.float64
 def choose_tile(launch: Launch, dtype: torch.dtype, filters: int) -> Tile:
     """The widest tile that leaves enough programs: each block of filters computes the stencil again.
 
-    The batch decides nothing that changes a sum: neither the slabs, nor the instruction (of Hopper's, wgmma needs
-    64 rows, which are positions, or filters where CHANNELS_FIRST).
+    Slabs and the instruction do not depend on the batch, so that a sample's sums do not. (Hopper's wgmma needs 64 rows,
+    which are positions, or filters where CHANNELS_FIRST.)
     """
     pixels, slab = launch.rows * launch.columns, _SLAB[dtype]
     max_filters = max(16, triton.next_power_of_2(filters))
-    if INTERPRETED.value:  # which pays for programs, not for elements
+    if INTERPRETED.value:  # whose cost is per program, not per element
         return Tile(max(16, min(512, triton.next_power_of_2(pixels))), min(max_filters, 128), slab, 4)
     for positions, block, warps, registers in _tile_sizes(dtype, launch.channels_first, pixels):
         tile = Tile(positions, min(block, max_filters), slab, warps, registers)

@@ -1,5 +1,8 @@
-"""The weight transform on Triton: `frd_triton::pdc_weight` and its backward, with the semantics of
-`csrc/pdc/weight.h`, zero-sum rounding to 16 bit included."""
+"""The weight transform on Triton: `frd_triton::pdc_weight` and its backward.
+
+Semantics are those of `csrc/pdc/weight.h`, including the zero-sum rounding to 16 bit. A pair is an output and an input
+channel.
+"""
 
 # Triton functions take no annotations, and their tuples grow.
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -11,22 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton_ops import INTERPRETED, compute_type, narrow, widen
-from .kinds import Kind
-from .taps import Offset, pairs
-from .triton_stencil import WEIGHTS, load_weights
+from ..._triton_ops import INTERPRETED, compute_type, narrow, widen
+from ..kinds import Kind, plain_size
+from ..taps import Offset, pairs
+from .stencil import WEIGHTS, load_weights
 
 _MAX_MOVES = tl.constexpr(9)
-_TILE = 2**18 if INTERPRETED.value else 512  # taps of a program; the interpreter pays for programs
-
-
-def _side(kind: int) -> int:
-    return 5 if kind == Kind.RADIAL else 3
+_TILE = 2**18 if INTERPRETED.value else 512  # taps of a program; the interpreter's cost is per program
 
 
 def _table(kind: Kind) -> list[tuple[int, int]]:
-    """Where weight k stands in the plain kernel with + and with -; -1: nowhere."""
-    side = _side(kind)
+    """The taps of the plain kernel that weight k adds to and subtracts from; -1: none."""
+    side = plain_size(kind)
 
     def index(offset: Offset | None) -> int:
         return -1 if offset is None else (offset[0] + side // 2) * side + offset[1] + side // 2
@@ -64,13 +63,13 @@ def _nearest(value):
 def _round_to_sum(exact, target, tap, mask, DTYPE: tl.constexpr):
     """Rounds exact [pairs, taps] (float32) to 16 bit so that the taps of a pair sum to `target` [pairs, 1].
 
-    One tap at a time moves by whole ulps, the one that leaves the smallest residue first, and none strays further
-    than one and a half ulps of the largest tap.
+    One tap at a time changes by whole ulps, the one that leaves the smallest residue first, and none by more than one
+    and a half ulps of the largest tap.
     """
     rounded = narrow(exact, DTYPE)
     residue = tl.sum(tl.where(mask, widen(rounded).to(tl.float64), 0.0), axis=1)[:, None] - target
     limit = tl.max(tl.where(mask, _spacing(rounded), 0.0), axis=1)[:, None]
-    mask = mask & (residue - residue == 0)  # infinite or NaN taps: nothing to balance
+    mask = mask & (residue - residue == 0)  # infinite or NaN taps have no sum to keep
     lowest = exact.to(tl.float64) - limit
     highest = exact.to(tl.float64) + limit
     for _ in range(_MAX_MOVES):
@@ -93,6 +92,19 @@ def _round_to_sum(exact, target, tap, mask, DTYPE: tl.constexpr):
     return rounded
 
 
+def _options(kind: int, theta: float, count: int, taps: int) -> dict[str, Any]:
+    """Constants of a kernel with tiles [pairs, taps]."""
+    taps = triton.next_power_of_2(taps)
+    return {
+        "KIND": int(kind),
+        "THETA": 1.0 if kind == Kind.VANILLA else theta,
+        "SIDE": plain_size(kind),
+        "PAIRS": min(_TILE // taps, triton.next_power_of_2(count)),
+        "TAPS": taps,
+        "num_warps": 4,
+    }
+
+
 @triton.jit
 def transform(
     weight,
@@ -105,7 +117,11 @@ def transform(
     PAIRS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """weight [count, 9] -> plain [count, SIDE * SIDE], computed in the compute type of the weight."""
+    """plain_t = sum_{k: plus_k = t} w_k - theta sum_{k: minus_k = t} w_k for each tap t of a pair.
+
+    weight [count, 9] -> plain [count, SIDE * SIDE], in the compute type of the weight. BALANCED: rounded so that the
+    sum over the taps is kept. Grid: (blocks of pairs,).
+    """
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]
     tap = tl.arange(0, TAPS)[None, :]
     dtype: tl.constexpr = plain.dtype.element_ty
@@ -120,7 +136,7 @@ def transform(
     to = plain + pair.to(tl.int64) * (SIDE * SIDE) + tap
     if BALANCED:
         exact = total.to(tl.float32)
-        target = tl.zeros((PAIRS, 1), tl.float64)  # of a pure difference exactly, whatever float32 made of it
+        target = tl.zeros((PAIRS, 1), tl.float64)  # exactly, for a pure difference: not the rounded sum
         if THETA != 1.0:
             target = tl.sum(exact.to(tl.float64), axis=1)[:, None]
         tl.store(to, _round_to_sum(exact, target, tap, mask, dtype), mask=mask)
@@ -128,6 +144,25 @@ def transform(
         tl.store(to, total.to(tl.float64), mask=mask)
     else:
         tl.store(to, narrow(total.to(tl.float32), dtype), mask=mask)
+
+
+def pdc_weight(weight: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
+    """weight [O, I, 3, 3] -> [O, I, 3, 3], radial [O, I, 5, 5], in `dtype`; 16 bit is rounded zero-sum."""
+    weight = weight.contiguous()
+    side = plain_size(kind)
+    plain = weight.new_empty((*weight.shape[:2], side, side), dtype=dtype)
+    count = weight.shape[0] * weight.shape[1]
+    if count == 0:
+        return plain
+    options = _options(kind, theta, count, side * side)
+    transform[(triton.cdiv(count, options["PAIRS"]),)](
+        weight,
+        plain,
+        count,
+        BALANCED=plain.element_size() == 2 and kind != Kind.VANILLA,
+        **options,
+    )
+    return plain
 
 
 @triton.jit
@@ -141,7 +176,10 @@ def transform_transposed(
     PAIRS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """grad [count, SIDE * SIDE] -> dweight [count, 9], computed in the compute type of dweight."""
+    """dw_k = dplain(plus_k) - theta dplain(minus_k) for each weight k of a pair.
+
+    grad [count, SIDE * SIDE] -> dweight [count, 9], in the compute type of dweight. Grid: (blocks of pairs,).
+    """
     pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]
     index = tl.arange(0, TAPS)[None, :]
     dtype: tl.constexpr = dweight.dtype.element_ty
@@ -157,38 +195,6 @@ def transform_transposed(
     subtracted = widen(tl.load(start + minus, mask=mask & (minus >= 0), other=0.0)).to(compute)
     total = total - THETA * subtracted
     tl.store(dweight + pair.to(tl.int64) * WEIGHTS + index, narrow(total, dtype), mask=mask)
-
-
-def _options(kind: int, theta: float, count: int, taps: int) -> dict[str, Any]:
-    """What a kernel is told whose tiles are [pairs, taps]."""
-    taps = triton.next_power_of_2(taps)
-    return {
-        "KIND": int(kind),
-        "THETA": 1.0 if kind == Kind.VANILLA else theta,
-        "SIDE": _side(kind),
-        "PAIRS": min(_TILE // taps, triton.next_power_of_2(count)),
-        "TAPS": taps,
-        "num_warps": 4,
-    }
-
-
-def pdc_weight(weight: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:
-    """weight [O, I, 3, 3] -> [O, I, 3, 3], radial [O, I, 5, 5], in `dtype`; 16 bit is rounded zero-sum."""
-    weight = weight.contiguous()
-    side = _side(kind)
-    plain = weight.new_empty((*weight.shape[:2], side, side), dtype=dtype)
-    count = weight.shape[0] * weight.shape[1]
-    if count == 0:
-        return plain
-    options = _options(kind, theta, count, side * side)
-    transform[(triton.cdiv(count, options["PAIRS"]),)](
-        weight,
-        plain,
-        count,
-        BALANCED=plain.element_size() == 2 and kind != Kind.VANILLA,
-        **options,
-    )
-    return plain
 
 
 def pdc_weight_backward(grad: torch.Tensor, kind: int, theta: float, dtype: torch.dtype) -> torch.Tensor:

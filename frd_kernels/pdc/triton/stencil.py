@@ -1,13 +1,13 @@
-"""Device functions that every Triton kernel with a difference stencil shares.
+"""Device functions of the difference stencil, shared by the kernels of the convolution and of the PDC block.
 
-A tile of positions x channels is a block of any shape: position indices broadcast along its channels, channel
-indices along its positions, in whichever order the memory is contiguous. What a position reads is its
-*window*, a tuple of tiles in the compute type (float32, float64 for float64), zero outside the image; slot i
-of it stands at `slot_y(KIND, i)`, `slot_x(KIND, i)` steps of the dilation from the first tap. 3x3 kinds: the 9
-pixels, row-major. Radial: the centre, the outer ring, the inner ring. A kernel with a stencil as prologue:
+Tiles hold positions x channels in either order: position indices broadcast along the channels, channel indices along
+the positions. What a position reads is its *window*, a tuple of tiles in the compute type (float32, float64 for
+float64), zero outside the image. Slot i of a window is `slot_y(KIND, i)`, `slot_x(KIND, i)` steps of the dilation from
+its first tap. 3x3 kinds: the 9 pixels, row-major. Radial: the centre, the outer ring, the inner ring.
 
-    window = load_window(image, top, left, height, width, stride_y, stride_x, dilation_y, dilation_x, inside, KIND)
-    hidden = combine(window, load_weights(weight, 1, real), bias, KIND, THETA)
+    top, left = window_corner(position, geometry)
+    window = load_window(image, top, left, geometry, mask, CHANNELS_FIRST, KIND)
+    y = combine(window, load_weights(weight, 1, mask), bias, KIND, THETA)
 
 The taps come from `taps.pairs`. KIND is an int (`kinds.Kind`) and THETA a float, both compile-time constants:
 a program knows which terms are x - x.
@@ -17,16 +17,33 @@ a program knows which terms are x - x.
 # mypy: disable-error-code="no-untyped-def, assignment"
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .._triton_ops import widen_all
-from .kinds import Kind
-from .taps import Offset, pairs
+from ..._triton_ops import widen_all
+from ..kinds import Kind
+from ..taps import Offset, pairs
 
 WEIGHTS = tl.constexpr(9)
+
+
+class Geometry(NamedTuple):
+    """Of a convolution of x [B, channels, height, width] to y [B, channels, rows, columns]. pad: the padding as for a
+    kernel of the window's size, which for radial is 5."""
+
+    channels: int
+    height: int
+    width: int
+    rows: int
+    columns: int
+    stride_y: int
+    stride_x: int
+    pad_y: int
+    pad_x: int
+    dilation_y: int
+    dilation_x: int
 
 
 def _slots(kind: Kind) -> list[Offset]:
@@ -85,8 +102,7 @@ def minus_slot(kind: int, k: int) -> int:
 
 @triton.constexpr_function
 def reach(kind: int) -> int:
-    """Steps of the dilation from the centre of the window to its edge: the first tap of output row r stands at
-    r * stride - padding for a padding as for a kernel of side 2 * reach + 1."""
+    """Steps of the dilation from the centre of the window to its edge."""
     return _TABLES[kind]["reach"]
 
 
@@ -98,70 +114,58 @@ def is_zero_term(kind: int, theta: float, k: int) -> bool:
 
 
 @triton.jit
-def load_window(
-    image,
-    top,
-    left,
-    height,
-    width,
-    stride_y,
-    stride_x,
-    dilation_y,
-    dilation_x,
-    inside,
-    KIND: tl.constexpr,
-):
-    """The window of each position.
+def window_corner(position, geometry):
+    """Row and column in x of the first tap of output positions."""
+    top = position // geometry.columns * geometry.stride_y - geometry.pad_y
+    return top, position % geometry.columns * geometry.stride_x - geometry.pad_x
 
-    image: pointers to pixel (0, 0) of each channel (the base offset of the image, 64 bit, is in them);
-    top, left: int32, the row and the column of the first tap (outside the image is fine);
-    height, width, stride_y, stride_x: of the image, offsets inside it fit 32 bits;
-    inside: mask of what exists of the tile. The arguments broadcast to the tile.
+
+@triton.jit
+def load_window(image, top, left, geometry, mask, CHANNELS_FIRST: tl.constexpr, KIND: tl.constexpr):
+    """The window of x of each output position.
+
+    image: pointers to pixel (0, 0) of each channel, which contain the 64-bit offset of the image: offsets inside it
+    fit 32 bits. top, left: of the first tap, possibly outside the image. All broadcast to the tile.
     """
-    corner = image + (top * stride_y + left * stride_x)
+    pixel_stride = 1 if CHANNELS_FIRST else geometry.channels
+    row_stride = geometry.width * pixel_stride
+    corner = image + (top * row_stride + left * pixel_stride)
     window = ()
     for slot in tl.static_range(slot_count(KIND)):
-        below = slot_y(KIND, slot) * dilation_y
-        beside = slot_x(KIND, slot) * dilation_x
-        row = top + below
-        column = left + beside
-        mask = inside & ((row >= 0) & (row < height)) & ((column >= 0) & (column < width))
-        window += (tl.load(corner + (below * stride_y + beside * stride_x), mask=mask, other=0.0),)
+        dy = slot_y(KIND, slot) * geometry.dilation_y
+        dx = slot_x(KIND, slot) * geometry.dilation_x
+        row = top + dy
+        column = left + dx
+        inside = mask & ((row >= 0) & (row < geometry.height)) & ((column >= 0) & (column < geometry.width))
+        window += (tl.load(corner + (dy * row_stride + dx * pixel_stride), mask=inside, other=0.0),)
     return widen_all(window, slot_count(KIND))
 
 
 @triton.jit
-def load_spread_window(
-    image,
-    top,
-    left,
-    height,
-    width,
-    stride_y,
-    stride_x,
-    dilation_y,
-    dilation_x,
-    spread_y,
-    spread_x,
-    inside,
-    KIND: tl.constexpr,
-):
-    """`load_window` of the image with spread - 1 zeros put between its pixels: the stride of a gradient."""
+def load_gradient_window(image, top, left, geometry, mask, CHANNELS_FIRST: tl.constexpr, KIND: tl.constexpr):
+    """The window of dy that reaches each position of x: `load_window` of dy with stride - 1 zeros between its pixels.
+
+    top, left: of the first tap, in pixels of dy with these zeros.
+    """
+    pixel_stride = 1 if CHANNELS_FIRST else geometry.channels
+    row_stride = geometry.columns * pixel_stride
+    stride_y = geometry.stride_y
+    stride_x = geometry.stride_x
     window = ()
     for slot in tl.static_range(slot_count(KIND)):
-        row = top + slot_y(KIND, slot) * dilation_y
-        column = left + slot_x(KIND, slot) * dilation_x
-        mask = inside & ((row >= 0) & (row < height * spread_y) & (row % spread_y == 0))
-        mask = mask & ((column >= 0) & (column < width * spread_x) & (column % spread_x == 0))
-        at = (row // spread_y) * stride_y + (column // spread_x) * stride_x
-        window += (tl.load(image + at, mask=mask, other=0.0),)
+        row = top + slot_y(KIND, slot) * geometry.dilation_y
+        column = left + slot_x(KIND, slot) * geometry.dilation_x
+        inside = mask & ((row >= 0) & (row < geometry.rows * stride_y) & (row % stride_y == 0))
+        inside = inside & ((column >= 0) & (column < geometry.columns * stride_x) & (column % stride_x == 0))
+        at = (row // stride_y) * row_stride + (column // stride_x) * pixel_stride
+        window += (tl.load(image + at, mask=inside, other=0.0),)
     return widen_all(window, slot_count(KIND))
 
 
 @triton.jit
 def load_weights(weight, stride, mask):
-    """The 9 weights of each channel in the compute type. weight: pointers to the first one, stride: to the next
-    (1 for a parameter [C, 1, 3, 3], the pitch for one that is packed [9, C])."""
+    """The 9 weights of each channel in the compute type. weight: pointers to the first one; stride: from one to the
+    next, 1 of a parameter [C, 1, 3, 3], C of one that is packed as [9, C]."""
     weights = ()
     for k in tl.static_range(WEIGHTS):
         weights += (tl.load(weight + k * stride, mask=mask, other=0.0),)
@@ -170,7 +174,7 @@ def load_weights(weight, stride, mask):
 
 @triton.jit
 def differences(window, KIND: tl.constexpr, THETA: tl.constexpr):
-    """x_plus - theta x_minus of each weight; nothing is computed of one that is x - x."""
+    """x_plus_k - theta x_minus_k for each weight k; the terms x - x are not computed."""
     found = ()
     for k in tl.static_range(WEIGHTS):
         if minus_slot(KIND, k) < 0 or is_zero_term(KIND, THETA, k):
@@ -184,8 +188,8 @@ def differences(window, KIND: tl.constexpr, THETA: tl.constexpr):
 
 @triton.jit
 def combine(window, weights, start, KIND: tl.constexpr, THETA: tl.constexpr):
-    """start + sum_k w_k (x_plus - theta x_minus), in the compute type; start: a tile, or what broadcasts to it
-    (the bias), or 0.0."""
+    """start + sum_k w_k (x_plus_k - theta x_minus_k), in the compute type. start: broadcasts to the tile, as the bias
+    or 0.0 do."""
     factors = differences(window, KIND, THETA)
     total = start
     for k in tl.static_range(WEIGHTS):
@@ -196,7 +200,7 @@ def combine(window, weights, start, KIND: tl.constexpr, THETA: tl.constexpr):
 
 @triton.jit
 def correlate(sums, window, grad, KIND: tl.constexpr, THETA: tl.constexpr):
-    """The 9 tiles of sums of dw, each plus grad * (x_plus - theta x_minus)."""
+    """dw_k + dy (x_plus_k - theta x_minus_k) for the 9 tiles of sums dw_k."""
     factors = differences(window, KIND, THETA)
     added = ()
     for k in tl.static_range(WEIGHTS):
@@ -218,7 +222,8 @@ def rotate(window, KIND: tl.constexpr):
 
 @triton.jit
 def plain_weights(weights, KIND: tl.constexpr, THETA: tl.constexpr):
-    """For the 3x3 kinds, the weights of the plain kernel; radial stays a sum of differences."""
+    """3x3 kinds: the weights of the equivalent plain kernel, sum_{k: plus_k = tap} w_k - theta sum_{k: minus_k = tap}
+    w_k for each tap."""
     plain = ()
     for tap in tl.static_range(WEIGHTS):
         total = weights[tap]
@@ -231,8 +236,8 @@ def plain_weights(weights, KIND: tl.constexpr, THETA: tl.constexpr):
 
 @triton.jit
 def combine_transposed(window, weights, KIND: tl.constexpr, THETA: tl.constexpr):
-    """dx from the window of dy: sum_k w_k (dy(p - plus_k) - theta dy(p - minus_k)). weights: radial: the
-    parameter's; 3x3 kinds: `plain_weights` of them."""
+    """dx(p) = sum_k w_k (dy(p - plus_k) - theta dy(p - minus_k)) from the window of dy. weights: of radial the
+    parameter's, of the 3x3 kinds their `plain_weights`."""
     rotated = rotate(window, KIND)
     if KIND == 3:
         total = combine(rotated, weights, 0.0, KIND, THETA)
