@@ -115,6 +115,20 @@ def test_depthwise(backend: str, device: torch.device, kind: str, dtype: torch.d
         assert_rounded_once(db, exact_db, total)
 
 
+def test_more_channels_than_a_block(device: torch.device) -> None:
+    """Forward and backward: a block of Triton has up to 128 channels, in the interpreter too."""
+    x = leaf(1, 131, 4, 5, layout="channels_last", device=device)
+    weight, bias = leaf(131, 1, 3, 3, device=device), leaf(131, device=device)
+    options: dict[str, Any] = {"kind": "angular", "theta": 0.7, "padding": 1, "groups": 131}
+    exact_operands = doubles(x, weight, bias)
+    out, exact = fk.pdc2d(x, weight, bias, **options), reference.pdc2d(*exact_operands, **options)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(out)
+    found = gradients(out, grad, x, weight, bias)
+    for one, truth in zip(found, gradients(exact, grad, *exact_operands), strict=True):
+        torch.testing.assert_close(one.double(), truth, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("groups", [16, 4, 1], ids=["depthwise", "grouped", "dense"])

@@ -112,6 +112,19 @@ def test_matches_the_oracle(
             assert worst(gradient, exact[name]) <= 64 * eps * scale, name
 
 
+def test_more_channels_than_a_block(device: torch.device) -> None:
+    """Forward and backward: a block of Triton has up to 128 channels and filters, in the interpreter too."""
+    draw = partial(block_operands, 1, 131, 130, 3, 4, device=device)
+    operands = learning(off_the_kink(draw, kind="central"))
+    exact_operands = in_double(operands)
+    out, exact = (f.pdc_block(**o, kind="central") for f, o in ((fk, operands), (reference, exact_operands)))
+    torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
+    grad = torch.randn_like(out)
+    found, truth = gradients(out, grad, operands), gradients(exact, grad, exact_operands)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient.double(), truth[name], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
