@@ -42,7 +42,7 @@ def test_usage_errors(argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "predict", "evaluate", "train", "export", "forge", "data", "data check"]
+    "command", ["", *COMMANDS, "data check"]
 )
 def test_help_imports_neither_torch_nor_opencv(command: str) -> None:
     code = (
