@@ -12,7 +12,8 @@ from frd_model.evaluate_presets import EVAL_PRESETS
 from frd_model.output import check_output_folder, say
 
 from .arguments import at_least, path
-from .evaluate import add_source_arguments, open_sources
+from .evaluate import add_source_arguments
+from .robustness import open_named, say_lines
 
 if TYPE_CHECKING:
     from frd_model.train import TrainConfig
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         for seed in args.seeds or [base.seed]
         for row in args.rows
     ]
-    for source in open_sources(args).values():
+    for source in open_named(args).values():
         if source.skipped:
             say(f"frd ablate: skipped {source.skipped}", sys.stderr)
         if source.inverted:
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             run_row(
                 config,
                 row,
-                sources=lambda: open_sources(args),
+                sources=lambda: open_named(args),
                 preset=args.eval_preset,
                 overwrite=args.overwrite,
             )
@@ -106,8 +107,7 @@ def run(args: argparse.Namespace) -> int:
         write_bytes(
             args.out / "ablation.md", table3(results, args.eval_preset).encode(errors="surrogateescape")
         )
-    for line in table3(results, args.eval_preset).splitlines():
-        say(line)
+    say_lines(table3(results, args.eval_preset))
     failed = [
         failure for result in results for found in result["sets"].values() for failure in found["failed"]
     ]

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = robustness.conditions(
         [name for kind in args.distortions for name in (NOISES[args.noise] if kind == "noise" else (kind,))]
     )
-    sources = open_sources(args)
+    sources = open_named(args)
     _warn(sources)
     checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.model_preset)
     settings = {
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     result = {"settings": settings, "rows": rows}
     reported: set[str] = set()
     for row, report in robustness.measure(
-        lambda: open_sources(args),
+        lambda: open_named(args),
         checkpoint.model,
         wanted,
         preset=args.preset,
@@ -125,6 +125,18 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         say(f"frd robustness: no plot: {error}", sys.stderr)
     return 1 if any(row["failed"] for row in rows) else 0
+
+
+def open_named(args: argparse.Namespace) -> dict[str, Source]:
+    """The sets that the arguments name; each of several has all of --data in its label, as a result must be one of
+    them."""
+    import dataclasses
+
+    sources = open_sources(args)
+    if len(sources) == 1:
+        return sources
+    given = ", ".join(args.data)
+    return {n: dataclasses.replace(source, label=f"{n} of {given}") for n, source in sources.items()}
 
 
 def say_lines(text: str) -> None:

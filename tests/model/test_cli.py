@@ -41,9 +41,7 @@ def test_usage_errors(argv: list[str]) -> None:
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize(
-    "command", ["", *COMMANDS, "data check"]
-)
+@pytest.mark.parametrize("command", ["", *COMMANDS, "data check"])
 def test_help_imports_neither_torch_nor_opencv(command: str) -> None:
     code = (
         "import sys; from frd_model.cli import main\n"

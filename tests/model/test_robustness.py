@@ -281,6 +281,26 @@ def test_other_weights_are_another_run(folder: Path, monkeypatch: pytest.MonkeyP
     assert run(folder, "--distortions", "gamma") == 1
 
 
+def test_sets_of_one_name_and_size_are_another_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in ("one", "other"):
+        for part in ("Tp", "Gt"):
+            for i in range(2):
+                content = (folder / part / f"{i}.png").read_bytes()
+                target = folder / place / part / f"{i}.png"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+    arguments = ["--preset", "original", "--out", str(folder / "out"), "--distortions", "gamma"]
+
+    def of(first: str) -> int:
+        sets = ["--data", f"a=mani:{folder / first}", "--data", f"b=mani:{folder / 'other'}"]
+        return main(["robustness", *sets, *arguments])
+
+    assert of("one") == 0
+    assert len(json.loads((folder / "out" / "robustness.json").read_text())["rows"]) == 2 * 5
+    assert of("other") == 1
+    assert "must be of the same data" in capsys.readouterr().err
+
+
 def test_a_bad_photo_is_named_once_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "Tp" / "0.png").write_bytes(b"no image")
     assert run(folder, "--distortions", "gamma") == 1
