@@ -24,11 +24,11 @@ from torch.utils import _pytree
 _Result = TypeVar("_Result")
 _C: Any = torch._C
 
-# What a plain weight is, also while torch.export traces.
+# The types of a plain weight, also while torch.export traces.
 PLAIN_TENSORS = frozenset({torch.Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 # The attributes in which a module has its own hooks.
 HOOK_ATTRIBUTES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Of a tensor: the number of changes in place that autograd knows of.
+# A tensor's count of the in-place changes that autograd knows of.
 version_of = operator.attrgetter("_version")
 
 try:
@@ -93,7 +93,7 @@ def untraced(function: Callable[..., _Result], *args: Any) -> _Result:
 
 
 def _as_size(value: Any) -> Any:
-    """A size that torch.jit.trace follows, a tensor of one integer, as an int."""
+    """A size as an int: torch.jit.trace makes it a tensor of one integer."""
     is_size = isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype == torch.int64
     return int(value) if is_size else value
 
@@ -129,6 +129,6 @@ def without_key(key: str) -> Callable[[], AbstractContextManager[None]]:
 
 
 def config_entry(config: Any, name: str) -> Any:
-    """What stands behind a setting of a config module (`torch.compiler.config`). Its `env_value_default` is the value
+    """The entry behind a setting of a config module (`torch.compiler.config`). Its `env_value_default` is the value
     that every thread starts with; torch 2.11 has no such attribute, and one value for all threads."""
     return getattr(config, "_config", {}).get(name)

@@ -1,6 +1,7 @@
 """Declares the Triton kernels as operators of the namespace `frd_triton`, without importing triton yet.
 
-They have the schemas of `frd`'s own and live in `<family>/triton/` under the same names; one is Triton's alone.
+They have the names and schemas of the operators of `frd` and are in `<family>/triton/`; `pdc_block_dense` exists in
+Triton alone.
 """
 
 from __future__ import annotations

@@ -67,10 +67,11 @@ def matmul_add(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
-def block_of(size: int, most: int, least: int = 16) -> int:
-    """The power of two from `least` to `most` that covers `size` with the fewest elements; the largest of those."""
-    block = best = least
-    while block <= most:
+def block_of(size: int, max_block: int, min_block: int = 16) -> int:
+    """The power of two from `min_block` to `max_block` that covers `size` with the fewest elements; the largest of
+    those."""
+    block = best = min_block
+    while block <= max_block:
         if -(-size // block) * block <= -(-size // best) * best:
             best = block
         block *= 2
@@ -78,5 +79,5 @@ def block_of(size: int, most: int, least: int = 16) -> int:
 
 
 def on_device(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; this makes it that of x."""
+    """Makes the device of x current: Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

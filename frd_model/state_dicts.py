@@ -76,7 +76,7 @@ def huggingface_encoder(key: str) -> Foreign:
 def _stage(key: str) -> tuple[int, str, str]:
     match = _STAGE.fullmatch(key)
     if match is None:
-        raise ValueError(f"naming: {key!r} is no parameter of a MiT encoder")
+        raise ValueError(f"naming: {key!r} is not a parameter of a MiT encoder")
     return int(match[1]), match[2], match[3]
 
 

@@ -66,7 +66,7 @@ def from_plain_weight(plain: torch.Tensor, *, kind: str, theta: float = 1.0) -> 
         [O, I, 3, 3].
 
     Raises:
-        ValueError: plain is no kernel of this kind and theta, up to the rounding of its dtype.
+        ValueError: plain is not a kernel of this kind and theta, up to the rounding of its dtype.
     """
     size = plain_size(parse_kind(kind))
     if plain.dim() != 4 or tuple(plain.shape[2:]) != (size, size):
@@ -81,7 +81,9 @@ def from_plain_weight(plain: torch.Tensor, *, kind: str, theta: float = 1.0) -> 
     weight = weight + (target - weight @ transform) @ inverse
     error = (weight @ transform - target).abs().amax()
     if target.numel() and not error <= _rounding(plain) * target.abs().amax():
-        raise ValueError(f"plain is no {kind} kernel with theta {theta:g}: off by {error.item():.3g}")
+        raise ValueError(
+            f"plain is not a kernel of kind {kind} with theta {theta:g}: off by {error.item():.3g}"
+        )
     return weight.unflatten(2, (3, 3)).to(plain)
 
 

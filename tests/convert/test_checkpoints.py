@@ -154,7 +154,7 @@ def test_pidinet_converted_with_theta() -> None:
 def test_pidinet_refusals() -> None:
     state = PiDiNet(ours, CARV4).state_dict()
     converted = convert.to_pidinet(state, "carv4", converted=True)
-    with raises(ValueError, "init_block.weight: plain is no angular kernel with theta 1: off by"):
+    with raises(ValueError, "init_block.weight: plain is not a kernel of kind angular with theta 1: off by"):
         convert.from_pidinet(converted, ["ad", *CARV4[1:]])
     with raises(ValueError, "block1_2.conv1.weight: plain must be [O, I, 3, 3] for kind 'central'"):
         convert.from_pidinet(converted, [*CARV4[:2], "cd", *CARV4[3:]])
@@ -213,7 +213,7 @@ def test_from_plain_weight_is_the_inverse(kind: str, theta: float, dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_from_plain_weight_refuses_other_kernels(kind: str, dtype: torch.dtype) -> None:
     side = 5 if kind == "radial" else 3
-    with raises(ValueError, f"plain is no {kind} kernel with theta 1: off by"):
+    with raises(ValueError, f"plain is not a kernel of kind {kind} with theta 1: off by"):
         convert.from_plain_weight(torch.randn(4, 1, side, side).to(dtype), kind=kind)
     with raises(ValueError, f"plain must be [O, I, {side}, {side}] for kind {kind!r}, got [4, 1, 7, 7]"):
         convert.from_plain_weight(torch.randn(4, 1, 7, 7), kind=kind)

@@ -69,7 +69,7 @@ class CentreKeys(NamedTuple):
 
 
 class Coverage(NamedTuple):
-    """Tokens [height, width], bins [rows, columns]; most bins that a token lies in, vertically and horizontally."""
+    """Tokens [height, width], bins [rows, columns]; the most bins that cover a token, vertically and horizontally."""
 
     height: int
     width: int
@@ -132,7 +132,7 @@ def chunks_of(tokens: int, centres: int, block: int) -> tuple[int, int]:
 
 
 def _max_bins(size: int, bins: int) -> int:
-    """No pixel of `size` lies in more of the `bins` than this."""
+    """The most of the `bins` that cover one of `size` pixels."""
     if size % bins == 0:
         return 1
     return bins // size if bins % size == 0 else (bins - 1) // size + 2

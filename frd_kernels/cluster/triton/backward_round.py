@@ -14,6 +14,7 @@ from ..._triton_ops import widen
 from .backward_dense import first_product_gradient, later_product_gradient
 from .backward_operands import (
     FIRST_PRODUCT,
+    LATER_PRODUCT,
     OWN_COSINE,
     WALK_CENTRES,
     CentreKeys,
@@ -326,7 +327,8 @@ def _columns(source: Source) -> int:
 
 
 def _kind(source: Source) -> int:
-    return (OwnCosine, FirstProduct, LaterProduct).index(type(source))
+    kinds = {OwnCosine: OWN_COSINE, FirstProduct: FIRST_PRODUCT, LaterProduct: LATER_PRODUCT}
+    return int(kinds[type(source)].value)
 
 
 def launch_key_gradients(

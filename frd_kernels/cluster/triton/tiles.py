@@ -21,8 +21,8 @@ MAX_INV_NORM = tl.constexpr(1e12)
 
 
 class View(NamedTuple):
-    """Tokens or rows [B, rows, C]: the first element, strides of a sample, of a row, of a channel. A pointer stands
-    for a tensor inside a kernel."""
+    """Tokens or rows [B, rows, C]: the first element, strides of a sample, of a row, of a channel. Inside a kernel
+    a tensor is a pointer."""
 
     start: Any
     sample: int
