@@ -6,8 +6,8 @@ A list is the forged or the untouched photos of a data set. The user says where 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from .pairing import DatasetError, Pair
@@ -30,9 +30,14 @@ class TrainingList(NamedTuple):
 
     def holds(self, pair: Pair, name: str) -> bool:
         """Whether a photo of the source belongs to the list; `name`: of the photo in its set."""
+        if (pair.mask is not None) != self.forged:
+            return False
         # A cache keeps the folders in the names alone, a list in the files alone.
-        folders = [path.parent.name.lower() for path in (pair.image, PurePosixPath(name))]
-        return (pair.mask is not None) == self.forged and (not self.folder or self.folder in folders)
+        return not self.folder or self.folder == (_folder(name) or _folder(str(pair.image)))
+
+
+def _folder(path: str) -> str:
+    return os.path.basename(os.path.dirname(path)).lower()
 
 
 class Protocol(NamedTuple):

@@ -309,7 +309,9 @@ def describe(data: Any) -> str:
         return f"{len(data)} generated photos"
     text = f"{len(pairs)} photos, {sum(pair.mask is not None for pair in pairs.pairs)} of them with a mask"
     if isinstance(data, BalancedPairs):
-        text += f" ({data.sampler.per_set} of each of {len(data.sets)} sets in an epoch)"
+        sets = pairs.parts if isinstance(pairs, JoinedDataset) else {"the set": range(len(pairs))}
+        sizes = ", ".join(f"{name} {len(part)}" for name, part in sets.items())
+        text += f" ({data.sampler.per_set} in an epoch of each of {sizes})"
     return text
 
 
