@@ -373,7 +373,7 @@ class Trainer:
     def _prepare_output(self, overwrite: bool) -> None:
         earlier = [self.output / name for name in WEIGHTS if (self.output / name).exists()]
         # A run that was resumed, or that has trained already, continues in its own output.
-        if earlier and self.epoch == 0:
+        if earlier and self.epoch == self.step == 0:
             if not overwrite:
                 raise TrainingError(
                     f"output {str(self.output)!r} holds an earlier run ({earlier[0].name}): continue it with --resume, "
