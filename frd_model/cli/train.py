@@ -179,6 +179,9 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         found["compile"] = args.compile
     if args.recursive is not None:
         found["data.recursive"] = args.recursive
+    if "data.crop" in found and "data.resize" not in found:
+        # The crop takes the place of a preset's or a file's resize.
+        found["data.resize"] = None
     found |= {key: getattr(args, key) for key, _ in SETS.values() if getattr(args, key) is not None}
     # Data given by flags replaces the data of the configuration file.
     for part, prefix in (("train", "--"), ("val", "--val-")):

@@ -64,6 +64,7 @@ from .update import Updater
 
 WEIGHTS = ("last.pt", "last.safetensors", "best.safetensors")
 PANEL = 384
+ADVICE = "lower optim.lr or optim.clip_norm"
 
 
 class Trainer:
@@ -289,10 +290,7 @@ class Trainer:
                 if self.step < self.steps_per_epoch and (saves or (logs and self._is_time_to_save())):
                     self._save_state()
         if not self.tally.steps:
-            raise TrainingError(
-                f"no step of epoch {self.epoch + 1} had a finite loss and gradient; last.pt holds the state before: "
-                f"lower optim.lr or set optim.clip_norm"
-            )
+            raise TrainingError(f"no step of epoch {self.epoch + 1} had a finite loss and gradient; {ADVICE}")
         return self.tally.figures()
 
     def _step(self, image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -316,7 +314,7 @@ class Trainer:
             if self.tally.row >= self.config.max_nonfinite:
                 raise TrainingError(
                     f"{self.tally.row} steps in a row up to step {step + 1} had no finite loss or gradient (the last: "
-                    f"loss {loss:g}, norm {norm:g}); last.pt holds an earlier state: lower optim.lr or optim.clip_norm"
+                    f"loss {loss:g}, norm {norm:g}); {ADVICE}"
                 )
             if board is not None:
                 board.add_scalar("train/loss", loss, step + 1)

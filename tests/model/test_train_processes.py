@@ -257,7 +257,8 @@ def test_presets() -> None:
     assert (released.batch_size, released.epochs, released.amp) == (32, 100, "fp16")
     assert (released.seed, released.loss.form, released.loss.edge_width) == (42, "released", 7)
     for config, preset in ((paper, "paper"), (released, "released")):
-        assert (config.model.name, config.model.preset, config.data.crop) == ("frdnet_mit_b2", preset, 256)
+        assert (config.model.name, config.model.preset) == ("frdnet_mit_b2", preset)
+        assert (config.data.crop, config.data.resize, config.data.augment.preset) == (256, 512, "mvss")
 
 
 def test_a_file_changes_a_preset(tmp_path: Path) -> None:
