@@ -50,6 +50,11 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--crop": ("data.crop", int, "side of the square training crops, cut at the photos' own scale"),
     "--model": ("model.name", str, "network, such as frdnet_mit_b2"),
     "--model-preset": ("model.preset", str, "its variant: paper, released or lite; --preset chooses one too"),
+    "--encoder-weights": (
+        "model.encoder_weights",
+        str,
+        "ImageNet weights of the encoder, such as mit_b2.pth",
+    ),
     "--output": ("output", str, "directory for weights, state, configuration and TensorBoard events"),
     "--epochs": ("epochs", int, "epochs of the whole run"),
     "--batch-size": ("batch_size", int, "images of one step, over all processes and parts"),

@@ -23,11 +23,12 @@ class ConfigError(ValueError):
 
 @dataclass
 class ModelSection:
-    """name, preset, pretrained, options: the arguments of `create_model`; options are its keyword arguments."""
+    """Arguments of `create_model`; options are its keyword arguments."""
 
     name: str = "frdnet_mit_b0"
     preset: str = "lite"
     pretrained: str | None = None
+    encoder_weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -277,6 +278,7 @@ SOURCES = ("sample", "sets", "folder", "json")
 PATHS = (
     "output",
     "model.pretrained",
+    "model.encoder_weights",
     *(f"data.{split}_{kind}" for split in ("train", "val") for kind in ("images", "masks", "json")),
 )
 

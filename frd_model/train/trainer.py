@@ -82,7 +82,11 @@ class Trainer:
         seed_everything(config.seed)
         section = config.model
         self.model = create_model(
-            section.name, preset=section.preset, pretrained=section.pretrained, **section.options
+            section.name,
+            preset=section.preset,
+            pretrained=section.pretrained,
+            encoder_weights=section.encoder_weights,
+            **section.options,
         ).to(self.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)

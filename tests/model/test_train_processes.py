@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from frd_model import load_model
+from frd_model.cli import main
 from frd_model.train import Trainer
 from frd_model.train.config import from_dict, load_config
 from frd_model.train.sampler import StepSampler
@@ -267,6 +268,27 @@ def test_a_file_changes_a_preset(tmp_path: Path) -> None:
     config = load_config(path, {"model.preset": "lite"}, "paper")
     assert (config.optim.name, config.optim.lr, config.loss.form) == ("adam", 1e-3, "paper")
     assert (config.model.name, config.model.preset) == ("frdnet_mit_b2", "lite")
+
+
+def test_flags_change_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr("frd_model.factory.load_encoder_weights", lambda encoder, path: loaded.append(path))
+    flags = ["--preset", "released", "--model", "frdnet_mit_b0", "--model-preset", "lite", "--epochs", "1"]
+    flags += [
+        *photos(tmp_path / "data", 2),
+        "--crop",
+        "32",
+        "--batch-size",
+        "1",
+        "--encoder-weights",
+        "~/b0.pth",
+    ]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["train", *flags, "--output", str(tmp_path / "run")]) == 0
+    assert loaded == [str(tmp_path / "b0.pth")]
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.model.preset, config.data.crop, config.data.resize) == ("lite", 32, None)
+    assert (config.amp, config.optim.warmup_epochs, config.data.augment.preset) == ("fp16", 2, "mvss")
 
 
 @pytest.mark.slow
