@@ -250,6 +250,8 @@ def _check_combinations(c: FRDNetConfig) -> None:
     )
 
 
+#: The configurations that have a name.
+#:
 #: ``paper``: the equations; counts that match the paper's Table 2. ``released``: the authors' code, whose
 #: checkpoints it loads. ``lite``: a small network that learns low-level traces from scratch on a CPU, used by the demo.
 PRESETS: dict[str, FRDNetConfig] = {
