@@ -168,13 +168,16 @@ def _describe(config: TrainConfig, row: str) -> dict[str, Any]:
 
 
 def _evaluate(weights: Path, opened: dict[str, Any], preset: str, device: str) -> dict[str, Any]:
+    from tqdm import tqdm
+
     from frd_model.evaluate import PIXEL_METRICS, evaluate
     from frd_model.weights import load_model
 
     model = load_model(weights, device)
     sets = {}
     for name, source in opened.items():
-        report = evaluate(source.samples, model, preset=preset, device=device)
+        samples = tqdm(source.samples, total=source.length, desc=f"evaluate {name}", disable=None)
+        report = evaluate(samples, model, preset=preset, device=device)
         summary = report.summary()
         forged = summary["forged"]
         if not forged["images"]:

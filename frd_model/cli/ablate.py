@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     # Before hours of work: every row's configuration, and the data.
     runs = [
         (row, row_config(base, row, seed, args.out / row / f"seed-{seed}"))
-        for seed in args.seeds or [base.seed]
-        for row in args.rows
+        for seed in dict.fromkeys(args.seeds or [base.seed])
+        for row in dict.fromkeys(args.rows)
     ]
     for source in open_named(args).values():
         if source.skipped:

@@ -175,7 +175,7 @@ def test_rows_are_trained_evaluated_and_resumed(
 
     # All is done: nothing is trained again, and another protocol only evaluates.
     monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("trained again"))
-    assert run(folder) == 0 and results(folder) == found
+    assert run(folder, "--seeds", "5", "5") == 0 and results(folder) == found
     assert run(folder, "--eval-preset", "cat-fixed") == 0
     assert results(folder)[0]["evaluation"]["preset"]["name"] == "cat-fixed"
     capsys.readouterr()
