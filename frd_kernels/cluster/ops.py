@@ -13,8 +13,7 @@ import torch
 from .. import _autograd, _flops, _triton
 from .._numbers import as_ints
 from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_key
-from .reference import compute_dtype
-from .saved import saved_layout, saved_size
+from .saved import compute_dtype, saved_layout, saved_size
 
 Tensor = torch.Tensor
 

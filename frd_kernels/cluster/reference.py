@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from .._autocast import has_autocast
 from .._torch_internals import is_tracing
+from .saved import compute_dtype
 
 _FROZEN = (
     "clustering: torch.onnx.export(dynamo=False) fixes the batch, height and width that it traces, whatever "
@@ -55,11 +56,6 @@ class _Round(NamedTuple):
     labels: torch.Tensor
     assigned: torch.Tensor
     counts: torch.Tensor
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and similarities for inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:

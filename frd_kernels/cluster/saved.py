@@ -7,6 +7,13 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, similarities and `saved` for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 class SavedRound(NamedTuple):
     """Where the parts of a round begin in a sample's row of `saved`, in elements.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from frd_kernels.backend import PROVIDERS
-from frd_kernels.cluster.reference import compute_dtype
+from frd_kernels.cluster.saved import compute_dtype
 
 from .. import backends
 from .cases import VARIANTS, Case, Grid, clear_case, laid_out

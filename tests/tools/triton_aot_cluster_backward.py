@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from frd_kernels.cluster import saved as layouts
-from frd_kernels.cluster.reference import compute_dtype
+from frd_kernels.cluster.saved import compute_dtype
 from frd_kernels.cluster.triton import backward
 from frd_kernels.cluster.triton import dispatch as dispatch_module
 

@@ -9,8 +9,7 @@ import torch
 
 from ..._triton_ops import on_device
 from ..ops import like_tokens
-from ..reference import compute_dtype
-from ..saved import RoundLayout, round_layouts, saved_round
+from ..saved import RoundLayout, compute_dtype, round_layouts, saved_round
 from .assign import launch_assign
 from .icm_dispatch import launch_chains, launch_dense, launch_queries
 from .operands import Results, Round, counter_count
