@@ -169,12 +169,11 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def curves(result: dict[str, Any]) -> dict[str, dict[str, list[tuple[str, float | None]]]]:
-    """Means of the result's metric, by distortion and set: (label, mean) from the clean photos on, in the grid's order.
+def curves(result: dict[str, Any], metric: str) -> dict[str, dict[str, list[tuple[str, float | None]]]]:
+    """Means of a metric, by distortion and set: (label, mean) from the clean photos on, in the grid's order.
 
     Levels that are not measured (yet) are left out, a distortion without any too.
     """
-    metric = result["settings"]["metric"]
     found = {(r["set"], r["distortion"], r["level"]): r[metric]["mean"] for r in result["rows"]}
     sets = list(dict.fromkeys(row["set"] for row in result["rows"]))
     by_distortion: dict[str, dict[str, list[tuple[str, float | None]]]] = {}
@@ -199,9 +198,9 @@ def curves(result: dict[str, Any]) -> dict[str, dict[str, list[tuple[str, float 
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    """A table for each distortion with a row for every result and set."""
+    """A table for each distortion with a row for every result and set, of the first result's metric."""
     metric = results[0]["settings"]["metric"]
-    found = [(result["settings"]["method"], curves(result)) for result in results]
+    found = [(result["settings"]["method"], curves(result, metric)) for result in results]
     lines = [f"# Figure 3: {metric} of distorted photos", ""]
     for kind, title in TITLES.items():
         rows = [
@@ -215,17 +214,17 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
             means = dict(points)
             lines.append(_line([name, *(_cell(means.get(label)) for label in labels)]))
         lines.append("")
-    lines += [f"- {_how(result)}" for result in results]
+    lines += [f"- {_how(result, metric)}" for result in results]
     return "\n".join(lines) + "\n"
 
 
-def _how(result: dict[str, Any]) -> str:
+def _how(result: dict[str, Any], metric: str) -> str:
     settings = result["settings"]
     sets = "; ".join(f"{name}: {data}" for name, data in settings["data"].items())
     images = sorted({row["images"] for row in result["rows"]})
     counts = f"{images[0]}" if len(images) == 1 else f"{images[0]} to {images[-1]}"
     return (
-        f"{settings['method']}: {settings['metric']}, preset {settings['preset']['name']}, {counts} forged photos, "
+        f"{settings['method']}: {metric}, preset {settings['preset']['name']}, {counts} forged photos, "
         f"distorted at their own size; noise seed {settings['noise_seed']}; {sets}"
     )
 
@@ -253,7 +252,7 @@ def csv_text(result: dict[str, Any]) -> str:
 
 
 def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """A panel for each distortion, as in the figure, with a line for every result and set.
+    """A panel for each distortion, as in the figure, with a line for every result and set, of the first's metric.
 
     Raises ModuleNotFoundError, one line, without matplotlib.
     """
@@ -261,7 +260,8 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ModuleNotFoundError("plots need matplotlib: pip install 'frd-kernels[plots]'") from None
-    found = [(result["settings"]["method"], curves(result)) for result in results]
+    metric = results[0]["settings"]["metric"]
+    found = [(result["settings"]["method"], curves(result, metric)) for result in results]
     kinds = [kind for kind in TITLES if any(kind in c for _, c in found)]
     figure = Figure(figsize=(4.2 * len(kinds), 3.6), layout="constrained")
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
@@ -272,7 +272,7 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
                 axis.plot([label for label, _ in points], means, marker="o", label=f"{method}, {name}")
         axis.set_title(TITLES[kind], fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(results[0]["settings"]["metric"])
+    axes[0].set_ylabel(metric)
     axes[-1].legend(fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

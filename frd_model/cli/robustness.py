@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from frd_model.data.images import write_bytes, write_json
 
     check_output_folder("--out", args.out)
-    others = [_read(file) for file in args.beside]
+    others = [_beside(file, args.preset) for file in args.beside]
     metric = _metric(args)
     wanted = robustness.conditions(
         [name for kind in args.distortions for name in (NOISES[args.noise] if kind == "noise" else (kind,))]
@@ -158,11 +158,20 @@ def _metric(args: argparse.Namespace) -> str:
 def _read(file: Path) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not result["settings"]["method"] or not result["rows"]:
-            raise ValueError("no rows")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        keys = {"method", "metric", "preset", "data", "noise_seed"}
+        if not keys <= result["settings"].keys() or not all("distortion" in row for row in result["rows"]):
+            raise ValueError("other keys")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or "another kind of file"
         raise ValueError(f"{str(file)!r} must be a {RESULT} of `frd robustness`, got {reason}") from None
+    return result
+
+
+def _beside(file: Path, preset: str) -> dict[str, Any]:
+    result = _read(file)
+    other = result["settings"]["preset"]["name"]
+    if other != preset:
+        raise ValueError(f"--beside {str(file)!r} must be of preset {preset}, got {other}")
     return result
 
 

@@ -216,6 +216,28 @@ def test_the_figure_has_a_panel_for_each_distortion(folder: Path) -> None:
         assert three.width == 3 * 504
 
 
+def test_results_beside_are_shown_by_the_same_metric(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, here = folder / "other", ("--distortions", "gamma", "--metric", "iou")
+    assert run(folder, "--out", other, "--distortions", "gamma", "--method", "theirs", "--metric", "auc") == 0
+    capsys.readouterr()
+    assert run(folder, *here, "--beside", other / "robustness.json") == 0
+    found = rows(folder)
+    means = [found.get(("gamma", level), found[CLEAN])["iou"]["mean"] for level in GRIDS["gamma"]]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| theirs")]
+    assert [float(cell) for cell in lines[0].split("|")[2:-1]] == pytest.approx(means, abs=1e-4)
+    assert run(folder, "--out", other, "--preset", "cat-fixed", "--distortions", "gamma", "--overwrite") == 0
+    for text in (None, "{}", "[]", '{"settings": {}, "rows": []}', '{"settings": [], "rows": 1}'):
+        if text is not None:
+            (other / "robustness.json").write_text(text)
+        capsys.readouterr()
+        assert run(folder, *here, "--beside", other / "robustness.json") == 1
+        wanted = "must be of preset original, got cat-fixed" if text is None else "got another kind of file"
+        error = capsys.readouterr().err
+        assert wanted in error and error.count("\n") == 1
+
+
 def test_without_matplotlib_there_is_all_but_the_plot(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
