@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from frd_model.output import one_line, say
 
-from .arguments import path
+from .arguments import UsageError, path
 
 # Each module offers add_arguments(parser) and run(args) -> exit status. It is imported only when its command is
 # the one asked for, so that `frd --help` needs neither torch nor OpenCV.
@@ -103,7 +103,7 @@ def _run(module: Any, args: argparse.Namespace) -> int:
 
 
 def _work(module: Any, args: argparse.Namespace) -> int:
-    """Run a command; an error other than DEFECTS becomes one line on stderr and status 1."""
+    """Run a command; an error other than DEFECTS becomes one line on stderr and status 1, or 2 for wrong usage."""
     try:
         status: int = module.run(args)
         _flush()
@@ -111,7 +111,7 @@ def _work(module: Any, args: argparse.Namespace) -> int:
         raise
     except Exception as error:
         say(f"frd {args.command}: {one_line(error)}", sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     return status
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from frd_model.config import BASELINE_PREFIX, NAME_PREFIX, PRESETS
 from frd_model.output import check_output_file
 
-from .arguments import at_least, path
+from .arguments import UsageError, at_least, path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 def _net(args: argparse.Namespace) -> tuple[str, nn.Module]:
     """The net and its name."""
     if args.model is None and (args.checkpoint or args.module) and (args.preset or args.set):
-        raise ValueError("--preset and --set belong to --model, got another net")
+        raise UsageError("--preset and --set belong to --model, got another net")
     if args.module:
         return args.name or args.module, _load(args.module, args.device)
     from frd_model.predict import parse_device
@@ -107,7 +107,7 @@ def _load(target: str, device: str) -> nn.Module:
 
     module, colon, name = target.partition(":")
     if not (module and colon and name):
-        raise ValueError(f"--module must be MODULE:CALLABLE, such as mynet:build, got {target!r}")
+        raise UsageError(f"--module must be MODULE:CALLABLE, such as mynet:build, got {target!r}")
     # As `python -m` does.
     sys.path.insert(0, os.getcwd())
     try:

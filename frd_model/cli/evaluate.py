@@ -17,6 +17,7 @@ from frd_model.output import check_output_file, one_line, say
 from frd_model.tiling import POLICIES
 
 from .arguments import (
+    UsageError,
     add_checkpoint_argument,
     add_data_arguments,
     at_least,
@@ -135,7 +136,7 @@ def _check_predictions(args: argparse.Namespace) -> None:
     flags = {"--checkpoint": args.checkpoint, "--model": args.model, "--model-preset": args.model_preset}
     given = [flag for flag, value in {**flags, "--size": args.size}.items() if value is not None]
     if args.predictions is not None and given:
-        raise ValueError(f"--predictions takes maps as they are and no {given[0]}: leave one of the two out")
+        raise UsageError(f"--predictions takes maps as they are and no {given[0]}: leave one of the two out")
 
 
 def _open_maps(args: argparse.Namespace, names: list[str]) -> dict[str, SavedMaps]:
@@ -225,7 +226,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
             continue
         other = seen.setdefault(file.resolve(), flag)
         if other != flag:
-            raise ValueError(f"{other} and {flag} must be two files, got {str(file)!r} twice")
+            raise UsageError(f"{other} and {flag} must be two files, got {str(file)!r} twice")
         check_output_file(flag, file, overwrite=args.overwrite)
 
 
@@ -287,15 +288,15 @@ def open_sources(args: argparse.Namespace) -> dict[str, Source]:
         sets = open_data_arguments(args)
         return {name: labelled_pairs(data, given if len(sets) == 1 else name) for name, data in sets.items()}
     if args.masks is not None:
-        raise ValueError("--masks needs --images, got none")
+        raise UsageError("--masks needs --images, got none")
     if args.recursive:
-        raise ValueError("--recursive goes with folders, got --sample")
+        raise UsageError("--recursive goes with folders, got --sample")
     if args.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+        raise UsageError(f"--repeats must be at least 1, got {args.repeats}")
     if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {args.seed}")
+        raise UsageError(f"--seed must be at least 0, got {args.seed}")
     if args.invert_masks:
-        raise ValueError("--invert-masks needs masks in files, got --sample")
+        raise UsageError("--invert-masks needs masks in files, got --sample")
     return {args.sample: forged_samples(args.sample, args.repeats, args.seed)}
 
 

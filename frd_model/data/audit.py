@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .files import describe_skipped
+from .files import ImageError, describe_skipped
 from .layouts import LAYOUTS
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _read(data: PairDataset, workers: int, look: bool) -> Iterator[Finding | tup
             image, mask = data.load(index)
             digest = hashlib.sha256(pair.image.read_bytes()).digest()
         except (ValueError, OSError) as error:
-            return _unusable(pair.image, pair.mask, " ".join(str(error).split()))
+            return _unusable(pair.image, pair.mask, error)
         hashed = _look(image) if look else 0
         return _Seen(pair.image, digest, hashed, bool(mask.any())), float(mask.mean())
 
@@ -170,18 +170,13 @@ def _read(data: PairDataset, workers: int, look: bool) -> Iterator[Finding | tup
             yield done.result()
 
 
-def _unusable(image: Path, mask: Path | None, text: str) -> Finding:
+def _unusable(image: Path, mask: Path | None, error: Exception) -> Finding:
+    text = " ".join(str(error).split())
     for file in (image, mask):
         if file is not None and not file.is_file():
             return Finding("missing", str(file), text)
-    about_mask = mask is not None and repr(str(mask)) in text
-    kind = (
-        "size"
-        if " size " in text and about_mask
-        else "mask"
-        if about_mask and "must be" in text
-        else "unreadable"
-    )
+    kind = error.kind if isinstance(error, ImageError) else "unreadable"
+    about_mask = mask is not None and (kind != "unreadable" or repr(str(mask)) in text)
     return Finding(kind, str(mask if about_mask else image), text)
 
 

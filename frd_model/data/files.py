@@ -20,7 +20,19 @@ _HEIF_EXTENSIONS = (".heic", ".heif", ".hif", ".heics", ".heifs")
 
 
 class ImageError(ValueError):
-    """A file that cannot be used as an image. The message is one line: path, rule, and what was found."""
+    """A file that cannot be used as an image. The message is one line: path, rule, and what was found.
+
+    kind: "size" for a mask of another size than its photo, "mask" for an image that is no mask, else "unreadable".
+    """
+
+    kind = "unreadable"
+
+    @classmethod
+    def of(cls, kind: str, text: str) -> ImageError:
+        """An error of another kind."""
+        error = cls(text)
+        error.kind = kind
+        return error
 
 
 class Skipped(NamedTuple):

@@ -187,10 +187,11 @@ def read_mask(
             if size is None or image.size[::-1] == tuple(size):
                 return marked_pixels(image)
         except MaskError as error:
-            raise ImageError(f"mask {name!r} {error}") from None
-        raise ImageError(
+            raise ImageError.of("mask", f"mask {name!r} {error}") from None
+        raise ImageError.of(
+            "size",
             f"mask {name!r} must have its photo's size {size[1]} x {size[0]}, "
-            f"got {image.width} x {image.height}"
+            f"got {image.width} x {image.height}",
         )
 
     mask = _decode(path, MAX_PIXELS, convert)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -119,8 +120,10 @@ def _read_columbia_mask(path: Path, size: tuple[int, int] | None = None, invert:
     """Green is the spliced part, red the rest; the darker half of each colour lies along the border."""
     colours = read_image(path)
     if size is not None and colours.shape[:2] != size:
-        got = f"{colours.shape[1]}x{colours.shape[0]}"
-        raise ImageError(f"mask {str(path)!r} must be {size[1]}x{size[0]}, as its photo, got {got}")
+        got = f"{colours.shape[1]} x {colours.shape[0]}"
+        raise ImageError.of(
+            "size", f"mask {str(path)!r} must have its photo's size {size[1]} x {size[0]}, got {got}"
+        )
     return np.asarray((colours[:, :, 1] > 120) != invert)
 
 
@@ -203,11 +206,16 @@ def _read_segmentation(path: Path, size: tuple[int, int] | None = None, invert: 
     try:
         with np.load(path) as arrays:
             classes = np.squeeze(arrays[arrays.files[0]])
-    except (OSError, ValueError, IndexError, EOFError) as error:
+    except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise ImageError(f"mask {str(path)!r} must be a readable npz file, got: {error}") from None
-    if classes.ndim != 2 or (size is not None and classes.shape != size):
-        rule = "a plane" if size is None else f"{size[1]}x{size[0]}, as its photo"
-        raise ImageError(f"mask {str(path)!r} must be {rule}, got an array of shape {list(classes.shape)}")
+    if classes.ndim != 2 or classes.dtype.kind not in "biuf":
+        got = f"{classes.dtype} {list(classes.shape)}"
+        raise ImageError.of("mask", f"mask {str(path)!r} must be a plane of class numbers, got {got}")
+    if size is not None and classes.shape != size:
+        got = f"{classes.shape[1]} x {classes.shape[0]}"
+        raise ImageError.of(
+            "size", f"mask {str(path)!r} must have its photo's size {size[1]} x {size[0]}, got {got}"
+        )
     return np.asarray((classes > 0) != invert)
 
 
@@ -240,13 +248,11 @@ def _read_labels(path: Path, size: tuple[int, int] | None = None, invert: bool =
     try:
         return read_mask(path, size, invert=invert)
     except ImageError as error:
+        if error.kind != "mask":
+            raise
         # By our rule a mask of 0 and 1 is an error, but these files are such.
         values = read_image(path)[:, :, 0]
-        if (
-            "white" not in str(error)
-            or set(np.unique(values)) - {0, 1}
-            or values.shape != (size or values.shape)
-        ):
+        if set(np.unique(values)) - {0, 1}:
             raise
         return np.asarray((values > 0) != invert)
 

@@ -298,8 +298,8 @@ def test_suspicious_maps_are_a_warning(folder: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("arguments", "words", "status"),
     [
-        (("--predictions", "{}/maps", "--checkpoint", "demo"), "--predictions takes maps as they are", 1),
-        (("--predictions", "{}/maps", "--size", "whole"), "no --size: leave one of the two out", 1),
+        (("--predictions", "{}/maps", "--checkpoint", "demo"), "--predictions takes maps as they are", 2),
+        (("--predictions", "{}/maps", "--size", "whole"), "no --size: leave one of the two out", 2),
         (("--predictions", "{}/none"), "predictions must be a folder of maps", 1),
         (("--predictions", "{}/set/masks/0.png"), "predictions must be a folder of maps", 1),
         (("--preset", "benco-512", "--size", "auto"), "size must be left out with preset benco-512", 1),

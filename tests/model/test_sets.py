@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from frd_model.data.dataset import JoinedDataset, PairDataset
+from frd_model.data.files import ImageError
 from frd_model.data.pairing import DatasetError
 from frd_model.data.sets import open_set, open_sets, parse_spec
 
@@ -245,3 +246,19 @@ def test_untouched_photos(tmp_path: Path) -> None:
     data = open_set(f"untouched:{tmp_path}")
     assert data.pairs[0].mask is None and len(data.skipped) == 1
     assert isinstance(data, PairDataset)
+
+
+def test_what_is_no_segmentation(tmp_path: Path) -> None:
+    fantasticreality(tmp_path)
+    data = open_set(f"fantasticreality:{tmp_path}")
+    first = data.pairs[0].mask
+    assert first is not None
+    np.savez(first, np.zeros((H, W + 1)))
+    with pytest.raises(ImageError, match=f"must have its photo's size {W} x {H}, got {W + 1} x {H}"):
+        data.load(0)
+    np.savez(first, np.zeros((H, W, 3)))
+    with pytest.raises(ImageError, match="must be a plane of class numbers"):
+        data.load(0)
+    first.write_bytes(first.read_bytes()[:40])
+    with pytest.raises(ImageError, match="must be a readable npz file"):
+        data.load(0)
