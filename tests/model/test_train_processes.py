@@ -291,6 +291,24 @@ def test_flags_change_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (config.amp, config.optim.warmup_epochs, config.data.augment.preset) == ("fp16", 2, "mvss")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_does_not_wait_for_the_gpu(tmp_path: Path, amp: str, accumulate: int) -> None:
+    trainer = small(tmp_path, device="cuda", amp=amp, accumulate=accumulate)
+    image, mask = next(iter(trainer._batches()))
+    assert image.is_pinned()
+    for _ in range(2):
+        trainer.updater.step(image, mask)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        values = trainer.updater.step(image, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert values.device.type == "cuda"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, flags: list[str], workers: str) -> None:
