@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sides.add_argument(
         "--longest", type=at_least(1), metavar="N", help="reduce photos to a longer side of N pixels"
     )
-    convert.add_argument("--overwrite", action="store_true", help="write into a folder that exists")
+    convert.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier conversion of the same data in OUT"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

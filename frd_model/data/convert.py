@@ -50,7 +50,8 @@ def convert(
         progress: wraps the numbers of the pairs, with how many there are.
 
     Raises:
-        ValueError: arguments that do not fit together. OSError: out cannot be written.
+        ValueError: arguments that do not fit together; a folder out that holds photos of the data set, or of another
+            one. OSError: out cannot be written.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -59,6 +60,7 @@ def convert(
     if kind == "json" and (size or longest):
         raise ValueError("a JSON list names files as they are and has no size, got one")
     place = expand_user(out)
+    _prepare(data, place, kind)
     failed: list[str] = []
     entries: list[Any] = []
     numbers: Iterable[int] = range(len(data))
@@ -69,6 +71,9 @@ def convert(
                 _check_listed(data.pairs[index], mask)
         except (ValueError, OSError) as error:
             failed.append(" ".join(str(error).split()))
+            if kind == "mani":
+                for part in ("Tp", "Gt"):
+                    (place / part / _mani_name(data, index)).unlink(missing_ok=True)
             continue
         image, mask = _resized(image, mask, size, longest)
         entries.append(_write(data, index, image, mask, place, kind))
@@ -77,6 +82,32 @@ def convert(
     elif kind == "cache":
         write_json(place / INDEX, entries)
     return Converted(len(entries), failed)
+
+
+def _prepare(data: PairDataset, place: Path, kind: str) -> None:
+    """An earlier conversion of the same data in the folder may be replaced. Photos that would be read as part of the
+    new set, or whose files are read while they are written, may not."""
+    if kind == "json":
+        return
+    names = {_mani_name(data, index) for index in range(len(data))}
+    for folder in (place,) if kind == "cache" else (place / "Tp", place / "Gt"):
+        real = os.path.realpath(folder)
+        sources = (file for pair in data.pairs for file in (pair.image, pair.mask) if file is not None)
+        inside = next((file for file in sources if os.path.dirname(os.path.realpath(file)) == real), None)
+        found = sorted(os.listdir(folder)) if kind == "mani" and folder.is_dir() else []
+        other = next((name for name in found if name not in names and not name.startswith(".")), None)
+        if inside is not None or other is not None:
+            raise ValueError(
+                f"out must hold no photos but those of an earlier conversion of the same data, got "
+                f"{str(inside or folder / str(other))!r}; choose a new folder"
+            )
+    # Until the new index is written, the files do not belong to an earlier one.
+    if kind == "cache":
+        (place / INDEX).unlink(missing_ok=True)
+
+
+def _mani_name(data: PairDataset, index: int) -> str:
+    return f"{index:06d}_{data.pairs[index].image.stem}.png"
 
 
 def _check_listed(pair: Pair, mask: Bool) -> None:
@@ -106,12 +137,12 @@ def _write(data: PairDataset, index: int, image: UInt8, mask: Bool, place: Path,
             _relative(pair.image, folder),
             "Negative" if pair.mask is None else _relative(pair.mask, folder),
         ]
-    number = f"{index:06d}"
     if kind == "mani":
-        name = f"{number}_{pair.image.stem}.png"
+        name = _mani_name(data, index)
         write_png(place / "Tp" / name, image)
         write_png(place / "Gt" / name, mask)
         return name
+    number = f"{index:06d}"
     height, width = mask.shape
     packed = np.packbits(mask) if mask.any() else np.zeros(0, np.uint8)
     _write_array(place / f"{number}.npy", np.concatenate([image.reshape(-1), packed]))

@@ -156,3 +156,45 @@ def test_masks_that_a_list_cannot_name(tmp_path: Path, capsys: pytest.CaptureFix
     assert "must be white where edited to be listed" in capsys.readouterr().err
     assert main([*flags, str(tmp_path / "out")]) == 0
     assert open_set(f"mani:{tmp_path / 'out'}").load(0)[1].mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["mani", "cache"])
+def test_overwriting_replaces_an_earlier_conversion_and_no_other_photos(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = make_set(tmp_path / "set", [1, 2]), tmp_path / "out"
+    flags = ["data", "convert", "--to", kind, "--overwrite", "--out"]
+    assert main([*flags, str(out), "--mani", str(root)]) == 0
+    # Again, after one photo has gone bad: the earlier copy of it does not stay.
+    (root / "Tp/1.png").write_bytes(b"no photo")
+    assert main([*flags, str(out), "--mani", str(root)]) == 1
+    assert len(open_set(f"{kind}:{out}")) == 1
+    # Its own photos, which would be read while they are replaced.
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+    capsys.readouterr()
+    assert main([*flags, str(out), "--data", f"{kind}:{out}", "--resize", "32"]) == 1
+    assert "out must hold no photos but those of an earlier conversion" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+
+
+def test_photos_of_another_conversion_are_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_set(tmp_path / "first", [1, 2]), make_set(tmp_path / "second", [3])
+    mani, cache = str(tmp_path / "mani"), tmp_path / "cache"
+    assert main(["data", "convert", "--mani", str(first), "--out", mani]) == 0
+    assert main(["data", "convert", "--mani", str(second), "--out", mani, "--overwrite"]) == 1
+    assert (
+        "000000_1.png'; choose a new folder" in capsys.readouterr().err and len(open_set(f"mani:{mani}")) == 2
+    )
+    # A conversion that is stopped leaves no index, which would name the earlier photos.
+    flags = ["data", "convert", "--to", "cache", "--out", str(cache)]
+    assert main([*flags, "--mani", str(first)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "frd_model.data.convert._write_array", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        main([*flags, "--mani", str(second), "--overwrite"])
+    with pytest.raises(ValueError, match=r"must hold index\.json"):
+        open_set(f"cache:{cache}")
+    assert main([*flags, "--mani", str(second), "--overwrite"]) == 0 and len(open_set(f"cache:{cache}")) == 1
