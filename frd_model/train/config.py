@@ -28,8 +28,8 @@ class ModelSection:
     name: str = "frdnet_mit_b0"
     preset: str = "lite"
     pretrained: str | None = None
-    encoder_weights: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    encoder_weights: str | None = None
 
 
 @dataclass

@@ -123,12 +123,12 @@ def test_complexity_of_another_module(capsys: pytest.CaptureFixture[str]) -> Non
         == 0
     )
     assert "| torchvision.models:resnet18 | 224x224 | 11.69 M | 1.81 G | 3.63 G |" in capsys.readouterr().out
-    for module, error in (
-        ("torchvision.models", "--module must be MODULE:CALLABLE"),
-        ("torchvision.models:none", "has no attribute 'none'"),
-        ("no_such_module:net", "No module named 'no_such_module'"),
-        ("builtins:dict", "--module must return a torch.nn.Module, got dict"),
+    for module, error, status in (
+        ("torchvision.models", "--module must be MODULE:CALLABLE", 2),
+        ("torchvision.models:none", "has no attribute 'none'", 1),
+        ("no_such_module:net", "No module named 'no_such_module'", 1),
+        ("builtins:dict", "--module must return a torch.nn.Module, got dict", 1),
     ):
-        assert main(["complexity", "--module", module]) == 1
+        assert main(["complexity", "--module", module]) == status
         captured = capsys.readouterr().err
         assert error in captured and captured.count("\n") == 1

@@ -115,6 +115,7 @@ def test_a_fixed_file_takes_its_size_alone(tmp_path: Path) -> None:
     assert not [node.op_type for node in proto.graph.node if node.domain]
 
 
+@pytest.mark.build
 def test_what_a_wrong_graph_does(tmp_path: Path) -> None:
     """One that computes something else at other sizes, one that fails there: nothing is written."""
 
@@ -177,7 +178,7 @@ LAYERS: dict[str, Any] = {
 }
 
 
-QUICK = ("depthwise", "icm paper")
+QUICK = ("depthwise",)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,7 @@ def test_a_layer_by_torch_onnx_export(name: str, tmp_path: Path) -> None:
         assert_same(opened, layer, *shape)
 
 
+@pytest.mark.build
 def test_the_older_exporter_says_that_it_fixes_the_clustering(tmp_path: Path) -> None:
     layer, x = LAYERS["icm paper"]().eval(), torch.randn(2, 8, 16, 24)
     with pytest.warns(UserWarning, match="dynamo=True"):
@@ -217,10 +219,8 @@ def exported(model: nn.Module, least: int) -> torch.export.ExportedProgram:
     )
 
 
-@pytest.mark.parametrize(
-    ("preset", "least"),
-    [("paper", 33), pytest.param("released", 33, marks=BUILD), pytest.param("lite", 97, marks=BUILD)],
-)
+@pytest.mark.build
+@pytest.mark.parametrize(("preset", "least"), [("paper", 33), ("released", 33), ("lite", 97)])
 def test_torch_export_at_every_batch_and_size(preset: str, least: int, tmp_path: Path) -> None:
     """With sides that the strides divide and that they do not; loaded from a file; refused below what was asked."""
     model = small_net(preset)
@@ -244,6 +244,7 @@ def test_torch_export_at_every_batch_and_size(preset: str, least: int, tmp_path:
 
 
 @BUILD
+@pytest.mark.build
 def test_torch_export_of_the_plain_form_and_of_a_timm_backbone() -> None:
     """Folded, in plain PyTorch and decomposed, the pooling still follows the size."""
     torch.manual_seed(0)
