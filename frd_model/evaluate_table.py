@@ -34,17 +34,20 @@ class Table1:
     def add(self, summary: Mapping[str, Any], name: str | None = None) -> None:
         """Take a summary of `frd evaluate` in, under the set's name or the one given.
 
-        Raises ValueError where a mean is there already, or the summary is none.
+        Raises ValueError where a mean is there already, the name is another one of the paper's sets than the summary's,
+        or the summary is none.
         """
         try:
             method, preset = str(summary["method"]), summary["preset"]
-            column = paper_column(name or str(summary["set"]))
+            own, column = paper_column(str(summary["set"])), paper_column(name or str(summary["set"]))
             found = {half: summary["means"][metric]["mean"] for half, metric in preset["table"].items()}
             images = {half: summary["means"][metric]["images"] for half, metric in preset["table"].items()}
         except (KeyError, TypeError, AttributeError):
             raise ValueError(
                 "result must be a JSON file of `frd evaluate`, got another kind of file"
             ) from None
+        if own != column and own in paper_tables()["table1"]["columns"]:
+            raise ValueError(f"result of {own} must not be named after another set, got {name!r}")
         for half, mean in found.items():
             row = self.means[half].setdefault(method, {})
             if column in row:
@@ -90,8 +93,9 @@ def table1(results: Iterable[tuple[str | None, Path]]) -> Table1:
     table = Table1()
     for name, file in results:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            summaries = content.get("sets", [content]) if isinstance(content, dict) else [content]
+            content = _read(file)
+            summaries = content.get("sets") if isinstance(content, dict) else None
+            summaries = summaries if isinstance(summaries, list) and summaries else [content]
             if name is not None and len(summaries) > 1:
                 raise ValueError(f"a name goes with a result of one set, got {len(summaries)} sets")
             for summary in summaries:
@@ -100,6 +104,14 @@ def table1(results: Iterable[tuple[str | None, Path]]) -> Table1:
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"result {str(file)!r}: {reason}") from None
     return table
+
+
+def _read(file: Path) -> Any:
+    text = file.read_bytes()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("result must be a JSON file of `frd evaluate`, got no JSON") from None
 
 
 def paper_column(name: str) -> str:

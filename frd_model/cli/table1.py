@@ -28,9 +28,12 @@ def run(args: argparse.Namespace) -> int:
     from frd_model.data.images import write_bytes
     from frd_model.evaluate_table import table1
 
+    results = [_named(result) for result in args.results]
     if args.out is not None:
+        if args.out.resolve() in (file.resolve() for _, file in results):
+            raise ValueError(f"--out must be another file than the results, got {str(args.out)!r}")
         check_output_file("--out", args.out, overwrite=args.overwrite)
-    text = table1(_named(result) for result in args.results).markdown()
+    text = table1(results).markdown()
     if args.out is None:
         print(text, end="")
     else:

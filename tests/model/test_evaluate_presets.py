@@ -392,12 +392,23 @@ def test_table_1_refuses_what_is_no_result(folder: Path, capsys: pytest.CaptureF
     file = folder / "good.json"
     assert run(folder, "--predictions", folder / "maps", "--json-out", file) == 0
     write_json(folder / "other.json", {"means": 1})
+    write_json(folder / "null.json", {"sets": None})
+    write_json(folder / "cover.json", json.loads(file.read_text()) | {"set": "cover"})
     (folder / "text.json").write_text("{")
     capsys.readouterr()
     for results, words in (
         ((file, file), "must have one mean for set at the optimal threshold, got a second one"),
         ((folder / "other.json",), "must be a JSON file of `frd evaluate`, got another kind of file"),
-        ((folder / "text.json",), "text.json"),
+        (
+            (folder / "null.json",),
+            "null.json': result must be a JSON file of `frd evaluate`, got another kind",
+        ),
+        ((folder / "text.json",), "text.json': result must be a JSON file of `frd evaluate`, got no JSON"),
+        (
+            (f"columbia={folder / 'cover.json'}",),
+            "of COVER must not be named after another set, got 'columbia'",
+        ),
+        ((file, "--overwrite", "--out", file), "--out must be another file than the results"),
         ((folder / "gone.json",), "No such file"),
         ((f"COVER={folder / 'gone.json'}",), "gone.json"),
     ):
