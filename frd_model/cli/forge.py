@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of forgery (default: all)")
     parser.add_argument("--size", type=at_least(MIN_SIDE), help="side of square views; default: whole photos")
-    parser.add_argument("--authentic", type=fraction, default=0.0, help="share of untouched photos")
+    parser.add_argument(
+        "--authentic", type=fraction, default=0.0, help="share of untouched photos (default: %(default)g)"
+    )
     parser.add_argument("--format", choices=("png", "jpg"), default="png", help="of the images")
 
 
