@@ -207,13 +207,14 @@ def table2(rows: dict[str, dict[str, Any]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     quoted = "Rows marked (quoted) are the paper's numbers; its FLOPs are multiply-accumulates, as fvcore counts them."
-    lines += ["", quoted, *(_conditions(name, row) for name, row in rows.items())]
+    lines += ["", quoted, "", *(f"- {_conditions(name, row)}" for name, row in rows.items())]
     return "\n".join(lines) + "\n"
 
 
 def _conditions(name: str, row: dict[str, Any]) -> str:
     low, high = (1e3 * seconds for seconds in row["seconds_range"])
+    threads = f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}"
     return (
-        f"{name}: {row['dtype']}, {row['device']}, {row['threads']} threads, torch {row['torch']}, batch 1, "
+        f"{name}: {row['dtype']}, {row['device']}, {threads}, torch {row['torch']}, batch 1, "
         f"median of {row['repeats']} ({low:.1f} to {high:.1f} ms)."
     )
