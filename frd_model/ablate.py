@@ -59,7 +59,7 @@ def row_config(base: TrainConfig, row: str, seed: int, output: Path) -> TrainCon
     if base.model.pretrained is not None:
         raise ValueError(
             f"model.pretrained must be left out, got {base.model.pretrained!r}; encoder weights go with "
-            "--set model.options.encoder_weights=FILE"
+            "--set model.encoder_weights=FILE"
         )
     variant = VARIANTS[row]
     name, options = base.model.name, dict(base.model.options)
@@ -77,8 +77,7 @@ def row_config(base: TrainConfig, row: str, seed: int, output: Path) -> TrainCon
 
 def net_config(config: TrainConfig) -> Any:
     """The `FRDNetConfig` of a training run."""
-    options = {k: v for k, v in config.model.options.items() if k != "encoder_weights"}
-    return model_config(config.model.name, config.model.preset, **options)
+    return model_config(config.model.name, config.model.preset, **config.model.options)
 
 
 def run_row(

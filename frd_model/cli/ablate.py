@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from frd_model.evaluate_presets import EVAL_PRESETS
 from frd_model.output import check_output_folder, say
 
-from .arguments import at_least, path
+from .arguments import at_least, open_data_arguments, path
 from .evaluate import add_source_arguments
 from .robustness import open_named, say_lines
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, evaluate, print the table. Status 1 if a photo could not be scored."""
-    from frd_model.ablate import is_done, row_config, run_row, table3
+    from frd_model.ablate import is_done, net_config, row_config, run_row, table3
     from frd_model.data.images import write_bytes, write_json
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -83,11 +83,15 @@ def run(args: argparse.Namespace) -> int:
         for seed in dict.fromkeys(args.seeds or [base.seed])
         for row in dict.fromkeys(args.rows)
     ]
+    for _, config in runs:
+        net_config(config)
     for source in open_named(args).values():
         if source.skipped:
             say(f"frd ablate: skipped {source.skipped}", sys.stderr)
         if source.inverted:
             say(f"frd ablate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
+    if args.overwrite or not all(is_done(config) for _, config in runs):
+        _check_apart(args, base)
     results = []
     for number, (row, config) in enumerate(runs, 1):
         done = is_done(config) and not args.overwrite
@@ -114,6 +118,23 @@ def run(args: argparse.Namespace) -> int:
     for failure in {f["name"]: f for f in failed}.values():
         say(f"frd ablate: {failure['name']}: {failure['error']}", sys.stderr)
     return 1 if failed else 0
+
+
+def _check_apart(args: argparse.Namespace, base: TrainConfig) -> None:
+    """ValueError where a photo of the test sets is one that the nets would be trained or chosen on."""
+    from frd_model.train.data import open_data
+    from frd_model.train.state import shared_photos
+
+    if args.sample:
+        return
+    for part, own in zip(("training", "validation"), open_data(base), strict=True):
+        for name, test in open_data_arguments(args).items():
+            shared = shared_photos(own, test)
+            if shared:
+                raise ValueError(
+                    f"test set {name!r} and the {part} set must not share photos, got {len(shared)} in both, the first "
+                    f"{shared[0]!r}"
+                )
 
 
 def _base(args: argparse.Namespace) -> TrainConfig:

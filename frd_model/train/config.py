@@ -186,6 +186,12 @@ class TrainConfig:
         for name, (holds, rule) in RULES.items():
             if not holds(values[name]):
                 raise ConfigError(f"{name} must be {rule}, got {values[name]!r}")
+        twice = [field.name for field in dataclasses.fields(ModelSection) if field.name in self.model.options]
+        if twice:
+            raise ConfigError(
+                f"model.options must not hold {twice[0]}, which is set by model.{twice[0]}, got "
+                f"{self.model.options[twice[0]]!r}"
+            )
         self._check_sources()
 
     def _check_sources(self) -> None:

@@ -155,13 +155,18 @@ def check_same_data(saved: dict[str, str], found: dict[str, str]) -> None:
             )
 
 
+def shared_photos(one: Any, other: Any) -> list[str]:
+    """The files of photos that are in both sets; none where one of them holds generated photos."""
+    sets = [pairs_of(one), pairs_of(other)]
+    if None in sets:
+        return []
+    files = [{os.path.realpath(pair.image) for pair in pairs.pairs} for pairs in sets if pairs is not None]
+    return sorted(files[0] & files[1])
+
+
 def check_apart(training: Any, validation: Any) -> None:
     """ConfigError where a photo is in both sets: the best checkpoint would be chosen by what it was taught."""
-    sets = [pairs_of(training), pairs_of(validation)]
-    if None in sets:
-        return
-    files = [{os.path.realpath(pair.image) for pair in pairs.pairs} for pairs in sets if pairs is not None]
-    shared = sorted(files[0] & files[1])
+    shared = shared_photos(training, validation)
     if shared:
         raise ConfigError(
             f"training and validation set must not share photos, got {len(shared)} in both, the first {shared[0]!r}"

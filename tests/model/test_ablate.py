@@ -192,11 +192,23 @@ def test_refuses_in_one_line(
         (("--config", str(folder / "bad.yaml")), "unknown key epoch"),
         (("--out", str(folder / "file")), "--out must be a directory that can be written"),
         (("--set", "model.pretrained=demo"), "model.pretrained must be left out"),
+        (
+            ("--set", "model.options.encoder_weights=x.pth"),
+            "which is set by model.encoder_weights, got 'x.pth'",
+        ),
+        (("--set", "model.options.depth=9"), "unknown field 'depth'"),
+        (
+            ("--train-data", f"mani:{folder}"),
+            f"test set '{folder.name}' and the training set must not share photos",
+        ),
+        (("--val-data", f"mani:{folder}"), f"test set '{folder.name}' and the validation set must not share"),
         (("--train-data", "casia1:nowhere"), "nowhere"),
     ):
         assert run(folder, *arguments) == 1
         captured = capsys.readouterr().err
         assert message in captured and captured.count("\n") == 1
+    # All before the first row is trained.
+    assert not (folder / "out" / "baseline").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(folder) == 1
     assert "frd ablate must run in one process" in capsys.readouterr().err
