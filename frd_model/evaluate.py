@@ -6,8 +6,10 @@ The maps come from a network (`evaluate`) or from files that any method saved (`
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -87,6 +89,7 @@ class Source:
     """Samples made or read one at a time, how many there are, and a line that says what they are.
 
     skipped: one line on what the folders hold beside images, inverted: one on masks that look inverted; "" for nothing.
+    files: a hash of the names and sizes of the files; "" for generated images.
     """
 
     samples: Iterator[Labelled | Unusable]
@@ -94,6 +97,7 @@ class Source:
     label: str
     skipped: str = ""
     inverted: str = ""
+    files: str = ""
 
 
 @dataclass
@@ -430,7 +434,23 @@ def _forge(photos: dict[str, npt.NDArray[np.uint8]], repeats: int, seed: int) ->
 
 
 def labelled_pairs(data: PairDataset, label: str) -> Source:
-    return Source(_read(data), len(data), str(label), describe_skipped(data.skipped), data.inverted_masks())
+    notes = describe_skipped(data.skipped), data.inverted_masks()
+    return Source(_read(data), len(data), str(label), *notes, _digest(data))
+
+
+def _digest(data: PairDataset) -> str:
+    lines = [
+        f"{name}\0{_size(pair.image)}\0{_size(pair.mask)}"
+        for name, pair in zip(data.names, data.pairs, strict=True)
+    ]
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:12]
+
+
+def _size(file: Path | None) -> int | None:
+    try:
+        return None if file is None else file.stat().st_size
+    except OSError:
+        return None
 
 
 def _read(data: PairDataset) -> Iterator[Labelled | Unusable]:

@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": checkpoint.label,
         "weights": _digest(checkpoint.model),
         "data": {name: f"{source.label}, {source.length} photos" for name, source in sources.items()},
+        "files": {name: source.files for name, source in sources.items()},
         "preset": eval_preset(args.preset).to_dict(),
         "metric": metric,
         "noise_seed": args.noise_seed,
@@ -184,7 +185,9 @@ def _earlier(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[st
     # How the result is called and shown changes no figure.
     free = ("method", "metric", "checkpoint")
     differing = [
-        key for key, value in settings.items() if key not in free and found["settings"].get(key) != value
+        key
+        for key, value in settings.items()
+        if key not in free and found["settings"].get(key, value) != value
     ]
     if differing:
         raise ValueError(

@@ -303,6 +303,15 @@ def test_other_weights_are_another_run(folder: Path, monkeypatch: pytest.MonkeyP
     assert run(folder, "--distortions", "gamma") == 1
 
 
+def test_a_photo_that_was_replaced_is_another_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--distortions", "gamma") == 0 == run(folder, "--distortions", "gamma")
+    photo = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    write_png(folder / "Tp" / "1.png", photo)
+    capsys.readouterr()
+    assert run(folder, "--distortions", "gamma", "jpeg") == 1
+    assert "must be of the same files to go on with it" in capsys.readouterr().err
+
+
 def test_sets_of_one_name_and_size_are_another_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for place in ("one", "other"):
         for part in ("Tp", "Gt"):
