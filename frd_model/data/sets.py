@@ -149,4 +149,7 @@ def _is_member(entry: object) -> bool:
 def _open_member(path: Path, value: str, invert: bool, kind: str = "") -> PairDataset:
     place = path.parent / expand_user(value)
     kind = kind or ("ManiDataset" if place.is_dir() else "JsonDataset")
-    return _MEMBERS[kind](place, invert_masks=invert)
+    try:
+        return _MEMBERS[kind](place, invert_masks=invert)
+    except DatasetError as error:
+        raise DatasetError(f"collection {str(path)!r}, {value!r}: {error}") from None

@@ -224,6 +224,15 @@ def test_collections(tmp_path: Path) -> None:
     assert joined.subset([2]).load(0)[1].any() and joined.subset([2]).names == ["two/1.png"]
 
 
+def test_a_missing_member_of_a_collection_is_named_with_it(tmp_path: Path) -> None:
+    for text in ('{"gone": "nowhere"}', '[["ManiDataset", "nowhere"]]', '[["JsonDataset", "nowhere"]]'):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(
+            DatasetError, match=r"^collection '.*c\.json', 'nowhere': (folder|list) '.*nowhere"
+        ):
+            open_sets([f"collection:{tmp_path / 'c.json'}"])
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "{}", "3", '{"a": 3}', '[["OtherDataset", "x"]]', '[["ManiDataset"]]', "["]
 )
