@@ -184,7 +184,9 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         found["compile"] = args.compile
     if args.recursive is not None:
         found["data.recursive"] = args.recursive
-    if "data.crop" in found and "data.resize" not in found:
+    if "data.crop" in found and "data.resize" in found:
+        raise ConfigError("--crop and --resize exclude each other, got both")
+    if "data.crop" in found:
         # The crop takes the place of a preset's or a file's resize.
         found["data.resize"] = None
     found |= {key: getattr(args, key) for key, _ in SETS.values() if getattr(args, key) is not None}

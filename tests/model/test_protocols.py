@@ -417,6 +417,7 @@ def test_old_ways_to_name_data_are_the_same_sets(tmp_path: Path) -> None:
     [
         (["--data", "casia2:x", "--images", "y"], "--images and --masks and --data exclude each other"),
         (["--val-data", "x:y", "--val-json", "y"], "--val-json and --val-data exclude each other"),
+        (["--crop", "64", "--resize", "64"], "--crop and --resize exclude each other, got both"),
         (["--data", "casia9:x"], "must be [NAME=]LAYOUT:PATH with a layout of"),
         (["--data", "casia2:missing"], "must be a folder, got none there"),
         (["--protocol", "cat"], "data.source must be sets where data.protocol is given"),
