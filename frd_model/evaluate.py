@@ -9,7 +9,6 @@ import csv
 import hashlib
 import io
 import math
-import os
 import re
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from torch import nn
 
 from frd_model.data.dataset import PairDataset
-from frd_model.data.files import describe_skipped
+from frd_model.data.files import describe_skipped, name_bytes
 from frd_model.data.forge import Forger
 from frd_model.data.forge_options import KINDS
 from frd_model.data.images import write_bytes
@@ -443,13 +442,13 @@ def _digest(data: PairDataset) -> str:
         f"{name}\0{_size(pair.image)}\0{_size(pair.mask)}"
         for name, pair in zip(data.names, data.pairs, strict=True)
     ]
-    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:12]
+    return hashlib.sha256(name_bytes("\n".join(lines))).hexdigest()[:12]
 
 
 def _size(file: Path | None) -> int | None:
     try:
         return None if file is None else file.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from frd_model.data.files import name_bytes
 from frd_model.data.traces import jpeg
 from frd_model.evaluate import PIXEL_METRICS, Labelled, Report, Source, Unusable, evaluate
 from frd_model.output import one_line
@@ -91,7 +92,7 @@ def distort(image: UInt8, condition: Condition, seed: int, name: str) -> UInt8:
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    digest = hashlib.sha256(name_bytes(name)).digest()
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -173,7 +174,7 @@ def _read(data: PairDataset, workers: int, look: bool) -> Iterator[Finding | tup
 def _unusable(image: Path, mask: Path | None, error: Exception) -> Finding:
     text = " ".join(str(error).split())
     for file in (image, mask):
-        if file is not None and not file.is_file():
+        if file is not None and not os.path.isfile(file):
             return Finding("missing", str(file), text)
     kind = error.kind if isinstance(error, ImageError) else "unreadable"
     about_mask = mask is not None and (kind != "unreadable" or repr(str(mask)) in text)

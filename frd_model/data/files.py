@@ -73,6 +73,22 @@ def _opens(name: str) -> bool:
     return not (isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile))
 
 
+def name_bytes(text: str) -> bytes:
+    """A file name's bytes, for hashes: those on disk, also of a name that no file can have, as a list may hold one."""
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:
+        return text.encode(errors="surrogatepass")
+
+
+def real_path(path: PathLike) -> str:
+    """os.path.realpath, and the name itself where no file can have it, as in a list."""
+    try:
+        return os.path.realpath(os.fspath(path))
+    except ValueError:
+        return os.fspath(path)
+
+
 def expand_user(path: PathLike) -> Path:
     """`path` with a leading ~ or ~user replaced by that home directory, unless a file has that very name.
 

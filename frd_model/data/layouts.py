@@ -7,6 +7,7 @@ loading this pair fails with its name and the others are used.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -289,7 +290,7 @@ def read_pair_list(path: Path, root: Path | None = None) -> list[Pair]:
             pairs.append(Pair(root / image, root / mask if mask else None))
     if not pairs:
         raise DatasetError(f"list {str(path)!r} must name photos, got none")
-    if not any(pair.image.is_file() for pair in pairs):
+    if not any(os.path.isfile(pair.image) for pair in pairs):
         raise DatasetError(
             f"list {str(path)!r} must name files below {str(root)!r}, got {str(pairs[0].image)!r}"
         )
@@ -299,7 +300,7 @@ def read_pair_list(path: Path, root: Path | None = None) -> list[Pair]:
 def _split_line(line: str, root: Path) -> tuple[str, str]:
     """Photo and mask, "" for none. A name may hold spaces where tabs or commas divide, or where no mask follows."""
     divider = next((d for d in ("\t", ",") if d in line), None)
-    if divider is None and (root / line).is_file():
+    if divider is None and os.path.isfile(root / line):
         return line, ""
     parts = [part.strip() for part in line.split(divider)]
     if len(parts) > 2 and parts[-1] in ("0", "1"):

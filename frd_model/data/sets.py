@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def _open(layout: str, path: Path, invert: bool, recursive: bool) -> PairDataset
     if not pairs:
         raise DatasetError(f"data set {str(path)!r} must hold photos in the layout {layout}, got none")
     masks = [pair.mask for pair in pairs if pair.mask is not None]
-    if masks and not any(mask.is_file() for mask in masks):
+    if masks and not any(os.path.isfile(mask) for mask in masks):
         raise DatasetError(
             f"data set {str(path)!r} must hold masks in the layout {layout}, got none, not even {str(masks[0])!r}"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
 import sys
 import typing
 from collections import Counter
@@ -22,7 +21,7 @@ from torch.utils.data import Dataset
 from frd_model.data.augment import Augmentation, MvssAugmentation
 from frd_model.data.balanced_sampler import BalancedSampler
 from frd_model.data.dataset import FolderDataset, ForgeryDataset, JoinedDataset, PairDataset
-from frd_model.data.files import describe_skipped
+from frd_model.data.files import describe_skipped, name_bytes, real_path
 from frd_model.data.forge_options import ForgeOptions
 from frd_model.data.photos import sample_photos
 from frd_model.data.protocols import PROTOCOLS, select_lists
@@ -258,7 +257,7 @@ def split_sets(
         held[name] = _held_out(pairs, part, seed)
     validation = {name: sets[name].subset(indices) for name, indices in held.items() if indices}
     # Of the folders alone: to resolve every file of a large set takes a minute.
-    folder = functools.cache(os.path.realpath)
+    folder = functools.cache(real_path)
     files = {(folder(p.image.parent), p.image.name) for pairs in validation.values() for p in pairs.pairs}
     training = {}
     for name, pairs in sets.items():
@@ -299,7 +298,7 @@ def digest(data: Any) -> str:
     if pairs is None:
         return ""
     lines = [f"{pair.image.name}\0{pair.mask.name if pair.mask else ''}" for pair in pairs.pairs]
-    return f"{len(lines)} photos ({hashlib.sha256(os.fsencode(chr(10).join(lines))).hexdigest()[:12]})"
+    return f"{len(lines)} photos ({hashlib.sha256(name_bytes(chr(10).join(lines))).hexdigest()[:12]})"
 
 
 def describe(data: Any) -> str:

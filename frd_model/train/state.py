@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from frd_model.data.files import real_path
+
 from .config import ConfigError, TrainConfig, flatten
 from .data import pairs_of
 
@@ -160,7 +162,7 @@ def shared_photos(one: Any, other: Any) -> list[str]:
     sets = [pairs_of(one), pairs_of(other)]
     if None in sets:
         return []
-    files = [{os.path.realpath(pair.image) for pair in pairs.pairs} for pairs in sets if pairs is not None]
+    files = [{real_path(pair.image) for pair in pairs.pairs} for pairs in sets if pairs is not None]
     return sorted(files[0] & files[1])
 
 

@@ -198,3 +198,22 @@ def test_photos_of_another_conversion_are_not_mixed_in(
     with pytest.raises(ValueError, match=r"must hold index\.json"):
         open_set(f"cache:{cache}")
     assert main([*flags, "--mani", str(second), "--overwrite"]) == 0 and len(open_set(f"cache:{cache}")) == 1
+
+
+def test_names_that_no_file_can_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are the errors of their pairs in the audit and in training; `frd evaluate` has a test of its own."""
+    make_set(tmp_path, [1, 2, 3, 4])
+    bad = ["gone.png", "\ud800.png", "x" * 300 + ".png", "n\0l.png"]
+    entries = [[f"Tp/{name}", f"Gt/{name}"] for name in ("1.png", "2.png", "3.png", "4.png", *bad)]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    out = tmp_path / "audit.json"
+    assert main(["data", "check", "--json", str(tmp_path / "list.json"), "--json-out", str(out)]) == 1
+    assert json.loads(out.read_text())["list"]["counts"] == {"missing": 4}
+    argv = ["train", "--json", str(tmp_path / "list.json"), "--output", str(tmp_path / "run"), "--crop", "32"]
+    argv += ["--val-data", f"mani:{make_set(tmp_path / 'val', [5])}"]
+    argv += ["--batch-size", "4", "--set", "data.max_bad=0.9", "--set", "model.options.stages=[1]"]
+    capsys.readouterr()
+    assert main([*argv, "--epochs", "1"]) == 0
+    assert main([*argv, "--epochs", "2", "--resume"]) == 0
+    shown = capsys.readouterr()
+    assert all(f"entry {number} must name files" in shown.out + shown.err for number in (4, 5, 6, 7))

@@ -428,7 +428,7 @@ def test_old_ways_to_name_data_are_the_same_sets(tmp_path: Path) -> None:
         (["--per-set", "0", "--data", "casia2:x"], "data.per_set must be at least 1, got 0"),
         (["--per-set", "3"], "data.per_set must be left out for data.source sample"),
         (["--augment", "mvs", "--data", "casia2:x"], "data.augment.preset must be one of own, mvss"),
-        (["--resize", "8", "--data", "casia2:x"], "data.resize must be between 32 and 8192, got 8"),
+        (["--set", "data.resize=8", "--data", "casia2:x"], "data.resize must be between 32 and 8192, got 8"),
         (["--set", "data.train=casia2:x", "--set", "data.source=sets"], "data.train must be a list"),
         (["--set", "data.train=[casia2:x]"], "data.source must be sets where data.train is given"),
         (["--set", "data.source=sets"], "data.train must be given for data.source sets"),
