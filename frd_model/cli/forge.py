@@ -83,7 +83,7 @@ def _find_photos(paths: Sequence[str], recursive: bool, out: Path) -> list[Path]
     """The photos' files; what else their folders hold is reported. They must not be where the output goes."""
     found = data.scan_images(paths, recursive)
     if found.skipped:
-        say(f"frd forge: passed over {data.describe_skipped(found.skipped)}", sys.stderr)
+        say(f"frd forge: skipped {data.describe_skipped(found.skipped)}", sys.stderr)
     written = {(out / name).resolve() for name in ("images", "masks")}
     for file in found.images:
         if file.resolve().parent in written:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NEAR = 6
 # Kinds of findings, in the order of the table. Notes may be intended; a fault cannot be used or spoils a result.
 FAULTS = ("missing", "unreadable", "size", "mask", "inverted", "duplicate", "shared", "near")
-NOTES = ("black mask", "untouched twice", "passed over", "count")
+NOTES = ("black mask", "untouched twice", "skipped", "count")
 
 
 class Finding(NamedTuple):
@@ -189,9 +189,7 @@ def _notes(data: PairDataset, black: list[Path], twins: list[Path], layout: str)
         if files:
             yield Finding(kind, str(files[0]), f"{len(files)} {what}, the first {str(files[0])!r}")
     if data.skipped:
-        yield Finding(
-            "passed over", str(data.skipped[0].path), f"passed over {describe_skipped(data.skipped)}"
-        )
+        yield Finding("skipped", str(data.skipped[0].path), f"skipped {describe_skipped(data.skipped)}")
     if layout in LAYOUTS:
         forged = sum(pair.mask is not None for pair in data.pairs)
         untouched = len(data) - forged

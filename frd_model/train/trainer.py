@@ -31,6 +31,7 @@ from tqdm import tqdm
 from frd_model.data.transforms import resize
 from frd_model.factory import create_model
 from frd_model.metrics import aggregate, image_metrics
+from frd_model.output import one_line
 from frd_model.predict import PredictionError, predict
 from frd_model.weights import save_model
 
@@ -228,7 +229,9 @@ class Trainer:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:
-            raise TrainingError(f"{path} cannot be read as a training state: {_one_line(error)}") from None
+            raise TrainingError(
+                f"{path} cannot be read as a training state: {one_line(error)[:200]}"
+            ) from None
         keys = ("config", "model", "optimizer", "ema", "epoch", "best", "history", "rng")
         if not isinstance(state, dict) or any(key not in state for key in keys):
             raise TrainingError(f"{path} cannot be read as a training state: it must hold {', '.join(keys)}")
@@ -519,7 +522,3 @@ def _panel(
 
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

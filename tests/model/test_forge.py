@@ -248,7 +248,7 @@ def test_photos_in_folders_and_under_the_home_directory(tmp_path, monkeypatch, c
     assert command("~/in", "--out=~/out", "--count", "1") == 1
     assert "must hold at least one image, got 1 x directory" in capsys.readouterr().err
     assert command("~/in", "--out=~/out", "--count", "2", "--recursive") == 0
-    assert "passed over 1 x file of no image format" in capsys.readouterr().err
+    assert "skipped 1 x file of no image format" in capsys.readouterr().err
     assert len(list((tmp_path / "out" / "images").iterdir())) == 2
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["photos"] == [long]
 
