@@ -1,4 +1,6 @@
-"""Score maps of forged photos against known masks: metrics per image, their means, and an all-white mask to compare.
+"""Score maps of forged photos against known masks: metrics per image, their means, and two controls.
+
+The controls are a mask that marks every pixel, and a map that knows only where the image's centre is.
 
 The maps come from a network (`evaluate`) or from files that any method saved (`evaluate_saved`).
 """
@@ -22,10 +24,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from frd_model.centre_control import Curves, score_centre, summarize_centre
 from frd_model.data.dataset import PairDataset
 from frd_model.data.files import describe_skipped, name_bytes
 from frd_model.data.forge import Forger
 from frd_model.data.forge_options import KINDS
+from frd_model.data.forged_folder import kind_of
 from frd_model.data.images import write_bytes
 from frd_model.data.photos import sample_photos
 from frd_model.evaluate_presets import EVAL_PRESETS, SAVED, SCALED, EvalPreset, eval_preset
@@ -63,9 +67,9 @@ FloatMap = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Labelled:
-    """image uint8 RGB [H, W, 3], mask bool [H, W] (all False: untouched); kind of forgery, or "" if not known.
+    """image uint8 RGB [H, W, 3], mask bool [H, W] (all False: untouched).
 
-    path: the photo's file, or None where it was made.
+    kind: of forgery, "authentic", or "" if not known. path: the photo's file, or None where it was made.
     """
 
     name: str
@@ -105,11 +109,12 @@ class Report:
 
     Attributes:
         rows: one per image, in order: name, kind, edited (fraction of the pixels), score, seconds, alarm (fraction of
-            the pixels above the threshold), and for forged images the metrics of `localization_metrics` and white_*,
-            f1, permute_f1, auc and iou of a mask that marks every pixel.
+            the pixels above the threshold), and for forged images the metrics of `localization_metrics`, white_*,
+            f1, permute_f1, auc and iou of a mask that marks every pixel, and centre_auc of `centre_map`.
         failed: name and error of each image that could not be scored, which no figure counts.
         notes: how many images something was done to that a reader of the means should know.
         curves: sums over the forged images of F1 at each of `metrics.THRESHOLDS`.
+        centre: by kind of forgery, sums of the centre control's curves.
     """
 
     threshold: float
@@ -117,14 +122,16 @@ class Report:
     failed: list[dict[str, str]] = field(default_factory=list)
     preset: EvalPreset = EVAL_PRESETS["original"]
     notes: Counter[str] = field(default_factory=Counter)
-    curves: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    curves: Curves = field(default_factory=dict)
+    centre: dict[str, Curves] = field(default_factory=dict)
 
     def summary(self, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
         """Every mean, what was skipped, and how it was done.
 
         "means": of each pixel metric over the forged images: mean, images for which it is defined, and the bootstrap's
         95 % interval "low" and "high". "forged": the means alone, as in "by_kind". "best_threshold": the one
-        threshold, in steps of 0.01, at which the mean F1 of the forged images is highest. "authentic": false alarms on
+        threshold, in steps of 0.01, at which the mean F1 of the forged images is highest. "centre_control": see
+        `summarize_centre`. "authentic": false alarms on
         untouched photos, one where its score is above the report's threshold. "image_level": forged against untouched
         photos by their scores. "skipped": images by the reason for which a mean leaves them out.
         """
@@ -139,6 +146,7 @@ class Report:
             "forged": {"images": len(forged), **_means(forged, "", PIXEL_METRICS)},
             "best_threshold": self._best_thresholds(len(forged)),
             "white_mask": _means(forged, "white_", COLUMNS),
+            "centre_control": summarize_centre(forged, self.centre, resamples, seed),
             "by_kind": {
                 k: {
                     "images": sum(r["kind"] == k for r in forged),
@@ -327,11 +335,17 @@ def _score(sample: Labelled, given: _Map, report: Report) -> None:
         found = localization(probability, mask, threshold)
         row |= found.metrics
         row |= {f"white_{k}": v for k, v in _white_figures(mask).items()}
-        for name, curve in found.curves.items():
-            report.curves[name] = report.curves.get(name, 0.0) + curve
+        row["centre_auc"], centre = score_centre(mask)
+        _add_curves(report.curves, found.curves)
+        _add_curves(report.centre.setdefault(sample.kind, {}), centre)
         if found.emptied and not math.isnan(row["permute_f1_opt_band"]):
             report.notes["border band leaves nothing edited: 0 in permute_f1_opt_band"] += 1
     report.rows.append(row)
+
+
+def _add_curves(sums: Curves, curves: Curves) -> None:
+    for name, curve in curves.items():
+        sums[name] = sums.get(name, 0.0) + curve
 
 
 def _white_figures(mask: npt.NDArray[np.bool_]) -> dict[str, float]:
@@ -362,10 +376,16 @@ def format_summary(summary: dict[str, Any]) -> str:
     """The means as small tables, the rules above them, and what they leave out below."""
     lines = [_rules(summary["preset"])] if "preset" in summary else []
     lines.append(f"{'':<16} {'images':>6} " + " ".join(f"{c:>10}" for c in COLUMNS))
-    rows = {"forged": summary["forged"], **{f"  {k}": v for k, v in summary["by_kind"].items()}}
-    rows["all-white mask"] = {"images": summary["forged"]["images"], **summary["white_mask"]}
-    for name, row in rows.items():
+    centre = summary["centre_control"]
+    white = {"images": summary["forged"]["images"], **summary["white_mask"]}
+    rows = [
+        *_with_kinds("forged", summary["forged"], summary["by_kind"]),
+        ("all-white mask", white),
+        *_with_kinds("centre control", centre, centre["by_kind"]),
+    ]
+    for name, row in rows:
         lines.append(f"{name:<16} {row['images']:>6} " + " ".join(f"{row[c]:>10.4f}" for c in COLUMNS))
+    lines += _above_centre(centre)
     lines.append(f"{'metric':<20} {'mean':>8} {'95 % interval':>18} {'images':>7}")
     for name, mean in summary["means"].items():
         interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
@@ -378,6 +398,19 @@ def format_summary(summary: dict[str, Any]) -> str:
     lines += [f"skipped: {count} x {reason}" for reason, count in summary["skipped"].items()]
     lines += [f"note: {count} x {note}" for note, count in summary["notes"].items()]
     return "\n".join(lines)
+
+
+def _with_kinds(name: str, total: Any, kinds: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, total), *((f"  {kind}", row) for kind, row in kinds.items())]
+
+
+def _above_centre(centre: dict[str, Any]) -> list[str]:
+    kinds = {"": centre, **{f" of {k}": v for k, v in centre["by_kind"].items()}}
+    return [
+        f"AUC above the centre control{name}: {v['above']['mean']:+.4f}, "
+        f"95 % interval {v['above']['low']:+.4f} to {v['above']['high']:+.4f}"
+        for name, v in kinds.items()
+    ]
 
 
 def _rules(preset: dict[str, Any]) -> str:
@@ -460,4 +493,4 @@ def _read(data: PairDataset) -> Iterator[Labelled | Unusable]:
         except Exception as error:
             yield Unusable(name, one_line(error))
             continue
-        yield Labelled(name, "", image, mask, data.pairs[index].image)
+        yield Labelled(name, kind_of(name), image, mask, data.pairs[index].image)

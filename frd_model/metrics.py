@@ -263,6 +263,16 @@ def _f1_of(tp: Array, fp: Array, positives: int) -> Array:
     return 2 * tp / (tp + fp + positives)
 
 
+def auc_and_curves(probability: Array, mask: Array) -> tuple[float, dict[str, Array]]:
+    """AUC, and "f1" and "permute_f1" at each of `THRESHOLDS`, from one sort of the image's pixels."""
+    return _auc_and_curves(_rank(*_pair(probability, mask)))
+
+
+def _auc_and_curves(ranks: _Ranks) -> tuple[float, dict[str, Array]]:
+    curves = {"f1": _f1_curve(ranks, permute=False), "permute_f1": _f1_curve(ranks, permute=True)}
+    return _auc(ranks), curves
+
+
 def border_band(mask: Array) -> tuple[Array, Array]:
     """TruFor's ground truth without the border: (edited, scored), both bool [H, W].
 
@@ -305,18 +315,18 @@ def localization(probability: Array, mask: Array, threshold: float = 0.5) -> Loc
     scores, truth = _pair(probability, mask)
     ranks = _rank(scores, truth)
     best = _optimum(ranks, permute=True)
+    area, curves = _auc_and_curves(ranks)
     counts = confusion(scores, truth, threshold)
     metrics = {
         "f1": counts.f1(),
         "permute_f1": max(counts.f1(), counts.complement().f1()),
         "iou": counts.iou(),
-        "auc": _auc(ranks),
+        "auc": area,
         "ap": _average_precision(ranks),
         "mcc": counts.mcc(),
         "permute_f1_opt": best.f1,
         "threshold_opt": best.threshold,
     }
-    curves = {"f1": _f1_curve(ranks, permute=False), "permute_f1": _f1_curve(ranks, permute=True)}
     del ranks
     scored = scored.reshape(-1)
     inner, inner_truth = scores[scored], edited.reshape(-1)[scored].view(np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,12 @@ UInt8 = npt.NDArray[np.uint8]
 
 # The files that `forge_folder` writes into images/ and masks/.
 _FORGED = re.compile(rf"\d{{5,}}_({'|'.join((*KINDS, 'authentic'))})_[0-9A-Za-z-]*\.(png|jpg)")
+
+
+def kind_of(name: str) -> str:
+    """The kind, or "authentic", of a file that `forge_folder` named; "" for other names."""
+    found = _FORGED.fullmatch(PurePath(name).name)
+    return found[1] if found else ""
 
 
 def forge_folder(
