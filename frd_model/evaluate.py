@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -26,12 +27,12 @@ from torch import nn
 
 from frd_model.centre_control import Curves, score_centre, summarize_centre
 from frd_model.data.dataset import PairDataset
-from frd_model.data.files import describe_skipped, name_bytes
+from frd_model.data.files import PathLike, describe_skipped, name_bytes
 from frd_model.data.forge import Forger
 from frd_model.data.forge_options import KINDS
 from frd_model.data.forged_folder import kind_of
 from frd_model.data.images import write_bytes
-from frd_model.data.photos import sample_photos
+from frd_model.data.photos import sample_files, sample_photos
 from frd_model.evaluate_presets import EVAL_PRESETS, SAVED, SCALED, EvalPreset, eval_preset
 from frd_model.metrics import (
     THRESHOLDS,
@@ -92,7 +93,7 @@ class Source:
     """Samples made or read one at a time, how many there are, and a line that says what they are.
 
     skipped: one line on what the folders hold beside images, inverted: one on masks that look inverted; "" for nothing.
-    files: a hash of the names and sizes of the files; "" for generated images.
+    files: a hash of the names and sizes of the files; "" for images generated from the packaged photos.
     """
 
     samples: Iterator[Labelled | Unusable]
@@ -442,12 +443,18 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def forged_samples(split: str, repeats: int, seed: int) -> Source:
-    """`repeats` forgeries of each kind and as many untouched versions of every photo of a split, at full size."""
-    photos = sample_photos(split)
+def forged_samples(split: str, repeats: int, seed: int, folder: PathLike | None = None) -> Source:
+    """`repeats` forgeries of each kind and as many untouched versions of every photo of a split, at full size.
+
+    folder: of the photos, see :func:`frd_model.data.sample_photos`.
+    """
+    photos = sample_photos(split, folder)
     length = len(photos) * repeats * (len(KINDS) + 1)
-    label = f"sample photos {split} ({', '.join(photos)}), {repeats} forgeries of each kind per photo, seed {seed}"
-    return Source(_forge(photos, repeats, seed), length, label)
+    names = ("" if folder is None else f"of {os.fspath(folder)} ") + f"({', '.join(photos)})"
+    label = f"sample photos {split} {names}, {repeats} forgeries of each kind per photo, seed {seed}"
+    found = sample_files(split, folder)
+    files = "" if folder is None else _hash(f"{file.name}\0{_size(file)}" for file in found.images)
+    return Source(_forge(photos, repeats, seed), length, label, describe_skipped(found.skipped), files=files)
 
 
 def _forge(photos: dict[str, npt.NDArray[np.uint8]], repeats: int, seed: int) -> Iterator[Labelled]:
@@ -471,10 +478,13 @@ def labelled_pairs(data: PairDataset, label: str) -> Source:
 
 
 def _digest(data: PairDataset) -> str:
-    lines = [
+    return _hash(
         f"{name}\0{_size(pair.image)}\0{_size(pair.mask)}"
         for name, pair in zip(data.names, data.pairs, strict=True)
-    ]
+    )
+
+
+def _hash(lines: Iterable[str]) -> str:
     return hashlib.sha256(name_bytes("\n".join(lines))).hexdigest()[:12]
 
 

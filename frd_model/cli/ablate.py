@@ -142,7 +142,7 @@ def _base(args: argparse.Namespace) -> TrainConfig:
 
     changes: dict[str, Any] = {}
     if args.train_data:
-        changes |= {"data.source": "sets", "data.train": args.train_data}
+        changes |= {"data.source": "sets", "data.train": args.train_data, "data.photos": None}
         changes |= dict.fromkeys(("data.train_images", "data.train_masks", "data.train_json"))
     if args.val_data:
         changes |= {"data.val": args.val_data}

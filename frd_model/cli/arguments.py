@@ -54,6 +54,16 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return whole_number
 
 
+def add_photos_dir(parser: argparse.ArgumentParser) -> None:
+    """--photos-dir, beside --sample."""
+    parser.add_argument(
+        "--photos-dir",
+        type=path,
+        metavar="DIR",
+        help="--sample: the photos of DIR/train, DIR/val and DIR/heldout (tools/fetch_photos.py makes such a folder)",
+    )
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded network and its name in results."""

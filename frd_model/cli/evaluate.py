@@ -20,6 +20,7 @@ from .arguments import (
     UsageError,
     add_checkpoint_argument,
     add_data_arguments,
+    add_photos_dir,
     at_least,
     fraction,
     open_checkpoint,
@@ -273,6 +274,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser).add_argument(
         "--sample", choices=sorted(SPLITS), help="seeded forgeries of the sample photos of a split"
     )
+    add_photos_dir(parser)
     parser.add_argument(
         "--repeats", type=int, default=5, help="--sample: forgeries of each kind per photo (default 5)"
     )
@@ -284,6 +286,8 @@ def open_sources(args: argparse.Namespace) -> dict[str, Source]:
     from frd_model.evaluate import forged_samples, labelled_pairs
 
     if not args.sample:
+        if args.photos_dir:
+            raise UsageError("--photos-dir goes with --sample, got none")
         given = ", ".join(args.data) if args.data else args.images or args.json or args.mani
         sets = open_data_arguments(args)
         return {name: labelled_pairs(data, given if len(sets) == 1 else name) for name, data in sets.items()}
@@ -297,7 +301,7 @@ def open_sources(args: argparse.Namespace) -> dict[str, Source]:
         raise UsageError(f"--seed must be at least 0, got {args.seed}")
     if args.invert_masks:
         raise UsageError("--invert-masks needs masks in files, got --sample")
-    return {args.sample: forged_samples(args.sample, args.repeats, args.seed)}
+    return {args.sample: forged_samples(args.sample, args.repeats, args.seed, args.photos_dir)}
 
 
 def _nan_as_none(value: Any) -> Any:

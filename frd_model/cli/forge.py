@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from frd_model import data
 from frd_model.data.forge_options import KINDS, MIN_SIDE
-from frd_model.data.photos import SPLITS
+from frd_model.data.photos import SPLITS, sample_files
 from frd_model.output import say
 
-from .arguments import at_least, fraction, path
+from .arguments import add_photos_dir, at_least, fraction, path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample", choices=[*sorted(SPLITS), "all"], help="use the sample photos of a split instead"
     )
+    add_photos_dir(parser)
     parser.add_argument(
         "--out", type=path, required=True, help="folder for images/, masks/ and manifest.json"
     )
@@ -59,11 +60,14 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.photos) == bool(args.sample):
         say("frd forge: give either photos or --sample", sys.stderr)
         return 2
+    if args.photos_dir and not args.sample:
+        say("frd forge: --photos-dir goes with --sample, got none", sys.stderr)
+        return 2
     from frd_model.data.forged_folder import check_output
 
     files = [] if args.sample else _find_photos(args.photos, args.recursive, args.out)
     check_output(args.out, args.overwrite)
-    photos, failed = (data.sample_photos(args.sample), 0) if args.sample else _read_photos(files)
+    photos, failed = (_sample(args.sample, args.photos_dir), 0) if args.sample else _read_photos(files)
     made = data.forge_folder(
         photos,
         args.out,
@@ -79,11 +83,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _sample(split: str, folder: Path | None) -> dict[str, UInt8]:
+    _report_skipped(sample_files(split, folder))
+    return data.sample_photos(split, folder)
+
+
 def _find_photos(paths: Sequence[str], recursive: bool, out: Path) -> list[Path]:
     """The photos' files; what else their folders hold is reported. They must not be where the output goes."""
     found = data.scan_images(paths, recursive)
-    if found.skipped:
-        say(f"frd forge: skipped {data.describe_skipped(found.skipped)}", sys.stderr)
+    _report_skipped(found)
     written = {(out / name).resolve() for name in ("images", "masks")}
     for file in found.images:
         if file.resolve().parent in written:
@@ -91,6 +99,11 @@ def _find_photos(paths: Sequence[str], recursive: bool, out: Path) -> list[Path]
                 f"photo {str(file)!r} must lie outside the output {str(out)!r}, got one inside"
             )
     return found.images
+
+
+def _report_skipped(found: data.Found) -> None:
+    if found.skipped:
+        say(f"frd forge: skipped {data.describe_skipped(found.skipped)}", sys.stderr)
 
 
 def _read_photos(files: Sequence[Path]) -> tuple[dict[str, UInt8], int]:

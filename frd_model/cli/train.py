@@ -34,6 +34,11 @@ FLAGS: dict[str, tuple[str, type, str]] = {
         str,
         'list of [image, mask or "Negative"] to train on; sets data.source to json',
     ),
+    "--photos-dir": (
+        "data.photos",
+        str,
+        "folder whose photos in train and val are forged in the place of the packaged ones",
+    ),
     "--val-json": ("data.val_json", str, "such a list to validate on"),
     "--protocol": (
         "data.protocol",
@@ -201,6 +206,7 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
             others = [key for way in keys if way != given[0] for key in keys[way]]
             found |= {key: () if key == f"data.{part}" else None for key in others}
             if part == "train":
+                found.setdefault("data.photos", None)
                 found["data.source"] = dict(zip(WAYS, ("folder", "json", "sets"), strict=True))[given[0]]
     return found | dict(parse_override(text) for text in args.set)
 

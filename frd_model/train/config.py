@@ -55,6 +55,8 @@ class DataSection:
     Attributes:
         source: of the training images: "sample" (forgeries of the photos that ship with scikit-image and scikit-learn,
             by split), "sets" (train), "folder" (train_images, train_masks) or "json" (train_json).
+        photos: folder whose photos in train and val "sample" takes in the place of the packaged ones, such as
+            `tools/fetch_photos.py` makes.
         train, val: data sets by name, each "[NAME=]LAYOUT:PATH"; see `frd_model.data.sets.open_sets`.
         val, val_images and val_masks, or val_json: the validation set. Without one, "sample" validates on forgeries of
             other sample photos, and the others hold out a fraction `val_share` of each training set, at least one
@@ -88,6 +90,7 @@ class DataSection:
     zoom: tuple[float, float] = (0.5, 1.25)
     colour: float = 0.5
     forge: dict[str, Any] = field(default_factory=dict)
+    photos: str | None = None
     train: tuple[str, ...] = ()
     val: tuple[str, ...] = ()
     protocol: str | None = None
@@ -217,6 +220,10 @@ class TrainConfig:
                 raise ConfigError(
                     f"data.source must be {source} where data.{key} is given, got {data.source}"
                 )
+        if data.photos is not None and data.source != "sample":
+            raise ConfigError(
+                f"data.source must be sample where data.photos is given, got {data.source}; leave out data.photos"
+            )
         named = [key for key in ("val", "val_json", "val_images") if getattr(data, key) not in (None, ())]
         if len(named) > 1:
             raise ConfigError(f"data.{named[0]} and data.{named[1]} exclude each other, got both")
@@ -285,6 +292,7 @@ PATHS = (
     "output",
     "model.pretrained",
     "model.encoder_weights",
+    "data.photos",
     *(f"data.{split}_{kind}" for split in ("train", "val") for kind in ("images", "masks", "json")),
 )
 

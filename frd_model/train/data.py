@@ -9,6 +9,7 @@ import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -23,7 +24,7 @@ from frd_model.data.balanced_sampler import BalancedSampler
 from frd_model.data.dataset import FolderDataset, ForgeryDataset, JoinedDataset, PairDataset
 from frd_model.data.files import describe_skipped, name_bytes, real_path
 from frd_model.data.forge_options import ForgeOptions
-from frd_model.data.photos import sample_photos
+from frd_model.data.photos import sample_files, sample_photos
 from frd_model.data.protocols import PROTOCOLS, select_lists
 from frd_model.data.sets import join_sets, open_sets
 from frd_model.data.transforms import mask_to_tensor, squash, to_tensor
@@ -173,6 +174,12 @@ class ForgedValidation:
         return self.made[index]
 
 
+class FolderForgeries(ForgeryDataset):
+    """Forgeries of the photos of a folder, `files`."""
+
+    files: Sequence[Path] = ()
+
+
 def failure(data: Any, index: int, error: Exception) -> Failure:
     """The failure to report for a photo of a `PairDataset` that could not be loaded."""
     name, reason = str(data.pairs[index].image), one_line(error)
@@ -292,12 +299,22 @@ def pairs_of(data: Any) -> PairDataset | None:
     return data if isinstance(data, PairDataset) else None
 
 
-def digest(data: Any) -> str:
-    """Count and hash of the files of a set, in order; "" for generated photos, which the configuration determines."""
+def files_of(data: Any) -> list[Path] | None:
+    """The files of a set's photos, those that forgeries are made of included; None for the packaged photos."""
+    data = data.source if isinstance(data, ForgedValidation) else data
+    if isinstance(data, FolderForgeries):
+        return list(data.files)
     pairs = pairs_of(data)
-    if pairs is None:
+    return None if pairs is None else [pair.image for pair in pairs.pairs]
+
+
+def digest(data: Any) -> str:
+    """Count and hash of the files of a set, in order; "" for the packaged photos, which the code determines."""
+    pairs, files = pairs_of(data), files_of(data)
+    if files is None:
         return ""
-    lines = [f"{pair.image.name}\0{pair.mask.name if pair.mask else ''}" for pair in pairs.pairs]
+    masks = [None] * len(files) if pairs is None else [pair.mask for pair in pairs.pairs]
+    lines = [f"{file.name}\0{mask.name if mask else ''}" for file, mask in zip(files, masks, strict=True)]
     return f"{len(lines)} photos ({hashlib.sha256(name_bytes(chr(10).join(lines))).hexdigest()[:12]})"
 
 
@@ -348,8 +365,11 @@ def _forged_validation(data: DataSection) -> ForgedValidation:
 
 
 def _forgeries(data: DataSection, photos: str, length: int, seed: int, colour: float) -> ForgeryDataset:
-    return ForgeryDataset(
-        sample_photos(photos),
+    found = sample_files(photos, data.photos)
+    if found.skipped:
+        say(f"not used of {data.photos}: {describe_skipped(found.skipped)}", sys.stderr)
+    made = (ForgeryDataset if data.photos is None else FolderForgeries)(
+        sample_photos(photos, data.photos),
         size=data.crop,
         length=length,
         seed=seed,
@@ -358,6 +378,9 @@ def _forgeries(data: DataSection, photos: str, length: int, seed: int, colour: f
         zoom=data.zoom,
         colour=colour,
     )
+    if isinstance(made, FolderForgeries):
+        made.files = found.images
+    return made
 
 
 def _augmentation(data: DataSection) -> Augment:

@@ -18,7 +18,7 @@ from torch import nn
 from frd_model.data.files import real_path
 
 from .config import ConfigError, TrainConfig, flatten
-from .data import pairs_of
+from .data import files_of
 
 # What may differ in a resumed run: where it runs, what it logs, how long it goes on. Steps depend on none of it.
 FREE = (
@@ -158,12 +158,9 @@ def check_same_data(saved: dict[str, str], found: dict[str, str]) -> None:
 
 
 def shared_photos(one: Any, other: Any) -> list[str]:
-    """The files of photos that are in both sets; none where one of them holds generated photos."""
-    sets = [pairs_of(one), pairs_of(other)]
-    if None in sets:
-        return []
-    files = [{real_path(pair.image) for pair in pairs.pairs} for pairs in sets if pairs is not None]
-    return sorted(files[0] & files[1])
+    """The files of photos that are in both sets; none where one of them is made of the packaged photos."""
+    first, second = ({real_path(file) for file in files_of(data) or ()} for data in (one, other))
+    return sorted(first & second)
 
 
 def check_apart(training: Any, validation: Any) -> None:
