@@ -81,7 +81,7 @@ def _pair(probability: Array, mask: Array) -> tuple[Array, Array]:
     if scores.dtype != np.float64:
         scores = scores.astype(np.float32, copy=False)
     scores = np.ascontiguousarray(scores).reshape(-1)
-    missing = sum(int(np.count_nonzero(np.isnan(scores[band]))) for band in _bands(scores.size))
+    missing = sum(int(np.count_nonzero(np.isnan(scores[band]))) for band in pixel_bands(scores.size))
     if missing:
         raise ValueError(f"probability must not hold NaN, got {missing} of them")
     if truth.dtype != np.bool_:
@@ -91,7 +91,8 @@ def _pair(probability: Array, mask: Array) -> tuple[Array, Array]:
     return scores, np.ascontiguousarray(truth).reshape(-1).view(np.uint8)
 
 
-def _bands(size: int) -> Iterator[slice]:
+def pixel_bands(size: int) -> Iterator[slice]:
+    """Slices over `size` flat pixels, of BAND each."""
     return (slice(start, start + BAND) for start in range(0, size, BAND))
 
 
@@ -113,7 +114,7 @@ def _auc_counts_numpy(scores: Array, truth: Array) -> tuple[int, int, int]:
     ordered = np.sort(scores[positive == rarer])
     # Over the scores of the other class: twice the number of `ordered` below it, and once for each tie.
     twice = 0
-    for band in _bands(len(scores)):
+    for band in pixel_bands(len(scores)):
         others = np.sort(scores[band][positive[band] != rarer])
         for side in ("left", "right"):
             twice += int(np.searchsorted(ordered, others, side).sum(dtype=np.int64))
@@ -176,7 +177,7 @@ def _rank(scores: Array, truth: Array) -> _Ranks:
     values, ties = np.unique(scores[positive], return_counts=True)
     below, up_to = np.zeros((2, len(values)), np.int64)
     above, negatives = np.zeros(len(grid), np.int64), 0
-    for band in _bands(len(scores)):
+    for band in pixel_bands(len(scores)):
         others = np.sort(scores[band][~positive[band]])
         below += np.searchsorted(others, values, "left")
         up_to += np.searchsorted(others, values, "right")
@@ -379,7 +380,7 @@ def image_score(probability: Array, share: float = 0.01) -> float:
 def _highest(values: Array, count: int) -> Array:
     """The `count` highest of flat values, unordered, NaN above all, without a copy of the values."""
     best = values[:0]
-    for band in _bands(values.size):
+    for band in pixel_bands(values.size):
         new = values[band]
         if len(best) == count:
             # not `new > lowest`: NaN must stay
@@ -453,12 +454,17 @@ def aggregate(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def bootstrap_means(
-    columns: Mapping[str, Sequence[float]], resamples: int = 1000, seed: int = 0
+    columns: Mapping[str, Sequence[float] | Array],
+    resamples: int = 1000,
+    seed: int = 0,
+    *,
+    clusters: Sequence[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap 95 % intervals (low, high) of the columns' means.
 
-    Images are resampled, one draw for all columns; NaN entries are left out of a mean. A column without a figure,
-    or `resamples` of 0, gives NaN. The same seed gives the same intervals.
+    Images are resampled, one draw for all columns; with `clusters`, the label of each image's group, whole groups are
+    drawn. NaN entries are left out of a mean. A column without a figure, or `resamples` of 0, gives NaN. The same seed
+    gives the same intervals.
     """
     values = np.array([list(column) for column in columns.values()], np.float64)
     if not values.size or resamples < 1:
@@ -466,7 +472,9 @@ def bootstrap_means(
     defined = ~np.isnan(values)
     filled = np.where(defined, values, 0.0).T
     with np.errstate(invalid="ignore"):
-        means = [(w @ filled) / (w @ defined.T) for w in _resampled(values.shape[1], resamples, seed)]
+        means = [
+            (w @ filled) / (w @ defined.T) for w in _resampled(values.shape[1], resamples, seed, clusters)
+        ]
     return _intervals(columns, np.concatenate(means).T)
 
 
@@ -484,19 +492,29 @@ def detection_metrics(scores: Array, forged: Array, threshold: float = 0.5) -> d
 
 
 def bootstrap_detection(
-    scores: Array, forged: Array, threshold: float = 0.5, resamples: int = 1000, seed: int = 0
+    scores: Array,
+    forged: Array,
+    threshold: float = 0.5,
+    resamples: int = 1000,
+    seed: int = 0,
+    *,
+    clusters: Sequence[str] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap 95 % intervals of `detection_metrics`; draws in which one is not defined are left out."""
+    """Percentile bootstrap 95 % intervals of `detection_metrics`; draws in which one is not defined are left out.
+
+    `clusters`: as in `bootstrap_means`.
+    """
     names = ("f1", "balanced_accuracy", "auc")
     scores, forged = np.asarray(scores, np.float64), np.asarray(forged, np.bool_)
     if not len(scores) or resamples < 1:
         return dict.fromkeys(names, (math.nan, math.nan))
     order = np.argsort(scores, kind="stable")
     scores, forged = scores[order], forged[order]
+    clusters = None if clusters is None else [clusters[i] for i in order]
     groups = np.flatnonzero(np.r_[True, scores[1:] > scores[:-1]])
     marked = scores > threshold
     drawn = []
-    for weights in _resampled(len(scores), resamples, seed):
+    for weights in _resampled(len(scores), resamples, seed, clusters):
         positives, negatives = weights * forged, weights * ~forged
         p, n = positives.sum(axis=1), negatives.sum(axis=1)
         tp, fp = positives @ marked, negatives @ marked
@@ -515,15 +533,20 @@ def bootstrap_detection(
     return _intervals(names, np.concatenate(drawn, axis=1))
 
 
-def _resampled(images: int, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each image is in each draw: float64 [draws, images], in parts."""
+def _resampled(
+    images: int, resamples: int, seed: int, clusters: Sequence[str] | None = None
+) -> Iterator[Array]:
+    """How often each image is in each draw of images, or of whole clusters: float64 [draws, images], in parts."""
+    names, group = (range(images), None) if clusters is None else np.unique(clusters, return_inverse=True)
+    units = len(names)
     rng = np.random.default_rng(seed)
     step = max(1, BAND // images)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
-        drawn = rng.integers(images, size=(rows, images)) + np.arange(rows)[:, None] * images
-        counts = np.bincount(drawn.reshape(-1), minlength=rows * images)
-        yield counts.reshape(rows, images).astype(np.float64)
+        drawn = rng.integers(units, size=(rows, units)) + np.arange(rows)[:, None] * units
+        counts = np.bincount(drawn.reshape(-1), minlength=rows * units)
+        weights = counts.reshape(rows, units).astype(np.float64)
+        yield weights if group is None else weights[:, group]
 
 
 def _intervals(names: Iterable[str], draws: Array) -> dict[str, tuple[float, float]]:

@@ -293,3 +293,16 @@ def test_a_photo_of_white_is_a_png_map(tmp_path: Path):
         [Labelled("a", "", np.zeros((40, 40, 3), np.uint8), ALL)], SavedMaps(tmp_path)
     ).rows
     assert row["f1"] == row["permute_f1_opt"] == row["permute_f1_opt_band"] == 1
+
+
+def test_clusters_are_drawn_as_wholes() -> None:
+    """Two groups, of three and one images: a draw has the mean of one of them, or of both."""
+    columns, groups = {"a": [1.0, 1.0, 1.0, 0.0]}, ["x", "x", "x", "y"]
+    assert metrics.bootstrap_means(columns, 200, clusters=groups)["a"] == (0.0, 1.0)
+    each = metrics.bootstrap_means(columns, 200, clusters=["0", "1", "2", "3"])
+    assert each == metrics.bootstrap_means(columns, 200)
+    scores, forged = np.array([0.1, 0.2, 0.3, 0.9]), np.array([False, False, True, True])
+    assert metrics.bootstrap_detection(scores, forged, 0.25, 50, clusters=["one"] * 4)["f1"] == (1.0, 1.0)
+    assert metrics.bootstrap_detection(scores, forged, 0.25, 50, clusters=list("abcd")) == (
+        metrics.bootstrap_detection(scores, forged, 0.25, 50)
+    )
