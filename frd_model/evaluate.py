@@ -260,7 +260,7 @@ def evaluate(
         if rules.scored_at is not None:
             image = _resize(image, (rules.scored_at, rules.scored_at), cv2.INTER_LINEAR)
         result = predict(image, model, size=policy, threshold=rules.threshold, device=device, progress=True)
-        return _Map(result.probability, None, result.seconds)
+        return _Map(result.probability, result.score, result.seconds)
 
     return _evaluate(samples, predicted, rules)
 

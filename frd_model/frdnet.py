@@ -14,6 +14,7 @@ from .blocks import FRDBlock
 from .config import FRDNetConfig
 from .decoder import DeconvDecoder, PyramidDecoder
 from .encoder import create_encoder
+from .score import ScoreRule
 from .stem import PDCStem, TraceBranch
 
 #: The logit of pixels outside the valid size: a probability of 1e-13, finite in half precision.
@@ -42,6 +43,10 @@ class FRDNet(nn.Module):
         NotImplementedError: training with batch normalisation on images that are not computed together.
     """
 
+    #: How :func:`predict` scores and judges photos, from the checkpoint; None: not calibrated. It holds for the weights
+    #: that it was measured with: `train()` and other weights remove it.
+    score_rule: ScoreRule | None = None
+
     def __init__(self, config: FRDNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -67,6 +72,15 @@ class FRDNet(nn.Module):
             self.decoder = DeconvDecoder(source, config.decoder_widths, config.decoder_kernel)
         else:
             self.decoder = PyramidDecoder(channels, config)
+
+    def train(self, mode: bool = True) -> FRDNet:
+        if mode:
+            self.score_rule = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.score_rule = None
+        super()._load_from_state_dict(*args)
 
     def forward(self, images: Tensor, valid_size: Tensor | None = None) -> Tensor:
         _check_images(images)

@@ -39,10 +39,11 @@ _SHARDED = "holds one process's part of a sharded net: save the full state dict 
 
 
 class Stored(NamedTuple):
-    """The tensors of a file by their dotted path, and the file's configuration, if it has one."""
+    """The tensors of a file by their dotted path, the file's configuration, if it has one, and save_model's metadata."""
 
     state: State
     config: FRDNetConfig | None
+    metadata: dict[str, Any]
 
 
 def read(file: Path) -> Stored:
@@ -54,12 +55,13 @@ def read(file: Path) -> Stored:
     """
     start = _start(file)
     if _is_index(file):
-        return Stored(_read_shards(file), config_beside(file))
+        return Stored(_read_shards(file), config_beside(file), {})
     if _SHARD.search(file.name):
         raise ValueError(f"{file}: one shard of several; give the index beside them (*.index.json)")
     if is_safetensors(file):
         state, header = read_safetensors(file)
-        return Stored(state, config_in_header(file, header) or config_beside(file))
+        config = config_in_header(file, header)
+        return Stored(state, config or config_beside(file), metadata_in_header(header) if config else {})
     _refuse_foreign(file, start)
     loaded = _read_pickle(file, start)
     state = dict(_tensors(loaded))
@@ -67,7 +69,7 @@ def read(file: Path) -> Stored:
         raise ValueError(f"{file}: a state dict of tensors is needed, got {_kind(loaded)}")
     if any(hasattr(tensor, "full_tensor") for tensor in state.values()):
         state = _gather(file, state)
-    return Stored(state, _config_in(file, loaded) or config_beside(file))
+    return Stored(state, _config_in(file, loaded) or config_beside(file), {})
 
 
 def _gather(file: Path, state: State) -> State:
@@ -189,6 +191,11 @@ def config_in_header(file: Path, header: Mapping[str, str]) -> FRDNetConfig | No
         return FRDNetConfig.from_dict(json.loads(header["config"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: its configuration is not valid: {first_line(error)}") from error
+
+
+def metadata_in_header(header: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata that save_model was given."""
+    return dict(json.loads(header.get("metadata") or "{}"))
 
 
 def config_beside(file: Path) -> FRDNetConfig | None:

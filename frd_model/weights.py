@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import NAME_PREFIX, PRESETS, FRDNetConfig, model_config
 from .encoder import MixTransformer
 from .frdnet import FRDNet
+from .score import ScoreRule
 from .state_dicts import (
     WRAPPERS,
     Fit,
@@ -32,10 +33,19 @@ from .state_dicts import (
     original_encoder,
     released_model,
 )
-from .state_files import FORMAT, config_in_header, is_safetensors, read, read_safetensors
+from .state_files import (
+    FORMAT,
+    config_in_header,
+    is_safetensors,
+    metadata_in_header,
+    read,
+    read_safetensors,
+)
 
 VERSION = 1
 ASSUMED = "released"
+# The key of the score rule in the metadata.
+SCORE = "score"
 # Classification and segmentation heads, which an encoder does not have.
 _HEADS = ("head.", "classifier.", "decode_head.")
 _FOREIGN_STAGE = re.compile(
@@ -62,7 +72,8 @@ def save_model(
             LightningModule, ... Parameters are stored under the FRDNet's names in their own dtypes. Sharded
             models (FSDP, ``fully_shard``) are gathered: call it in every process; the first one writes.
         path: the file; ``~`` is expanded. Written atomically.
-        metadata: any JSON values, for example the training command; :func:`read_metadata` returns them.
+        metadata: any JSON values, for example the training command; :func:`read_metadata` returns them. The net's
+            `score_rule` is stored with them as "score"; a rule there that the net does not have is left out.
         half: store floating-point parameters as float16, half the size.
 
     Raises:
@@ -75,7 +86,7 @@ def save_model(
     net = _find_net(model)
     state = {key: _storable(key, tensor, half) for key, tensor in _full_state(model, net).items()}
     try:
-        extra = json.dumps(dict(metadata or {}))
+        extra = json.dumps(_with_rule(metadata or {}, net.score_rule))
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata: must be what JSON can hold: {error}") from error
     header = {
@@ -87,6 +98,40 @@ def save_model(
     if not _is_sharded(model) or dist.get_rank() == 0:
         _check_own_names(net.config, state)
         _write_atomically(_expand(path), serialize(state, metadata=header))
+
+
+def _with_rule(metadata: Mapping[str, Any], rule: ScoreRule | None) -> dict[str, Any]:
+    others = {key: value for key, value in metadata.items() if key != SCORE or not _is_rule(value)}
+    return others if rule is None else others | {SCORE: rule.to_dict()}
+
+
+def _is_rule(value: object) -> bool:
+    return isinstance(value, Mapping) and "statistic" in value
+
+
+def _rule_of(file: Path, metadata: Mapping[str, Any]) -> ScoreRule | None:
+    value = metadata.get(SCORE)
+    if not _is_rule(value):
+        return None
+    try:
+        return ScoreRule.from_dict(cast(Mapping[str, Any], value))
+    except ValueError as error:
+        raise ValueError(f"{file}: its score rule is not valid: {error}") from error
+
+
+def save_with_rule(model: FRDNet, source: str | Path, path: str | Path) -> None:
+    """Write `model`, which was loaded from `source`, to `path` with the `score_rule` that it has been given since.
+
+    Tensors and metadata of a file of :func:`save_model` stay as they are in it, half precision included. Atomic.
+    """
+    file = _expand(source)
+    header = read_safetensors(file, tensors=False)[1] if is_safetensors(file) else {}
+    if config_in_header(file, header) is None:
+        save_model(model, path)
+        return
+    state, header = read_safetensors(file)
+    metadata = json.dumps(_with_rule(metadata_in_header(header), model.score_rule))
+    _write_atomically(_expand(path), serialize(state, metadata=header | {"metadata": metadata}))
 
 
 def _find_net(model: nn.Module) -> FRDNet:
@@ -194,7 +239,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     config = config_in_header(file, header)
     if config is None:
         raise ValueError(f"{file}: holds no FRD-Net configuration (a file of save_model is needed)")
-    return {"config": config, "metadata": json.loads(header.get("metadata") or "{}")}
+    return {"config": config, "metadata": metadata_in_header(header)}
 
 
 def load_model(
@@ -204,7 +249,7 @@ def load_model(
     model: str | None = None,
     preset: str | None = None,
 ) -> FRDNet:
-    """Load a model from a file, in eval mode and in float32, whatever the dtype of the file.
+    """Load a model from a file, in eval mode and in float32, whatever the dtype of the file, with its `score_rule`.
 
     Args:
         path: ``"demo"``, a file of :func:`save_model`, or ``last.pt`` of a training run (its averaged weights,
@@ -233,6 +278,7 @@ def load_model(
             f"{error}; the file tells no configuration, {tried} with {NAME_PREFIX}{config.encoder}: "
             "give model and preset (--model, --preset) that it was made with"
         ) from None
+    net.score_rule = _rule_of(file, stored.metadata)
     return net.to(device).eval()
 
 
@@ -266,7 +312,7 @@ def _choose_config(
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load any file that :func:`load_model` reads into `model`, an FRDNet or a wrapper of one.
 
-    Values are converted to the dtype of the model's parameters.
+    Values are converted to the dtype of the model's parameters. The net's `score_rule` becomes that of the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -279,7 +325,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(
             f"{file}: holds another configuration; model against file: {'; '.join(differences[:3])}"
         )
+    rule = _rule_of(file, stored.metadata)
     _fill(model, net, stored.state, file)
+    net.score_rule = rule
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:

@@ -21,6 +21,7 @@ from .arguments import Checkpoint, add_checkpoint_argument, at_least, fraction, 
 if TYPE_CHECKING:
     from frd_model.data.files import Skipped
     from frd_model.predict import Prediction
+    from frd_model.score import ScoreRule
 
 ENDINGS = ("_mask.png", "_overlay.png", ".json")
 # Bytes for the longest ending and for the number that distinguishes equal names.
@@ -59,7 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_checkpoint_argument(parser)
     parser.add_argument(
-        "--threshold", type=fraction, default=0.5, help="a pixel above it counts as edited (default 0.5)"
+        "--threshold",
+        type=fraction,
+        help="a pixel above it counts as edited (default: the checkpoint's, 0.5 where `frd calibrate` has set none)",
+    )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="mark pixels and show the heat map where the verdict is `no trace found` too",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument(
@@ -90,8 +98,11 @@ def run(args: argparse.Namespace) -> int:
         say(f"frd predict: skipped {describe_skipped(found.skipped)}", sys.stderr)
     jobs = found.jobs
     _refuse_to_destroy(jobs, args.out)
-    if args.resume:
-        jobs = [job for job in jobs if not _is_done(job, args)]
+    checkpoint = None
+    if args.resume and jobs:
+        checkpoint = _open(args)
+        settings = _all_settings(args, checkpoint)
+        jobs = [job for job in jobs if not _is_done(job, args.out, settings)]
     elif not args.overwrite:
         _refuse_to_overwrite(jobs, args.out)
     if not found.jobs:
@@ -100,15 +111,19 @@ def run(args: argparse.Namespace) -> int:
         return 1
     failed = len(found.failed)
     if jobs:
-        checkpoint = open_checkpoint(
-            args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
-        )
+        checkpoint = checkpoint or _open(args)
         failed += sum(not _do(job, checkpoint, args) for job in jobs)
     done = len(jobs) - (failed - len(found.failed))
     earlier = f", {len(found.jobs) - len(jobs)} done before" if args.resume else ""
     # With --json stdout holds records only.
     say(f"{done} done, {failed} failed{earlier}", sys.stderr if args.json else None)
     return 1 if failed else 0
+
+
+def _open(args: argparse.Namespace) -> Checkpoint:
+    return open_checkpoint(
+        args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
+    )
 
 
 def collect(paths: list[str], out: Path, recursive: bool = False) -> Collected:
@@ -167,16 +182,23 @@ def save_prediction(
 ) -> dict[str, Any]:
     """Write NAME_mask.png (0 or 255), NAME_overlay.png and NAME.json into `out`, each atomically, JSON last.
 
-    `settings`, such as the size policy, are stored in the JSON file.
+    A mask that the verdict has emptied leaves the overlay without heat. `settings`, such as the size policy, are
+    stored in the JSON file.
     """
+    import numpy as np
+
     from frd_model.data.images import overlay_bands, write_json, write_png, write_png_bands
 
     height, width = result.size
+    raw = int(np.count_nonzero(result.probability > result.threshold))
+    marked = int(np.count_nonzero(result.mask))
     record = {
         "name": job.name,
         "path": str(job.path),
         "score": round(result.score, 6),
-        "edited_fraction": round(float(result.mask.mean()), 6),
+        **_verdict(result),
+        "edited_fraction": round(marked / result.mask.size, 6),
+        "raw_edited_fraction": round(raw / result.mask.size, 6),
         "size": {"width": width, "height": height},
         "threshold": result.threshold,
         "checkpoint": checkpoint,
@@ -184,10 +206,25 @@ def save_prediction(
         "seconds": round(result.seconds, 4),
     }
     write_png(out / f"{job.name}_mask.png", result.mask)
-    bands = overlay_bands(pixels, result.probability)
+    emptied = raw > 0 and not marked
+    shown = np.broadcast_to(np.float32(0), result.size) if emptied else result.probability
+    bands = overlay_bands(pixels, shown)
     write_png_bands(out / f"{job.name}_overlay.png", height, width, 3, bands)
     write_json(out / f"{job.name}.json", record)
     return record
+
+
+def _verdict(result: Prediction) -> dict[str, Any]:
+    """What the checkpoint's rule says: nothing without one."""
+    if result.rule is None:
+        return {}
+    return {
+        "verdict": result.verdict,
+        "false_alarm_rate": result.false_alarm_rate,
+        "explanation": result.rule.explain(result.score),
+        "statistic": {"name": result.rule.statistic, "value": result.statistic},
+        "score_thresholds": result.rule.thresholds,
+    }
 
 
 def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
@@ -206,6 +243,7 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
             tile=args.tile,
             overlap=min(OVERLAP, args.tile // 4),
             threshold=args.threshold,
+            raw=args.raw,
             device=args.device,
             progress=True,
         )
@@ -234,9 +272,21 @@ def _remove(job: Job, out: Path, *, suppress: bool = False) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    optional = {"model": args.model, "preset": args.preset}
+    optional = {"model": args.model, "preset": args.preset, "raw": args.raw or None}
     given = {name: value for name, value in optional.items() if value is not None}
     return {"size_policy": args.size, "tile": args.tile, **given}
+
+
+def _all_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the results of one folder have in common."""
+    rule: ScoreRule | None = getattr(checkpoint.model, "score_rule", None)
+    default = 0.5 if rule is None else rule.pixel_threshold
+    return {
+        "threshold": default if args.threshold is None else args.threshold,
+        "score_thresholds": None if rule is None else rule.thresholds,
+        "checkpoint": checkpoint.label,
+        **_settings(args),
+    }
 
 
 def _refuse_to_destroy(jobs: list[Job], out: Path) -> None:
@@ -259,9 +309,9 @@ def _refuse_to_overwrite(jobs: list[Job], out: Path) -> None:
         )
 
 
-def _is_done(job: Job, args: argparse.Namespace) -> bool:
+def _is_done(job: Job, out: Path, wanted: dict[str, Any]) -> bool:
     """Whether the photo's results exist. ValueError if they are of another photo or other settings."""
-    file = args.out / f"{job.name}.json"
+    file = out / f"{job.name}.json"
     try:
         record = json.loads(file.read_bytes())
         saved = os.path.abspath(record["path"])
@@ -269,14 +319,13 @@ def _is_done(job: Job, args: argparse.Namespace) -> bool:
         return False
     if saved != os.path.abspath(job.path):
         raise ValueError(f"cannot resume: {str(file)!r} is of the photo {saved!r}, not of {str(job.path)!r}")
-    wanted = {"threshold": args.threshold, "checkpoint": str(args.checkpoint or "demo"), **_settings(args)}
-    for name in (*wanted, *(n for n in ("model", "preset") if n in record and n not in wanted)):
+    for name in (*wanted, *(n for n in ("model", "preset", "raw") if n in record and n not in wanted)):
         if record.get(name) != wanted.get(name):
             raise ValueError(
                 f"cannot resume: {name} was {record.get(name)!r} in {str(file)!r}, now {wanted.get(name)!r}; "
                 "give --overwrite, another --out, or what it was"
             )
-    return all(output.is_file() for output in _outputs(job, args.out))
+    return all(output.is_file() for output in _outputs(job, out))
 
 
 def _folded(name: str) -> str:
@@ -312,10 +361,11 @@ def _report(record: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(record), flush=True)
         return
     size = f"{record['size']['width']}x{record['size']['height']}"
-    say(
-        f"{record['name']:<32} {size:>11}  score {record['score']:.3f}  "
-        f"edited {100 * record['edited_fraction']:5.1f} %  {record['seconds']:.2f} s"
-    )
+    share = f"{100 * record['edited_fraction']:5.1f} %"
+    found = f"score {record['score']:.3f}  edited {share}"
+    if "verdict" in record:
+        found = f"{record['explanation']}  marked {share}"
+    say(f"{record['name']:<32} {size:>11}  {found}  {record['seconds']:.2f} s")
 
 
 def _complain(name: object, reason: str, *, as_json: bool) -> None:

@@ -112,7 +112,7 @@ def test_bad_arguments(change: dict, message: str) -> None:
         predict(photo(8, 8), Brightness(), **change)
 
 
-@pytest.mark.parametrize("change", [{"threshold": "0.5"}, {"threshold": None}, {"tile": 64.0}])
+@pytest.mark.parametrize("change", [{"threshold": "0.5"}, {"tile": None}, {"tile": 64.0}])
 def test_arguments_of_another_type(change: dict) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
         predict(photo(8, 8), Brightness(), **change)

@@ -307,7 +307,7 @@ def kilobytes(name):
 
 out = Path(sys.argv[1])
 args = argparse.Namespace(
-    out=out, size="auto", tile=512, threshold=0.5, device="cpu", json=True, model=None, preset=None
+    out=out, size="auto", tile=512, threshold=None, raw=False, device="cpu", json=True, model=None, preset=None
 )
 checkpoint = argparse.Namespace(model=Net(), label="")
 assert _do(Job(out / "small.png", "first"), checkpoint, args)  # loads libraries and takes what stays
