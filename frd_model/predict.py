@@ -148,8 +148,8 @@ def predict(  # type: ignore[misc]  # the options are spelled out here alone
 
 
 def probability_map(image: UInt8, model: Callable[[Tensor], Tensor], **options: Any) -> FloatMap:
-    """The probability [H, W] float32 that each pixel was edited: the sigmoid of `logit_map`, whose arguments it takes."""
-    return _sigmoid(logit_map(image, model, **options).logits)
+    """The probability [H, W] float32 that each pixel was edited, the sigmoid of `logit_map`, with its arguments."""
+    return sigmoid(logit_map(image, model, **options).logits)
 
 
 def logit_map(
@@ -248,13 +248,19 @@ def _predict_one(
     logits, head = logit_map(pixels, view, head=rule is not None and rule.statistic == HEAD, **options)
     seconds = time.perf_counter() - start
     value = None if rule is None else statistic(rule.statistic, logits, head)
-    probability = _sigmoid(logits)
+    probability = sigmoid(logits)
     mask = probability > threshold
     found: dict[str, Any] = {"score": image_score(probability)}
     if rule is not None and value is not None:
         score = rule.score(value)
         verdict, rate = rule.judge(score)
-        found = {"score": score, "verdict": verdict, "false_alarm_rate": rate, "statistic": value, "rule": rule}
+        found = {
+            "score": score,
+            "verdict": verdict,
+            "false_alarm_rate": rate,
+            "statistic": value,
+            "rule": rule,
+        }
         if verdict == NO_TRACE and not raw:
             mask[:] = False
     return Prediction(
@@ -267,7 +273,7 @@ def _predict_one(
     )
 
 
-def _sigmoid(logits: FloatMap) -> FloatMap:
+def sigmoid(logits: FloatMap) -> FloatMap:
     """In place: a large photo's map is not held twice."""
     torch.from_numpy(logits).sigmoid_()
     return logits

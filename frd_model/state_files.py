@@ -39,7 +39,7 @@ _SHARDED = "holds one process's part of a sharded net: save the full state dict 
 
 
 class Stored(NamedTuple):
-    """The tensors of a file by their dotted path, the file's configuration, if it has one, and save_model's metadata."""
+    """The tensors of a file by their dotted path; its configuration and the metadata of save_model, if it has them."""
 
     state: State
     config: FRDNetConfig | None

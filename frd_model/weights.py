@@ -119,18 +119,20 @@ def _rule_of(file: Path, metadata: Mapping[str, Any]) -> ScoreRule | None:
         raise ValueError(f"{file}: its score rule is not valid: {error}") from error
 
 
-def save_with_rule(model: FRDNet, source: str | Path, path: str | Path) -> None:
-    """Write `model`, which was loaded from `source`, to `path` with the `score_rule` that it has been given since.
+def save_with_rule(model: nn.Module, rule: ScoreRule, source: str | Path, path: str | Path) -> None:
+    """Give `model`, which was loaded from `source`, a score rule and write it to `path`.
 
-    Tensors and metadata of a file of :func:`save_model` stay as they are in it, half precision included. Atomic.
+    Tensors and metadata of a file of :func:`save_model` stay as they are in it, half precision included. Written
+    atomically.
     """
+    _find_net(model).score_rule = rule
     file = _expand(source)
     header = read_safetensors(file, tensors=False)[1] if is_safetensors(file) else {}
     if config_in_header(file, header) is None:
         save_model(model, path)
         return
     state, header = read_safetensors(file)
-    metadata = json.dumps(_with_rule(metadata_in_header(header), model.score_rule))
+    metadata = json.dumps(_with_rule(metadata_in_header(header), rule))
     _write_atomically(_expand(path), serialize(state, metadata=header | {"metadata": metadata}))
 
 

@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "frd_model.cli.evaluate",
         "score a checkpoint, or saved maps of any method, on images with known masks",
     ),
+    "calibrate": (
+        "frd_model.cli.calibrate",
+        "choose a checkpoint's score and thresholds on photos with known masks",
+    ),
     "table1": ("frd_model.cli.table1", "put results of `frd evaluate` into the paper's Table 1"),
     "robustness": (
         "frd_model.cli.robustness",

@@ -224,6 +224,7 @@ def _verdict(result: Prediction) -> dict[str, Any]:
         "explanation": result.rule.explain(result.score),
         "statistic": {"name": result.rule.statistic, "value": result.statistic},
         "score_thresholds": result.rule.thresholds,
+        "validation": {k: v for k, v in result.rule.validation.items() if k != "statistics"},
     }
 
 

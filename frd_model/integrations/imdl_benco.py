@@ -96,7 +96,8 @@ class BencoFRDNet(FRDNet):
 
         Returns:
             ``backward_loss`` 0-d, ``pred_mask`` [B, 1, H, W] float32 probability (0 in margins), ``pred_label`` [B],
-            the mean of the image's highest 1 % as `frd` scores photos, ``visual_loss``, ``visual_image`` (empty).
+            the mean of the image's highest 1 %, which is `frd`'s score without a rule, ``visual_loss``,
+            ``visual_image`` (empty).
         """
         valid_size = valid = None
         if shape is not None and shape_mask is not None:

@@ -1,0 +1,161 @@
+"""`frd calibrate`: choose a checkpoint's score and its thresholds on photos with known masks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from frd_model.output import check_output_file, one_line, say
+
+from .arguments import (
+    UsageError,
+    add_checkpoint_argument,
+    add_data_arguments,
+    at_least,
+    open_checkpoint,
+    open_data_arguments,
+    path,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from frd_model.evaluate import Labelled, Source, Unusable
+    from frd_model.score import ScoreRule
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_data_arguments(parser)
+    add_checkpoint_argument(parser)
+    parser.add_argument(
+        "--out",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="where to write the checkpoint with its score rule (safetensors)",
+    )
+    parser.add_argument(
+        "--statistic",
+        default="auto",
+        metavar="auto|NAME",
+        help="statistic of the map that the score is made of; auto (default): the one of the highest AUC",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--resamples",
+        type=at_least(0),
+        default=1000,
+        help="draws of the bootstrap for the 95 %% intervals (default 1000; 0: none)",
+    )
+    parser.add_argument(
+        "--json-out", type=path, metavar="FILE", help="write the rule and the statistics of every photo"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE of --out and --json-out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate, print the figures, write the checkpoint. Status 1 if a photo could not be used."""
+    from frd_model.calibrate import calibrate
+    from frd_model.data.images import write_json
+    from frd_model.evaluate import labelled_pairs
+    from frd_model.weights import save_with_rule
+
+    _check(args)
+    sources = [labelled_pairs(data, name) for name, data in open_data_arguments(args).items()]
+    for source in sources:
+        if source.skipped:
+            say(f"frd calibrate: skipped {source.skipped}", sys.stderr)
+        if source.inverted:
+            say(f"frd calibrate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
+    checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
+    found = calibrate(
+        _samples(sources),
+        checkpoint.model,
+        statistic=args.statistic,
+        device=args.device,
+        resamples=args.resamples,
+    )
+    for failed in found.failed:
+        name, error = failed["name"], failed["error"]
+        say(f"frd calibrate: {error if name in error else f'{name}: {error}'}", sys.stderr)
+    for line in describe(found.rule):
+        say(line)
+    save_with_rule(checkpoint.model, found.rule, checkpoint.label, args.out)
+    say(f"wrote {args.out}")
+    if args.json_out is not None:
+        content = {
+            "checkpoint": checkpoint.label,
+            "data": [source.label for source in sources],
+            "rule": found.rule.to_dict(),
+            "photos": found.rows,
+            "failed": found.failed,
+        }
+        try:
+            write_json(args.json_out, content)
+        except OSError as error:
+            say(f"frd calibrate: {str(args.json_out)!r} cannot be written: {one_line(error)}", sys.stderr)
+            return 1
+    return 1 if found.failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What would fail, or destroy something, after minutes of work."""
+    from frd_model.score import HEAD, STATISTICS
+
+    if args.statistic not in ("auto", HEAD, *STATISTICS):
+        names = ", ".join((*STATISTICS, HEAD))
+        raise UsageError(f"--statistic must be auto or one of {names}, got {args.statistic!r}")
+    if args.out.suffix != ".safetensors":
+        raise UsageError(f"--out must end in .safetensors, got {str(args.out)!r}")
+    check_output_file("--out", args.out, overwrite=args.overwrite)
+    if args.json_out is not None:
+        if args.json_out.resolve() == args.out.resolve():
+            raise UsageError(f"--out and --json-out must be two files, got {str(args.out)!r} twice")
+        check_output_file("--json-out", args.json_out, overwrite=args.overwrite)
+
+
+def _samples(sources: list[Source]) -> Iterator[Labelled | Unusable]:
+    from tqdm import tqdm
+
+    with tqdm(total=sum(source.length for source in sources), desc="calibrate", disable=None) as bar:
+        for source in sources:
+            for sample in source.samples:
+                yield sample
+                bar.update()
+
+
+def describe(rule: ScoreRule) -> list[str]:
+    """The statistics that were compared and the figures of the rule, as lines."""
+    v = rule.validation
+    hosts = "" if v["hosts"] is None else f", made from {v['hosts']} photos"
+    lines = [f"{v['forged']} forged and {v['untouched']} untouched images{hosts}"]
+    lines.append(f"{'statistic':<24} {'AUC':>7} {'95 % interval':>18} {'found at 5 %':>13}")
+    for name, figures in v["statistics"].items():
+        lines.append(
+            f"{name:<24} {figures['auc']:>7.4f} {_interval(figures['auc_interval']):>18} "
+            f"{100 * figures['found_0.05']:>11.1f} %" + ("  <- the score" if name == rule.statistic else "")
+        )
+    lines.append(f"score = sigmoid({rule.scale:.6g} * {rule.statistic} {rule.offset:+.6g})")
+    lines.append(
+        f"{'false alarms':<12} {'score above':>11} {'of untouched':>13} {'of forged':>10} {'95 % interval':>18}"
+    )
+    for rate, limit in rule.thresholds.items():
+        lines.append(
+            f"{'at most ' + format(100 * float(rate), 'g') + ' %':<12} {limit:>11.4f} "
+            f"{100 * v['false_alarms'][rate]:>11.2f} % {100 * v['found'][rate]:>8.1f} % "
+            f"{_interval(v['found_interval'][rate]):>18}"
+        )
+    lines.append(
+        f"pixels above {rule.pixel_threshold:g}: mean F1 of the forged {v['pixel_f1']:.4f}, "
+        f"marked in untouched {100 * v['pixel_false_alarm']:.2f} %"
+    )
+    if v["untouched"] < 100:
+        lines.append(
+            f"note: {v['untouched']} untouched images are fewer than 100: none is above the 1 % threshold"
+        )
+    return lines
+
+
+def _interval(ends: list[float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
