@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from frd_model.evaluate import Report, Source
     from frd_model.saved_maps import SavedMaps
+    from frd_model.shift_test import Look, ShiftTest
 
     Scorer = Callable[[Any], Report]
 
@@ -75,6 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1000,
         help="draws of the bootstrap for the 95 %% intervals (default 1000; 0: none)",
     )
+    parser.add_argument(
+        "--shift-test",
+        type=_side,
+        nargs="?",
+        const=256,
+        metavar="SIDE",
+        help="also compare the maps of the same pixels in the middle of crops of SIDE x SIDE pixels and beside their "
+        "border (default 256)",
+    )
     parser.add_argument("--csv", type=path, metavar="FILE", help="write the figures of every image")
     parser.add_argument(
         "--json-out", type=path, metavar="FILE", help="write the means, how they were made, and what failed"
@@ -95,6 +105,12 @@ def _preset(text: str) -> str:
     raise argparse.ArgumentTypeError(f"must be one of {known}, got {text!r}{hint}")
 
 
+def _side(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) >= 128 and int(text) % 32 == 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a multiple of 32 from 128, got {text!r}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the means, write the files asked for. Status 1 if an image could not be scored."""
     _check_outputs(args)
@@ -107,12 +123,13 @@ def run(args: argparse.Namespace) -> int:
             say(f"frd evaluate: skipped {source.skipped}", sys.stderr)
         if source.inverted:
             say(f"frd evaluate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
-    label, score = _scorer(args, maps)
+    label, score, look = _scorer(args, maps)
     reports: dict[str, Report] = {}
     summaries: list[dict[str, Any]] = []
     for name, source in sources.items():
         start = time.perf_counter()
-        reports[name] = _evaluate(source, score(name))
+        shift_test = _shift_test(args, look)
+        reports[name] = _evaluate(source, score(name), shift_test)
         if not reports[name].rows and not reports[name].failed:
             say(f"frd evaluate: no images in {source.label}", sys.stderr)
             return 1
@@ -124,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
             "data": source.label,
             "size_policy": reports[name].preset.size,
             **reports[name].summary(args.resamples),
+            **({"shift_test": shift_test.summary(args.resamples)} if shift_test else {}),
             "seconds": round(time.perf_counter() - start, 2),
         }
         summaries.append(summary)
@@ -135,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_predictions(args: argparse.Namespace) -> None:
     flags = {"--checkpoint": args.checkpoint, "--model": args.model, "--model-preset": args.model_preset}
-    given = [flag for flag, value in {**flags, "--size": args.size}.items() if value is not None]
+    flags |= {"--size": args.size, "--shift-test": args.shift_test}
+    given = [flag for flag, value in flags.items() if value is not None]
     if args.predictions is not None and given:
         raise UsageError(f"--predictions takes maps as they are and no {given[0]}: leave one of the two out")
 
@@ -152,15 +171,17 @@ def _open_maps(args: argparse.Namespace, names: list[str]) -> dict[str, SavedMap
     return {name: SavedMaps(folder) for name, folder in folders.items()}
 
 
-def _scorer(args: argparse.Namespace, maps: dict[str, SavedMaps]) -> tuple[str, Callable[[str], Scorer]]:
-    """The method's name, and what makes a report of the samples of a set, by the set's name."""
+def _scorer(
+    args: argparse.Namespace, maps: dict[str, SavedMaps]
+) -> tuple[str, Callable[[str], Scorer], Look | None]:
+    """The method's name, what makes a report of the samples of a set by the set's name, and the net's maps of crops."""
     from frd_model.evaluate import evaluate, evaluate_saved
+    from frd_model.shift_test import look_with
 
     if maps:
         options = {"preset": args.preset, "threshold": args.threshold}
-        return args.predictions.resolve().name, lambda name: partial(
-            evaluate_saved, maps=maps[name], **options
-        )
+        name = args.predictions.resolve().name
+        return name, lambda name: partial(evaluate_saved, maps=maps[name], **options), None
     checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.model_preset)
     score = partial(
         evaluate,
@@ -170,13 +191,20 @@ def _scorer(args: argparse.Namespace, maps: dict[str, SavedMaps]) -> tuple[str, 
         threshold=args.threshold,
         device=args.device,
     )
-    return checkpoint.label, lambda _: score
+    return checkpoint.label, lambda _: score, look_with(checkpoint.model, args.device)
 
 
-def _evaluate(source: Source, score: Scorer) -> Report:
+def _shift_test(args: argparse.Namespace, look: Look | None) -> ShiftTest | None:
+    from frd_model.shift_test import ShiftTest
+
+    return ShiftTest(look, args.shift_test) if look and args.shift_test else None
+
+
+def _evaluate(source: Source, score: Scorer, shift_test: ShiftTest | None) -> Report:
     from tqdm import tqdm
 
-    report = score(tqdm(source.samples, total=source.length, desc="evaluate", disable=None))
+    samples = shift_test.watch(source.samples) if shift_test else source.samples
+    report = score(tqdm(samples, total=source.length, desc="evaluate", disable=None))
     for failed in report.failed:
         name, error = failed["name"], failed["error"]
         say(f"frd evaluate: {error if name in error else f'{name}: {error}'}", sys.stderr)
@@ -185,11 +213,14 @@ def _evaluate(source: Source, score: Scorer) -> Report:
 
 def _print(summary: dict[str, Any], report: Report, *, titled: bool) -> None:
     from frd_model.evaluate import format_summary
+    from frd_model.shift_test import format_shift_test
 
     if titled:
         print()
         say(f"{summary['set']}: {summary['data']}")
     print(format_summary(summary))
+    if "shift_test" in summary:
+        print(format_shift_test(summary["shift_test"]))
     if report.failed:
         total = len(report.rows) + len(report.failed)
         say(f"frd evaluate: {len(report.failed)} of {total} images could not be scored", sys.stderr)
