@@ -33,6 +33,10 @@ COMMANDS = {
     "compare": ("benchmarks.compare", "two result files, or this tree against another git revision"),
     "gate": ("benchmarks.regression", "compare instruction counts of the CPU kernels with the recorded ones"),
     "model": ("benchmarks.model", "FRD-Net as a whole: latency, memory, training step, parameters and MACs"),
+    "localization": (
+        "benchmarks.localization.compare",
+        "classical methods, controls and nets on the same forgeries",
+    ),
     "gpu": ("benchmarks.gpu", "build, test, check and measure on a GPU, offline, within a time limit"),
     "report": ("benchmarks.report", "write result pages, tables of the documents and plots"),
 }
