@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -270,7 +269,6 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"benchmarks localization: {error}", file=sys.stderr)
         return 2
-    cv2.setNumThreads(1)
     for name in names:
         print(name, flush=True)
         found = measure(given[name], images)
