@@ -62,6 +62,8 @@ class FRDNetConfig:
             empty for no trace branch.
         encoder_input: ``"planes"`` (the stem's output, or RGB) or ``"trace"`` (the trace branch at half size,
             which makes every stage twice as coarse and the encoder four times as cheap).
+        image_head: ``"pyramid"`` only: one more logit per image, that it was edited anywhere; see
+            :meth:`FRDNet.with_score`.
     """
 
     encoder: str = "mit_b2"
@@ -91,6 +93,7 @@ class FRDNetConfig:
     trace_widths: tuple[int, ...] = ()
     encoder_input: str = "planes"
     icm_centres: str = "last"
+    image_head: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -162,7 +165,7 @@ def _check(c: FRDNetConfig) -> None:
     for name, choices in CHOICES:
         value = getattr(c, name)
         _need(value in choices, name, f"must be one of {', '.join(choices)}", value)
-    for name in ("icm", "dpm", "angular", "central", "block_norm", "decoder_skip"):
+    for name in ("icm", "dpm", "angular", "central", "block_norm", "decoder_skip", "image_head"):
         _need(isinstance(getattr(c, name), bool), name, "must be true or false", getattr(c, name))
     for name in ("stem_central", "stem_angular", "blocks"):
         _need(_is_int(getattr(c, name), 0), name, "must be an integer of at least 0", getattr(c, name))
@@ -241,6 +244,12 @@ def _check_combinations(c: FRDNetConfig) -> None:
         "trace_widths",
         "belongs to the pyramid decoder only",
         c.trace_widths,
+    )
+    _need(
+        c.decoder == "pyramid" or not c.image_head,
+        "image_head",
+        "belongs to the pyramid decoder only",
+        c.image_head,
     )
     _need(
         c.encoder_input == "planes" or len(c.trace_widths) > 0,

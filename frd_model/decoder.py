@@ -52,10 +52,23 @@ class PyramidDecoder(nn.Module):
         self.fuse = ConvNorm(width, width)
         self.narrow = nn.Conv2d(width, traces[0], 1) if traces else None
         self.join = ConvNorm(2 * traces[0], traces[0]) if traces else None
-        self.head = nn.Conv2d(traces[0] if traces else width, 1, 1)
+        features = traces[0] if traces else width
+        self.head = nn.Conv2d(features, 1, 1)
+        self.image_head = ImageHead(features) if config.image_head else None
 
     def forward(self, maps: Sequence[Tensor], traces: Sequence[Tensor]) -> Tensor:
         """maps: [B, C_i, h_i, w_i] and traces, both fine to coarse -> logits [B, 1, h, w]."""
+        return self.head(self.features(maps, traces))
+
+    def with_score(self, maps: Sequence[Tensor], traces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the image's logit [B]."""
+        x = self.features(maps, traces)
+        logits = self.head(x)
+        assert self.image_head is not None
+        return logits, self.image_head(x, logits)
+
+    def features(self, maps: Sequence[Tensor], traces: Sequence[Tensor]) -> Tensor:
+        """What the head sees, [B, C, h, w]."""
         sources = [*traces[1:], *maps]
         x = self.lateral[0](sources[0])
         for project, coarse in zip(list(self.lateral)[1:], sources[1:], strict=True):
@@ -63,7 +76,29 @@ class PyramidDecoder(nn.Module):
         x = self.fuse(x)
         if self.narrow is not None and self.join is not None:
             x = self.join(torch.cat((_resize(self.narrow(x), traces[0]), traces[0]), dim=1))
-        return self.head(x)
+        return x
+
+
+class ImageHead(nn.Module):
+    """Features [B, C, h, w] and logits [B, 1, h, w] -> one logit per image [B].
+
+    Features are averaged over the image, and over its most suspicious part by the softmax of the map's logits, so that
+    a small edit is not lost in the mean. The map itself gets no gradient from here.
+    """
+
+    def __init__(self, channels: int, hidden: int = 32) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * channels + 1, hidden)
+        self.fc2 = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        flat, map_ = x.flatten(2).float(), logits.detach().flatten(2).float()
+        suspicious = (flat * map_.softmax(dim=2)).sum(dim=2)
+        # The softmax's own average is the height of the map's peak.
+        peak = (map_ * map_.softmax(dim=2)).sum(dim=2)
+        pooled = torch.cat((flat.mean(dim=2), suspicious, peak), dim=1)
+        out: Tensor = self.fc2(F.gelu(self.fc1(pooled.to(self.fc1.weight.dtype))))
+        return out.squeeze(1)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

@@ -82,8 +82,23 @@ class FRDNet(nn.Module):
         self.score_rule = None
         super()._load_from_state_dict(*args)
 
-    def forward(self, images: Tensor, valid_size: Tensor | None = None) -> Tensor:
+    def with_score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, 1, H, W] as `forward` gives them, and one logit per image [B]: that it was edited anywhere.
+
+        Raises ValueError if the configuration has no `image_head`.
+        """
+        result: tuple[Tensor, Tensor] = self(images, score=True)
+        return result
+
+    def forward(self, images: Tensor, valid_size: Tensor | None = None, score: bool = False) -> Any:
         _check_images(images)
+        if score is True:
+            if not self.config.image_head:
+                raise ValueError("image_head: must be true in the configuration for a score, got False")
+            x = _pad(images, self.multiple, self.min_side)
+            with_score: Any = self.decoder.with_score
+            logits, image_logits = with_score(*self._maps(x))
+            return _fit(logits, x, images), image_logits
         # torch.fx traces the argument that is left out as a Proxy.
         if valid_size is not None and not isinstance(valid_size, torch.fx.Proxy):
             return self._without_margins(images, _sizes(valid_size, images))
@@ -119,6 +134,14 @@ class FRDNet(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits at the decoder's resolution, for images whose sides are multiples of `multiple`."""
+        maps, traces = self._maps(x)
+        if self.config.decoder == "pyramid":
+            return self.decoder(maps, traces)
+        final = maps[-1]
+        return self.decoder(torch.cat((maps[-2], final), dim=1) if self.config.decoder_skip else final)
+
+    def _maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What the decoder reads: the encoder's maps after the FRD blocks, and those of the trace branch."""
         planes = x if self.stem is None else self.stem(x)
         traces = self.trace(planes) if self.trace is not None else []
         maps = self.encoder(traces[0] if self.config.encoder_input == "trace" else planes)
@@ -126,8 +149,8 @@ class FRDNet(nn.Module):
         for block in self.blocks:
             final = block(final)
         if self.config.decoder == "pyramid":
-            return self.decoder([*maps[:-1], final], traces)
-        return self.decoder(torch.cat((maps[-1], final), dim=1) if self.config.decoder_skip else final)
+            return [*maps[:-1], final], traces
+        return [*maps, final], traces
 
 
 def _check_images(images: Tensor) -> None:

@@ -79,11 +79,14 @@ def _dice(overlap: Tensor, size: Tensor, form: str) -> Tensor:
     return 1 - (overlap + smooth) / (size + smooth)
 
 
-def _cross_entropy(logits: Tensor, mask: Tensor, valid: Tensor | None) -> Tensor:
-    if valid is None:
+def _cross_entropy(logits: Tensor, mask: Tensor, valid: Tensor | None, focal: float) -> Tensor:
+    """Mean over the valid pixels of (1 - p_t)^focal * -log p_t, p_t the probability of what is true."""
+    if valid is None and not focal:
         return F.binary_cross_entropy_with_logits(logits, mask)
     each = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    return each.where(valid, 0.0).sum() / valid.sum()
+    if focal:
+        each = each * (1 - torch.exp(-each)) ** focal
+    return each.mean() if valid is None else each.where(valid, 0.0).sum() / valid.sum()
 
 
 class FRDLoss(nn.Module):
@@ -92,20 +95,32 @@ class FRDLoss(nn.Module):
     `paper` compares the soft edge map of the prediction with the edge map of the mask; `released` compares
     prediction and mask inside the mask's edge band. Sums run over the whole batch, so false positives in
     an untouched image still raise the loss. `bce_weight` adds the mean cross-entropy: dice alone starts slowly
-    from scratch.
+    from scratch. `focal` weighs each pixel of it by (1 - p_t)^focal (Lin et al., 2017). `image_weight` adds the
+    cross-entropy of the images' own logits [B], which are then needed: an image is edited if its mask is not empty.
 
     Called with logits and mask [B,1,H,W], and optionally `valid`, bool [B,1,H,W]: the pixels that count, for padded
     images; the others are treated as what is beyond the image. Returns 0-d tensors "total", "region", "edge" (and
-    "bce" where its weight is not 0), computed in fp32 (fp64 for fp64 logits) whatever autocast says.
+    "bce" and "image" where their weights are not 0), computed in fp32 (fp64 for fp64 logits) whatever autocast says.
     """
 
     def __init__(
-        self, form: str = "paper", edge_weight: float = 1.0, edge_width: int = 7, bce_weight: float = 0.0
+        self,
+        form: str = "paper",
+        edge_weight: float = 1.0,
+        edge_width: int = 7,
+        bce_weight: float = 0.0,
+        focal: float = 0.0,
+        image_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        for name, weight in (("edge_weight", edge_weight), ("bce_weight", bce_weight)):
+        for name, weight in (
+            ("edge_weight", edge_weight),
+            ("bce_weight", bce_weight),
+            ("focal", focal),
+            ("image_weight", image_weight),
+        ):
             if not weight >= 0:
                 raise ValueError(f"{name} must be at least 0, got {weight}")
         _check_width(edge_width)
@@ -113,20 +128,27 @@ class FRDLoss(nn.Module):
         self.edge_weight = edge_weight
         self.edge_width = edge_width
         self.bce_weight = bce_weight
+        self.focal = focal
+        self.image_weight = image_weight
 
     def extra_repr(self) -> str:
         return (
             f"form={self.form!r}, edge_weight={self.edge_weight}, edge_width={self.edge_width}, "
-            f"bce_weight={self.bce_weight}"
+            f"bce_weight={self.bce_weight}, focal={self.focal}, image_weight={self.image_weight}"
         )
 
-    def forward(self, logits: Tensor, mask: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
-        return self.from_sums(self.sums(logits, mask, valid))
+    def forward(
+        self, logits: Tensor, mask: Tensor, valid: Tensor | None = None, image_logits: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        return self.from_sums(self.sums(logits, mask, valid, image_logits))
 
-    def sums(self, logits: Tensor, mask: Tensor, valid: Tensor | None = None) -> Tensor:
-        """What the loss is a function of, [6]: sums over the batch, so that those of a batch's parts add up to its own.
+    def sums(
+        self, logits: Tensor, mask: Tensor, valid: Tensor | None = None, image_logits: Tensor | None = None
+    ) -> Tensor:
+        """What the loss is a function of, [7]: sums over the batch, so that those of a batch's parts add up to its own.
 
-        Numerator and denominator of the region's and of the edge's dice, then cross-entropy times images, and images.
+        Numerator and denominator of the region's and of the edge's dice, then cross-entropy times images, the images'
+        cross-entropy, and images.
         """
         if logits.dim() != 4 or logits.shape[1] != 1:
             raise ValueError(f"logits must be [B,1,H,W], got shape {tuple(logits.shape)}")
@@ -139,6 +161,13 @@ class FRDLoss(nn.Module):
                 f"valid must be bool of the shape of logits {tuple(logits.shape)}, got {valid.dtype} "
                 f"{tuple(valid.shape)}"
             )
+        if (image_logits is None) != (not self.image_weight):
+            raise ValueError(
+                f"image_logits must be given where image_weight is not 0, got {self.image_weight} and "
+                f"{None if image_logits is None else list(image_logits.shape)}"
+            )
+        if image_logits is not None and image_logits.shape != (len(logits),):
+            raise ValueError(f"image_logits must be [{len(logits)}], got {list(image_logits.shape)}")
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits if logits.dtype == torch.float64 else logits.float()
             mask = mask.to(logits.dtype)
@@ -153,16 +182,24 @@ class FRDLoss(nn.Module):
             else:
                 edge = _dice_sums(probability * band, mask * band, "released")
             images = torch.full((), len(logits), dtype=logits.dtype, device=logits.device)
-            entropy = _cross_entropy(logits, mask, valid) if self.bce_weight else images.new_zeros(())
-            return torch.stack((*region, *edge, entropy * images, images))
+            none = images.new_zeros(())
+            entropy = _cross_entropy(logits, mask, valid, self.focal) if self.bce_weight else none
+            alarm = none
+            if image_logits is not None:
+                edited = (mask.flatten(1) > 0).any(dim=1).to(logits.dtype)
+                alarm = F.binary_cross_entropy_with_logits(image_logits.to(logits.dtype), edited)
+            return torch.stack((*region, *edge, entropy * images, alarm * images, images))
 
     def from_sums(self, sums: Tensor) -> dict[str, Tensor]:
         """The loss of a batch, as `forward` returns it, from its `sums`, or from those of its parts added up."""
-        region_overlap, region_size, edge_overlap, edge_size, entropy, images = sums.unbind()
+        region_overlap, region_size, edge_overlap, edge_size, entropy, alarm, images = sums.unbind()
         region = _dice(region_overlap, region_size, self.form)
         edge = _dice(edge_overlap, edge_size, self.form)
         terms = {"total": region + self.edge_weight * edge, "region": region, "edge": edge}
         if self.bce_weight:
             terms["bce"] = entropy / images
             terms["total"] = terms["total"] + self.bce_weight * terms["bce"]
+        if self.image_weight:
+            terms["image"] = alarm / images
+            terms["total"] = terms["total"] + self.image_weight * terms["image"]
         return terms

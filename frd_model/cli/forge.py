@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from frd_model import data
-from frd_model.data.forge_options import KINDS, MIN_SIDE
+from frd_model.data.forge_options import ALL_METHODS, KINDS, MIN_SIDE, UNSEEN
 from frd_model.data.photos import SPLITS, sample_files
 from frd_model.output import say
 
@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="same seed, same bytes, whatever the count (default: %(default)s)",
     )
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds of forgery (default: all)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=ALL_METHODS,
+        metavar="NAME",
+        help=f"operations to draw from, of {', '.join(ALL_METHODS)} (default: all but {', '.join(UNSEEN)})",
+    )
     parser.add_argument("--size", type=at_least(MIN_SIDE), help="side of square views; default: whole photos")
     parser.add_argument(
         "--authentic", type=fraction, default=0.0, help="share of untouched photos (default: %(default)g)"
@@ -74,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         args.count,
         args.seed,
         args.kinds,
+        args.methods,
         args.size,
         args.authentic,
         args.format,

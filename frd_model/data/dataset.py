@@ -14,6 +14,7 @@ from .audit import Audit, audit
 from .files import PathLike, Skipped, describe_skipped, expand_user, scan_folder
 from .forge import Forger, Forgery
 from .forge_options import ForgeOptions
+from .handoff import view_side
 from .images import ImageError, read_image, read_mask
 from .pairing import DatasetError, Pair, pair_by_name, read_list
 from .transforms import is_coloured, mask_to_tensor, random_look, random_view, resize, to_tensor
@@ -83,15 +84,16 @@ class ForgeryDataset(Dataset[Sample]):
             raise IndexError(f"index must be in [0, {self.length}), got {index}")
         rng = np.random.default_rng([self.seed, int(self._epoch), index])
         host = int(rng.choice(len(self.photos), p=self._host_weights))
-        photo = self._view(rng, host)
-        forger = Forger(rng, self.options)
+        side = view_side(rng, self.size, self.options)
+        photo = self._view(rng, host, side)
+        forger, size = Forger(rng, self.options), (self.size, self.size)
         if rng.random() < self.authentic:
-            return forger.authentic(photo)
+            return forger.authentic(photo, size)
         other = self._donor(rng, host)
-        return forger.forge(photo, None if other is None else self._view(rng, other))
+        return forger.forge(photo, None if other is None else self._view(rng, other, side), size=size)
 
-    def _view(self, rng: np.random.Generator, number: int) -> UInt8:
-        view = random_view(rng, self.photos[number], self.size, self.zoom)
+    def _view(self, rng: np.random.Generator, number: int, side: int) -> UInt8:
+        view = random_view(rng, self.photos[number], side, self.zoom)
         return random_look(rng, view, self.colour)
 
     def _donor(self, rng: np.random.Generator, host: int) -> int | None:

@@ -1,8 +1,9 @@
-"""Forgeries of authentic photos: splicing, copy-move and removal, with masks and a record of what was done.
+"""Forgeries of authentic photos: splicing, copy-move, removal and retouching, with masks and a record of what was done.
 
 The edited region differs from its surroundings as in real forgeries: by another noise level, sharpness,
-resampling or JPEG history. No single trace means "edited": hosts, donors and untouched photos draw their histories
-from the same distribution, so only the inconsistency inside one image reveals an edit.
+resampling or JPEG history. No single trace means "edited": hosts, donors and untouched photos draw their histories, and
+what happens to the finished image, from the same distributions, so only the inconsistency inside one image reveals
+an edit.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from .forge_options import KINDS, MIN_SIDE, ForgeOptions
+from .handoff import finish
+from .retouch import FILTERS, blend_gradients, fill_with_patches, warp
 from .shapes import follow_content, random_shape
-from .traces import random_filter, random_history, random_jpeg
+from .traces import random_filter, random_history
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 Float = npt.NDArray[np.float32]
 
 _ATTEMPTS = 5
-# Mean absolute change of the edited region, in grey levels.
+# Drawn more often than the other operations of its kind, as it is in life.
+_WEIGHTS = {"paste": 2.0}
+# Mean absolute change of the edited region in grey levels, where it is replaced and where it is filtered.
 _MIN_CHANGE = 4.0
+_MIN_FILTER_CHANGE = 1.5
 
 
 class Forgery(NamedTuple):
@@ -55,13 +61,23 @@ class Forger:
             "splicing": self._splice,
             "copy_move": self._copy_move,
             "removal": self._remove,
+            "retouch": self._retouch,
         }
 
-    def forge(self, photo: UInt8, donor: UInt8 | None = None, kind: str | None = None) -> Forgery:
+    def forge(
+        self,
+        photo: UInt8,
+        donor: UInt8 | None = None,
+        kind: str | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Forgery:
         """Forge one photo (uint8 RGB [H,W,3], sides of at least 32).
 
-        `kind` is "splicing" (needs `donor`, another photo), "copy_move" or "removal"; None draws it by the
-        options' weights, splicing only where there is a donor.
+        Args:
+            donor: another photo, which splicing needs.
+            kind: one of `KINDS`; None draws it by the options' weights, splicing only where there is a donor.
+            size: (height, width) of the result, at most the photo's; see `handoff.finish`. None: a hand-off may make
+                the result smaller than the photo.
         """
         _check_photo("photo", photo)
         if donor is not None:
@@ -75,14 +91,15 @@ class Forger:
         host, record = self._history(photo)
         edit, parameters = self._edit(host, donor, kind)
         parameters = {"history": record, **parameters}
-        image, mask = self._compose(host, edit, parameters)
-        return self._finish(image, mask, kind, parameters)
+        image, mask = self._compose(host, edit, kind, parameters)
+        return self._finish(image, mask, kind, parameters, size)
 
-    def authentic(self, photo: UInt8) -> Forgery:
-        """An untouched photo with the history and the final compression that a forgery would have had."""
+    def authentic(self, photo: UInt8, size: tuple[int, int] | None = None) -> Forgery:
+        """An untouched photo with the history and the hand-off that a forgery would have had."""
         _check_photo("photo", photo)
         image, record = self._history(photo)
-        return self._finish(image, np.zeros(photo.shape[:2], np.bool_), "authentic", {"history": record})
+        mask = np.zeros(photo.shape[:2], np.bool_)
+        return self._finish(image, mask, "authentic", {"history": record}, size)
 
     def _edit(self, host: UInt8, donor: UInt8 | None, kind: str) -> tuple[_Edit, dict[str, Any]]:
         """The first of a few random edits that changes its region visibly, or else the one that changes it most.
@@ -90,13 +107,19 @@ class Forger:
         Filling a hole in a clear sky, or copying sky onto sky, leaves nothing to find: its mask would be wrong.
         """
         best: tuple[float, _Edit, dict[str, Any]] | None = None
+        methods = self.options.methods_of(kind)
+        if not methods:
+            raise ValueError(f"methods must hold one that belongs to {kind}, got {self.options.methods}")
+        weights = np.array([_WEIGHTS.get(name, 1.0) for name in methods])
+        method = str(self.rng.choice(methods, p=weights / weights.sum()))
+        enough = _MIN_FILTER_CHANGE if kind == "retouch" else _MIN_CHANGE
         for _ in range(_ATTEMPTS):
-            parameters: dict[str, Any] = {}
+            parameters: dict[str, Any] = {"method": method}
             edit = self._makers[kind](host, donor, parameters)
             change = _change(host, edit)
             if best is None or change > best[0]:
                 best = change, edit, parameters
-            if change >= _MIN_CHANGE:
+            if change >= enough:
                 break
         assert best is not None
         return best[1], best[2]
@@ -113,22 +136,22 @@ class Forger:
         o = self.options
         return random_history(self.rng, image, o.filter_history, o.jpeg_history, o.history_quality)
 
-    def _finish(self, image: UInt8, mask: Bool, kind: str, parameters: dict[str, Any]) -> Forgery:
-        final: dict[str, Any] = {}
-        if self.rng.random() < self.options.final_filter:
-            image, step = random_filter(self.rng, image)
-            final |= step
-        if self.rng.random() < self.options.final_jpeg:
-            image, step = random_jpeg(self.rng, image, self.options.final_quality, aligned=True)
-            final |= step
-        parameters["final"] = final
+    def _finish(
+        self,
+        image: UInt8,
+        mask: Bool,
+        kind: str,
+        parameters: dict[str, Any],
+        size: tuple[int, int] | None,
+    ) -> Forgery:
+        image, mask, parameters["final"] = finish(self.rng, image, mask, self.options, size)
         parameters["area"] = round(float(mask.mean()), 5)
         return Forgery(image, mask, kind, parameters)
 
     def _region(self, size: tuple[int, int], area: tuple[float, float], parameters: dict[str, Any]) -> Bool:
         shape = self.options.shapes[int(self.rng.integers(len(self.options.shapes)))]
         parameters["shape"] = shape
-        return random_shape(self.rng, size, area, shape)
+        return random_shape(self.rng, size, area, shape, self.options.cut_by_frame)
 
     def _splice(self, host: UInt8, donor: UInt8, parameters: dict[str, Any]) -> _Edit:
         region = self._region((host.shape[0], host.shape[1]), self.options.area, parameters)
@@ -161,16 +184,35 @@ class Forger:
 
     def _remove(self, host: UInt8, _: UInt8 | None, parameters: dict[str, Any]) -> _Edit:
         region = self._region((host.shape[0], host.shape[1]), self.options.removal_area, parameters)
-        top, left, height, width = _window(region, margin=12)
+        by_patches = parameters["method"] == "patch"
+        box = _window(region, margin=12)
+        # Patches come from farther away than what diffuses into a hole.
+        reach = max(24, max(box[2:]) // 2) if by_patches else 12
+        top, left, height, width = _window(region, margin=reach)
         inside = region[top : top + height, left : left + width]
         window = np.ascontiguousarray(host[top : top + height, left : left + width])
-        method = "telea" if self.rng.random() < 0.5 else "ns"
-        radius = int(self.rng.integers(2, 7))
-        flag = cv2.INPAINT_TELEA if method == "telea" else cv2.INPAINT_NS
+        inside = self._refine(window, inside, parameters)
         # A hole slightly wider than the mask hides the object's rim, as a careful editor would.
         hole = cv2.dilate(inside.astype(np.uint8), np.ones((3, 3), np.uint8))
+        if by_patches:
+            return _Edit(top, left, fill_with_patches(self.rng, window, hole.astype(np.bool_)), inside)
+        radius = int(self.rng.integers(2, 7))
+        parameters["radius"] = radius
+        flag = cv2.INPAINT_TELEA if parameters["method"] == "telea" else cv2.INPAINT_NS
         source = np.asarray(cv2.inpaint(window, hole, radius, flag), dtype=np.uint8)
-        parameters |= {"method": method, "radius": radius}
+        return _Edit(top, left, source, inside)
+
+    def _retouch(self, host: UInt8, _: UInt8 | None, parameters: dict[str, Any]) -> _Edit:
+        region = self._region((host.shape[0], host.shape[1]), self.options.area, parameters)
+        top, left, height, width = _window(region)
+        inside = region[top : top + height, left : left + width]
+        window = np.ascontiguousarray(host[top : top + height, left : left + width])
+        if parameters["method"] == "warp":
+            source, record = warp(self.rng, window, inside)
+        else:
+            inside = self._refine(window, inside, parameters)
+            source, record = FILTERS[parameters["method"]](self.rng, window)
+        parameters |= record
         return _Edit(top, left, source, inside)
 
     def _transform(
@@ -224,11 +266,16 @@ class Forger:
         parameters["colour"] = [round(float(g), 3) for g in gain] + [round(float(shift), 1)]
         return _shift_colour(source, np.full(3, shift), gain)
 
-    def _compose(self, host: UInt8, edit: _Edit, parameters: dict[str, Any]) -> tuple[UInt8, Bool]:
+    def _compose(self, host: UInt8, edit: _Edit, kind: str, parameters: dict[str, Any]) -> tuple[UInt8, Bool]:
         """Blend the edit into the host; the mask is where at least half of the pixel comes from the edit."""
         source = edit.source
-        if self.rng.random() < self.options.local_trace:
+        # A retouch is the trace itself.
+        if kind != "retouch" and self.rng.random() < self.options.local_trace:
             source, parameters["local"] = random_filter(self.rng, source)
+        height, width = edit.region.shape
+        window = (slice(edit.top, edit.top + height), slice(edit.left, edit.left + width))
+        if parameters["method"] == "poisson":
+            source = blend_gradients(source, host[window], edit.region)
         alpha = edit.region.astype(np.float32)
         if self.rng.random() >= self.options.hard_border:
             sigma = float(self.rng.uniform(*self.options.feather))
@@ -236,8 +283,6 @@ class Forger:
             alpha = np.asarray(
                 cv2.GaussianBlur(alpha, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE), np.float32
             )
-        height, width = edit.region.shape
-        window = (slice(edit.top, edit.top + height), slice(edit.left, edit.left + width))
         image = host.copy()
         weight = cv2.merge([alpha, alpha, alpha])
         under = host[window].astype(np.float32)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-KINDS = ("splicing", "copy_move", "removal")
+KINDS = ("splicing", "copy_move", "removal", "retouch")
+#: The operations of each kind.
+METHODS: dict[str, tuple[str, ...]] = {
+    "splicing": ("paste", "poisson"),
+    "copy_move": ("paste", "poisson"),
+    "removal": ("telea", "ns", "patch"),
+    "retouch": ("recolour", "blur", "sharpen", "noise", "rescale", "warp", "smooth"),
+}
+#: Operations that are drawn on request only: no net in the package was trained on them.
+UNSEEN = ("warp", "smooth")
+ALL_METHODS = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
 MIN_SIDE = 32
 SHAPES = ("polygon", "ellipse", "rectangle", "blob")
 
@@ -15,13 +25,17 @@ class ForgeOptions:
     """What a `Forger` draws from. Shares are probabilities; ranges are (low, high)."""
 
     kinds: Mapping[str, float] = field(
-        default_factory=lambda: {"splicing": 0.5, "copy_move": 0.25, "removal": 0.25}
+        default_factory=lambda: {"splicing": 0.4, "copy_move": 0.2, "removal": 0.2, "retouch": 0.2}
     )
+    # Operations to draw from, for each kind those that belong to it.
+    methods: tuple[str, ...] = tuple(name for name in ALL_METHODS if name not in UNSEEN)
     shapes: tuple[str, ...] = SHAPES
     area: tuple[float, float] = (0.02, 0.30)
     removal_area: tuple[float, float] = (0.02, 0.12)
-    # Splicing and copy-move: cut along the borders of the content.
-    follow_content: float = 0.4
+    # Regions lie anywhere and may be cut by the frame; otherwise they are inside it, and a net learns that.
+    cut_by_frame: bool = True
+    # Cut along the borders of the content, by GrabCut or flood filling.
+    follow_content: float = 0.5
     # Standard deviation of the soft border, in pixels.
     feather: tuple[float, float] = (0.4, 2.5)
     hard_border: float = 0.25
@@ -43,6 +57,14 @@ class ForgeOptions:
     history_quality: tuple[int, int] = (60, 98)
     # A filter over the finished image.
     final_filter: float = 0.1
+    # What happens to a finished image on its way: an encoding, a resize, a crop that moves the block grid.
+    handoff: float = 0.3
+    handoff_quality: tuple[int, int] = (55, 95)
+    handoff_resize: float = 0.2
+    handoff_scale: tuple[float, float] = (0.5, 0.95)
+    handoff_crop: float = 0.5
+    # WebP instead of JPEG in the hand-off.
+    webp: float = 0.25
     final_jpeg: float = 0.5
     final_quality: tuple[int, int] = (70, 98)
 
@@ -54,13 +76,24 @@ class ForgeOptions:
             or not sum(self.kinds.values())
         ):
             raise ValueError(f"kinds must give weights to some of {', '.join(KINDS)}, got {dict(self.kinds)}")
+        if not self.methods or set(self.methods) - set(ALL_METHODS):
+            raise ValueError(f"methods must be some of {', '.join(ALL_METHODS)}, got {self.methods}")
+        for kind, weight in self.kinds.items():
+            if weight > 0 and not self.methods_of(kind):
+                raise ValueError(
+                    f"methods must hold one of {', '.join(METHODS[kind])} for {kind}, got {self.methods}"
+                )
         if not self.shapes or set(self.shapes) - set(SHAPES):
             raise ValueError(f"shapes must be some of {', '.join(SHAPES)}, got {self.shapes}")
         for name in ("area", "removal_area"):
             low, high = getattr(self, name)
             if not 0 < low <= high <= 0.9:
                 raise ValueError(f"{name} must be (low, high) within (0, 0.9], got {(low, high)}")
-        for name in ("history_quality", "final_quality"):
+        for name in ("history_quality", "final_quality", "handoff_quality"):
             low, high = getattr(self, name)
             if not 1 <= low <= high <= 100:
                 raise ValueError(f"{name} must be (low, high) within 1 to 100, got {(low, high)}")
+
+    def methods_of(self, kind: str) -> tuple[str, ...]:
+        """The operations that a kind draws from."""
+        return tuple(name for name in METHODS[kind] if name in self.methods)

@@ -15,7 +15,8 @@ from frd_model.output import check_output_folder
 
 from .files import PathLike, expand_user
 from .forge import Forger, Forgery
-from .forge_options import KINDS, ForgeOptions
+from .forge_options import KINDS, METHODS, ForgeOptions
+from .handoff import view_side
 from .images import write_jpeg, write_json, write_png
 from .transforms import random_view
 
@@ -37,6 +38,7 @@ def forge_folder(
     count: int,
     seed: int = 0,
     kinds: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
     size: int | None = None,
     authentic: float = 0.0,
     extension: str = "png",
@@ -51,6 +53,7 @@ def forge_folder(
     Args:
         photos: name to uint8 RGB [H,W,3].
         kinds: the kinds to draw from, in equal parts; None for the options' weights.
+        methods: the operations to draw from; None for the options' own. Kinds to which none belongs are left out.
         size: side of a random square view of the host; None forges the whole photo.
         overwrite: replace the forgeries of an earlier call in out_dir, which are an error otherwise.
 
@@ -61,6 +64,9 @@ def forge_folder(
     options = options or ForgeOptions()
     if kinds is not None:
         options = replace(options, kinds=dict.fromkeys(kinds, 1.0))
+    if methods is not None:
+        possible = {k: w for k, w in options.kinds.items() if set(METHODS.get(k, ())) & set(methods)}
+        options = replace(options, kinds=possible or options.kinds, methods=tuple(methods))
     quality = options.final_quality
     if extension == "jpg":
         options = replace(options, final_jpeg=0.0)
@@ -143,12 +149,14 @@ def _forge_one(
 ) -> tuple[Forgery, str, str | None]:
     names = sorted(photos)
     host = names[index % len(names)]
-    photo = photos[host] if size is None else random_view(rng, photos[host], size)
+    photo, shape = photos[host], None
+    if size is not None:
+        photo, shape = random_view(rng, photo, view_side(rng, size, options)), (size, size)
     forger = Forger(rng, options)
     if rng.random() < authentic:
-        return forger.authentic(photo), host, None
+        return forger.authentic(photo, shape), host, None
     donor = None
     if len(names) > 1:
         donor = names[(index + 1 + int(rng.integers(len(names) - 1))) % len(names)]
-    forgery = forger.forge(photo, None if donor is None else photos[donor])
+    forgery = forger.forge(photo, None if donor is None else photos[donor], size=shape)
     return forgery, host, donor if forgery.kind == "splicing" else None

@@ -73,6 +73,19 @@ def jpeg(image: UInt8, quality: int, chroma: str = "420", shift: tuple[int, int]
     return np.ascontiguousarray(decoded[dy:, dx:])
 
 
+def webp(image: UInt8, quality: int) -> UInt8:
+    """Compress and decode as WebP."""
+    _, data = cv2.imencode(
+        ".webp", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, quality]
+    )
+    return cv2.cvtColor(np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)), cv2.COLOR_BGR2RGB).astype(np.uint8)
+
+
+def random_webp(rng: Rng, image: UInt8, quality: tuple[int, int]) -> Trace:
+    chosen = int(rng.integers(quality[0], quality[1] + 1))
+    return webp(image, chosen), {"webp": chosen}
+
+
 def random_jpeg(rng: Rng, image: UInt8, quality: tuple[int, int], aligned: bool = False) -> Trace:
     chosen = int(rng.integers(quality[0], quality[1] + 1))
     chroma = "420" if rng.random() < 0.7 else "444"

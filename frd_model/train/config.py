@@ -111,15 +111,18 @@ class DataSection:
 
 @dataclass
 class LossSection:
-    """form, edge_weight, edge_width: of `FRDLoss`; bce: weight of an added cross-entropy.
+    """form, edge_weight, edge_width: of `FRDLoss`; bce: weight of an added cross-entropy, focal: its exponent.
 
-    The cross-entropy is for training from scratch.
+    The cross-entropy is for training from scratch. image: weight of the image head's cross-entropy
+    (`model.options.image_head`).
     """
 
     form: str = "released"
     edge_weight: float = 1.0
     edge_width: int = 7
     bce: float = 0.0
+    focal: float = 0.0
+    image: float = 0.0
 
 
 @dataclass
@@ -338,6 +341,8 @@ RULES: dict[str, Rule] = {
     "loss.edge_weight": _FROM_ZERO,
     "loss.edge_width": (lambda value: value >= 1 and value % 2 == 1, "odd and at least 1"),
     "loss.bce": _FROM_ZERO,
+    "loss.focal": _FROM_ZERO,
+    "loss.image": _FROM_ZERO,
     "optim.name": _one_of("adamw", "adam"),
     "optim.lr": (lambda value: 0 < value < math.inf, "positive and finite"),
     "optim.min_lr": _FROM_ZERO,

@@ -36,7 +36,9 @@ class Updater:
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         self.model, self.config, self.device = model, config, device
         section = config.loss
-        self.loss = FRDLoss(section.form, section.edge_weight, section.edge_width, section.bce)
+        self.loss = FRDLoss(
+            section.form, section.edge_weight, section.edge_width, section.bce, section.focal, section.image
+        )
         optim = config.optim
         # A fused step skips itself on the device where a gradient is not finite; others ask the host.
         self.optimizer = OPTIMIZERS[optim.name](
@@ -90,15 +92,20 @@ class Updater:
         ):
             yield
 
-    def _forward(self, net: nn.Module, image: Tensor) -> Tensor:
+    def _forward(self, net: nn.Module, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, 1, H, W], and [B] of the image head where the loss uses it."""
         if self.config.channels_last:
             image = image.to(memory_format=torch.channels_last)
         with self.precision():
-            logits: Tensor = net(image)
-        return logits.float()
+            if not self.loss.image_weight:
+                logits: Tensor = net(image)
+                return logits.float(), None
+            logits, score = net(image, score=True)
+        return logits.float(), score.float()
 
     def _sums(self, net: nn.Module, image: Tensor, mask: Tensor, spare: bool) -> Tensor:
-        sums = self.loss.sums(self._forward(net, image), mask)
+        logits, score = self._forward(net, image)
+        sums = self.loss.sums(logits, mask, image_logits=score)
         return sums * 0.0 if spare else sums
 
     def _total(self, parts: list[tuple[Tensor, Tensor]], spare: bool) -> Tensor:

@@ -6,13 +6,25 @@ import pytest
 from frd_model.cli import main
 from frd_model.data.dataset import FolderDataset
 from frd_model.data.forge import Forger
-from frd_model.data.forge_options import KINDS, SHAPES, ForgeOptions
+from frd_model.data.forge_options import ALL_METHODS, KINDS, METHODS, SHAPES, UNSEEN, ForgeOptions
 from frd_model.data.forged_folder import forge_folder
+from frd_model.data.handoff import finish, shrink_mask, view_side
 from frd_model.data.images import read_image, read_mask, write_png
-from frd_model.data.shapes import random_shape
-from frd_model.data.traces import add_noise, jpeg, random_history, resample
+from frd_model.data.retouch import FILTERS, blend_gradients, fill_with_patches, warp
+from frd_model.data.shapes import follow_content, random_shape
+from frd_model.data.traces import add_noise, jpeg, random_history, resample, webp
 
-PLAIN = {"filter_history": 0.0, "jpeg_history": 0.0, "final_filter": 0.0, "final_jpeg": 0.0}
+# Shares of what happens to a photo before and after the edit.
+STEPS = (
+    "filter_history",
+    "jpeg_history",
+    "final_filter",
+    "handoff",
+    "handoff_resize",
+    "handoff_crop",
+    "final_jpeg",
+)
+PLAIN = dict.fromkeys(STEPS, 0.0)
 
 
 def photo(seed=0, height=96, width=128):
@@ -64,7 +76,9 @@ def test_authentic_has_no_mask_but_the_same_processing():
     assert {r.kind for r in results} == {"authentic"}
     assert any("jpeg" in r.parameters["final"] for r in results)
     assert any(r.parameters["history"] for r in results)
-    assert any((r.image == photo(i)).all() for i, r in enumerate(results)), "some photos stay as they are"
+    same = [r.image.shape == photo(i).shape and (r.image == photo(i)).all() for i, r in enumerate(results)]
+    assert any(same), "some photos stay as they are"
+    assert any(r.image.shape != photo().shape for r in results), "some are smaller"
 
 
 def test_flat_photos_still_give_a_forgery():
@@ -92,6 +106,112 @@ def test_shapes_cover_the_asked_area(shape):
     shares = [random_shape(rng, (120, 160), (0.02, 0.30), shape).mean() for _ in range(60)]
     assert min(shares) > 0.008 and max(shares) < 0.33
     assert max(shares) > 0.15 and len(set(shares)) > 40
+
+
+def test_regions_lie_anywhere():
+    """A pixel at the frame is edited as often as one in the middle; without `cut_by_frame` it almost never is."""
+    rng = np.random.default_rng(0)
+    for cut, low, high in ((True, 0.8, 1.25), (False, 0.0, 0.3)):
+        masks = [random_shape(rng, (64, 64), (0.02, 0.30), None, cut) for _ in range(4000)]
+        share = np.mean(masks, axis=0)
+        rim = np.mean([share[0], share[-1], share[:, 0], share[:, -1]])
+        assert low < rim / share[24:40, 24:40].mean() < high
+        assert min(mask.mean() for mask in masks) > 0.01
+
+
+def test_follow_content_finds_an_object():
+    """A bright disc on a dark ground, in a region with room around it, by both methods."""
+    image = np.full((96, 96, 3), 40, np.uint8)
+    rows, columns = np.indices((96, 96)) - 48
+    disc, region = np.hypot(rows, columns) < 26, np.hypot(rows, columns) < 34
+    image[disc] = (220, 200, 60)
+    image = add_noise(np.random.default_rng(0), image, 3.0)
+    found = [follow_content(np.random.default_rng(seed), image, region) for seed in range(24)]
+    found = [part for part in found if part is not None]
+    overlap = [(part & disc).sum() / (part | disc).sum() for part in found]
+    assert len(found) >= 12 and np.mean(np.array(overlap) > 0.85) > 0.6
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_methods(method):
+    """Each operation is made when it alone is asked for, and is named in the record."""
+    kind = next(k for k in KINDS if method in METHODS[k])
+    options = ForgeOptions(methods=(method,), kinds={kind: 1.0})
+    made = Forger(2, options).forge(photo(1), photo(2), kind)
+    assert (made.kind, made.parameters["method"]) == (kind, method) and made.mask.any()
+
+
+def test_unseen_methods_are_drawn_on_request_only():
+    drawn = {Forger(i).forge(photo(i), photo(i + 1), "retouch").parameters["method"] for i in range(60)}
+    assert drawn == set(METHODS["retouch"]) - set(UNSEEN)
+
+
+def test_retouches():
+    image, rng = photo(1), np.random.default_rng(0)
+    for name, filter_ in FILTERS.items():
+        done, record = filter_(rng, image)
+        assert done.shape == image.shape and done.dtype == np.uint8 and (done != image).any() and record, name
+    region = np.zeros(image.shape[:2], np.bool_)
+    region[20:70, 30:90] = True
+    done, _ = warp(rng, image, region)
+    assert (done[~region] == image[~region]).all() and (done != image).any()
+
+
+def test_gradients_are_blended_in_place():
+    """A source that is the photo itself plus a constant gives the photo back: its gradients are the same."""
+    under = photo(4)
+    region = np.zeros(under.shape[:2], np.bool_)
+    region[:40, 50:100] = True
+    source = np.clip(under.astype(int) + 25, 0, 255).astype(np.uint8)
+    done = blend_gradients(source, under, region)
+    inner = np.zeros_like(region)
+    inner[8:32, 58:92] = True
+    assert (
+        np.abs(done.astype(int) - under)[inner].mean() < 6 < np.abs(source.astype(int) - under)[inner].mean()
+    )
+
+
+def test_patches_continue_a_pattern():
+    """Stripes: a hole is filled by whole patches of stripes, not by a smooth mean."""
+    image = np.where(np.indices((96, 96))[1][..., None] % 8 < 4, 30, 220).astype(np.uint8).repeat(3, axis=2)
+    hole = np.zeros((96, 96), np.bool_)
+    hole[40:64, 30:60] = True
+    done = fill_with_patches(np.random.default_rng(0), image, hole, candidates=64)
+    assert (done[~hole] == image[~hole]).all()
+    assert done[hole].std() > 60
+
+
+def test_handoff_sizes():
+    """The result has the size that is asked for, its mask too, and an edit stays in sight."""
+    rng = np.random.default_rng(0)
+    options = ForgeOptions(handoff=1.0, handoff_resize=1.0, handoff_crop=1.0, webp=0.5)
+    records = []
+    for _ in range(30):
+        side = view_side(rng, 64, options)
+        mask = np.zeros((side, side), np.bool_)
+        mask[0, :] = True
+        image, cut, record = finish(
+            rng, photo(1, 16 * -(-side // 16), 160)[:side, :side], mask, options, (64, 64)
+        )
+        assert image.shape == (64, 64, 3) and cut.shape == (64, 64) and cut.any()
+        records.append(record)
+    encoders = {next(k for k in ("webp", "jpeg") if k in r["handoff"]) for r in records}
+    assert encoders == {"webp", "jpeg"} and any("resize" in r for r in records)
+    smaller = finish(rng, photo(1), np.zeros((96, 128), np.bool_), options)[0]
+    assert smaller.shape[0] < 96 and smaller.shape[1] < 128
+
+
+def test_a_thin_edit_survives_a_smaller_size():
+    mask = np.zeros((80, 80), np.bool_)
+    mask[:, 41] = True
+    small = shrink_mask(mask, (20, 20))
+    assert small.sum() == 20 and small[:, 10].all()
+    assert not shrink_mask(np.zeros((80, 80), np.bool_), (20, 20)).any()
+
+
+def test_webp():
+    errors = [np.abs(webp(photo(1), q).astype(int) - photo(1)).mean() for q in (30, 95)]
+    assert errors[0] > errors[1] > 0
 
 
 def test_kinds_follow_their_weights():
@@ -124,6 +244,12 @@ def test_traces():
         (lambda: ForgeOptions(kinds={"paint": 1}), ValueError, "kinds must give weights"),
         (lambda: ForgeOptions(area=(0.3, 0.1)), ValueError, "area must be"),
         (lambda: ForgeOptions(final_quality=(0, 50)), ValueError, "final_quality must be"),
+        (lambda: ForgeOptions(methods=("paint",)), ValueError, "methods must be some of"),
+        (
+            lambda: ForgeOptions(methods=("warp",)),
+            ValueError,
+            "methods must hold one of paste, poisson for splicing",
+        ),
         (lambda: ForgeOptions(shapes=("star",)), ValueError, "shapes must be some of"),
     ],
 )
@@ -162,6 +288,11 @@ def test_command(tmp_path, capsys):
     out = str(tmp_path / "out")
     assert command(str(tmp_path / "in"), "--out", out, "--count", "3", "--kinds", "removal") == 0
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+    flags = ("--out", out + "5", "--count", "4", "--methods", "warp", "smooth")
+    assert command(str(tmp_path / "in"), *flags) == 0
+    items = json.loads((tmp_path / "out5" / "manifest.json").read_text())["items"]
+    assert {item["kind"] for item in items} == {"retouch"}
+    assert {item["parameters"]["method"] for item in items} <= {"warp", "smooth"}
     (tmp_path / "in" / "c.png").write_text("no image")
     assert command(str(tmp_path / "in"), "--out", out + "2", "--count", "3") == 1
     assert "c.png' must be an image file" in capsys.readouterr().err

@@ -310,3 +310,20 @@ def test_compiles_whole() -> None:
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_image_head():
+    net = create_model("frdnet_mit_b0", preset="lite", image_head=True).eval()
+    images = torch.rand(2, 3, 70, 90)
+    with torch.no_grad():
+        logits, score = net.with_score(images)
+        assert score.shape == (2,) and torch.equal(logits, net(images))
+        torch.testing.assert_close(net.with_score(images[1:])[1], score[1:], atol=1e-5, rtol=1e-5)
+    plain = create_model("frdnet_mit_b0", preset="lite")
+    with pytest.raises(ValueError, match="image_head: must be true"):
+        plain.with_score(images)
+    with pytest.raises(ValueError, match="image_head: belongs to the pyramid decoder only"):
+        create_model("frdnet_mit_b0", preset="paper", image_head=True)
+    net.train()
+    net.with_score(images)[1].sum().backward()
+    assert net.decoder.head.weight.grad is None, "the map learns from its own loss alone"

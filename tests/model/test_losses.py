@@ -127,3 +127,24 @@ def test_soft_edge_map_follows_the_prediction():
 def test_errors(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_focal_and_image_terms_by_hand():
+    logits = torch.tensor([[[[2.0, -1.0]]], [[[0.5, -3.0]]]], dtype=torch.float64)
+    mask = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.0]]]], dtype=torch.float64)
+    image = torch.tensor([1.5, -0.5], dtype=torch.float64)
+    loss = FRDLoss("paper", bce_weight=1.0, focal=2.0, image_weight=0.3)
+    terms = loss(logits, mask, image_logits=image)
+    right = torch.where(mask > 0, logits.sigmoid(), 1 - logits.sigmoid())
+    torch.testing.assert_close(terms["bce"], ((1 - right) ** 2 * -right.log()).mean())
+    torch.testing.assert_close(
+        terms["image"], -(image[0].sigmoid().log() + (1 - image[1].sigmoid()).log()) / 2
+    )
+    whole = terms["region"] + terms["edge"] + terms["bce"] + 0.3 * terms["image"]
+    torch.testing.assert_close(terms["total"], whole)
+    halves = [loss.sums(logits[i : i + 1], mask[i : i + 1], image_logits=image[i : i + 1]) for i in (0, 1)]
+    torch.testing.assert_close(loss.from_sums(halves[0] + halves[1])["total"], whole)
+    with pytest.raises(ValueError, match="image_logits must be given where image_weight is not 0"):
+        loss(logits, mask)
+    with pytest.raises(ValueError, match="image_logits must be"):
+        loss(logits, mask, image_logits=image[:1])
