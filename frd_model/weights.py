@@ -51,6 +51,7 @@ _HEADS = ("head.", "classifier.", "decode_head.")
 _FOREIGN_STAGE = re.compile(
     r"(?:patch_embed|block|norm)(\d)\.|encoder\.(?:patch_embeddings|block|layer_norm)\.(\d+)\."
 )
+_IMAGE_HEAD = "decoder.image_head."
 _FIRST_WEIGHT = "stages.0.patch_embed.proj.weight"
 
 
@@ -314,7 +315,8 @@ def _choose_config(
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load any file that :func:`load_model` reads into `model`, an FRDNet or a wrapper of one.
 
-    Values are converted to the dtype of the model's parameters. The net's `score_rule` becomes that of the file.
+    Values are converted to the dtype of the model's parameters. The net's `score_rule` becomes that of the file. A model
+    without an image head takes the weights of one that has it, without the head's and without a rule that needs it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -322,14 +324,19 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     file, net = _expand(path), _find_net(model)
     stored = read(file)
-    differences = net.config.differences(stored.config) if stored.config else []
+    config, state = stored.config, stored.state
+    if config is not None and config.image_head and not net.config.image_head:
+        config = config.replace(image_head=False)
+        state = {key: value for key, value in state.items() if not key.startswith(_IMAGE_HEAD)}
+    differences = net.config.differences(config) if config else []
     if differences:
         raise ValueError(
             f"{file}: holds another configuration; model against file: {'; '.join(differences[:3])}"
         )
     rule = _rule_of(file, stored.metadata)
-    _fill(model, net, stored.state, file)
-    net.score_rule = rule
+    _fill(model, net, state, file)
+    needs_head = rule is not None and rule.statistic == "head"
+    net.score_rule = None if needs_head and not net.config.image_head else rule
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:

@@ -68,7 +68,7 @@ def warp(rng: Rng, image: UInt8, region: Bool) -> Trace:
     deepest = float(depth.max())
     weight = np.minimum(depth / max(deepest, 1.0), 1.0).astype(np.float32)
     weight = weight * weight * (3 - 2 * weight)
-    rows, columns = np.indices(region.shape, dtype=np.float32)
+    rows, columns = (np.asarray(grid, np.float32) for grid in np.indices(region.shape))
     dy, dx = rows - rows[region].mean(), columns - columns[region].mean()
     if rng.random() < 0.5:
         strength = float(rng.uniform(0.15, 0.4) * rng.choice([-1, 1]))
@@ -109,6 +109,9 @@ def blend_gradients(source: UInt8, under: UInt8, region: Bool) -> UInt8:
     pad = ((margin, margin), (margin, margin))
     mask = np.pad(region.astype(np.uint8) * 255, pad)
     x, y, w, h = cv2.boundingRect(mask)
+    # OpenCV's solver needs a pixel with neighbours.
+    if min(w, h) < 3:
+        return source
     wide = [np.pad(image, (*pad, (0, 0)), mode="edge") for image in (source, under)]
     done = cv2.seamlessClone(wide[0], wide[1], mask, (x + w // 2, y + h // 2), cv2.NORMAL_CLONE)
     return np.ascontiguousarray(np.asarray(done, np.uint8)[margin:-margin, margin:-margin])

@@ -118,9 +118,9 @@ def follow_content(rng: Rng, image: UInt8, region: Bool) -> Bool | None:
     points = np.flatnonzero(region)
     y, x = divmod(int(points[int(rng.integers(len(points)))]), region.shape[1])
     part = _grab(image, region, y, x) if rng.random() < 0.5 else _flood(rng, image, region, y, x)
-    part = cv2.medianBlur(part, 7).astype(np.bool_) & region
-    share = part.sum() / len(points)
-    return part if 0.25 <= share <= 0.9 else None
+    smoothed = cv2.medianBlur(part, 7).astype(np.bool_) & region
+    share = smoothed.sum() / len(points)
+    return smoothed if 0.25 <= share <= 0.9 else None
 
 
 def _flood(rng: Rng, image: UInt8, region: Bool, y: int, x: int) -> UInt8:
@@ -152,7 +152,8 @@ def _grab(image: UInt8, region: Bool, y: int, x: int) -> UInt8:
     if not (labels == cv2.GC_BGD).any():
         labels[[0, -1]] = cv2.GC_BGD
     cv2.setRNGSeed(0)
-    cv2.grabCut(small, labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 2, cv2.GC_INIT_WITH_MASK)
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(small, labels, (0, 0, 1, 1), *models, 2, cv2.GC_INIT_WITH_MASK)
     object_ = ((labels == cv2.GC_FGD) | (labels == cv2.GC_PR_FGD)).astype(np.float32)
     large = cv2.resize(
         cv2.GaussianBlur(object_, (0, 0), 0.8), (width, height), interpolation=cv2.INTER_LINEAR

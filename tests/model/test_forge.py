@@ -171,6 +171,13 @@ def test_gradients_are_blended_in_place():
     )
 
 
+@pytest.mark.parametrize("extent", [(1, 1), (2, 30), (30, 2), (3, 3), (96, 128)])
+def test_gradients_of_thin_and_full_regions(extent):
+    region = np.zeros((96, 128), np.bool_)
+    region[: extent[0], : extent[1]] = True
+    assert blend_gradients(photo(5), photo(4), region).shape == (96, 128, 3)
+
+
 def test_patches_continue_a_pattern():
     """Stripes: a hole is filled by whole patches of stripes, not by a smooth mean."""
     image = np.where(np.indices((96, 96))[1][..., None] % 8 < 4, 30, 220).astype(np.uint8).repeat(3, axis=2)

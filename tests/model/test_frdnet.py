@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import frd_kernels as fk
-from frd_model import FRDNet, create_model
+from frd_model import FRDNet, create_model, save_model
 from frd_model.blocks import DivergentICM, FRDBlock, Mixer, most_divergent
 from frd_model.config import PRESETS, FRDNetConfig
 
@@ -310,6 +310,20 @@ def test_compiles_whole() -> None:
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_a_net_without_an_image_head_takes_the_other_weights(tmp_path):
+    net = create_model("frdnet_mit_b0", preset="lite", image_head=True)
+    save_model(net, tmp_path / "with.safetensors")
+    loaded = create_model("frdnet_mit_b0", preset="lite", pretrained=tmp_path / "with.safetensors")
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(images), net.eval()(images))
+    save_model(loaded, tmp_path / "without.safetensors")
+    with pytest.raises(ValueError, match="image_head: True against False"):
+        create_model(
+            "frdnet_mit_b0", preset="lite", image_head=True, pretrained=tmp_path / "without.safetensors"
+        )
 
 
 def test_image_head():
