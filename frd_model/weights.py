@@ -315,8 +315,8 @@ def _choose_config(
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load any file that :func:`load_model` reads into `model`, an FRDNet or a wrapper of one.
 
-    Values are converted to the dtype of the model's parameters. The net's `score_rule` becomes that of the file. A model
-    without an image head takes the weights of one that has it, without the head's and without a rule that needs it.
+    Values are converted to the dtype of the model's parameters. The net's `score_rule` becomes that of the file. A
+    model without an image head takes the weights of one that has it, without the head's and a rule that needs it.
 
     Raises:
         FileNotFoundError: no such file.
