@@ -54,7 +54,7 @@ def summarize_centre(
 
     def figures(chosen: Sequence[Mapping[str, Any]], sums: Curves) -> dict[str, Any]:
         means = {name: float(sums[name][i]) / len(chosen) for name, i in best.items()} if chosen else {}
-        mean = aggregate({"auc": r["centre_auc"]} for r in chosen).get("auc", math.nan)
+        mean = aggregate({"auc": r.get("centre_auc", math.nan)} for r in chosen).get("auc", math.nan)
         return {
             "images": len(chosen),
             **{name: means.get(name, math.nan) for name in ("f1", "permute_f1", "iou")},

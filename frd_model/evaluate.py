@@ -41,12 +41,14 @@ from frd_model.metrics import (
     bootstrap_detection,
     bootstrap_means,
     detection_metrics,
+    found_at,
     image_score,
     localization,
 )
 from frd_model.output import one_line
-from frd_model.predict import check_options, predict
+from frd_model.predict import Prediction, check_options, predict
 from frd_model.saved_maps import SavedMaps
+from frd_model.score import EDITED, NO_TRACE, TARGETS, UNCLEAR
 from frd_model.tiling import OVERLAP, TILE
 
 # The pixel metrics that a mean is taken of, and those that are given for the all-white mask too.
@@ -132,9 +134,10 @@ class Report:
         "means": of each pixel metric over the forged images: mean, images for which it is defined, and the bootstrap's
         95 % interval "low" and "high". "forged": the means alone, as in "by_kind". "best_threshold": the one
         threshold, in steps of 0.01, at which the mean F1 of the forged images is highest. "centre_control": see
-        `summarize_centre`. "authentic": false alarms on
-        untouched photos, one where its score is above the report's threshold. "image_level": forged against untouched
-        photos by their scores. "skipped": images by the reason for which a mean leaves them out.
+        `summarize_centre`. "authentic": false alarms on untouched photos, one where its score is above the report's
+        threshold; with a score rule "shown", the fraction of their pixels that `predict` marks by default.
+        "image_level": forged against untouched photos by their scores; "found": the share of the forged ones above the
+        score that at most 1, 5 or 10 % of these untouched ones pass; with a rule "verdicts": shares of both. "skipped": images by the reason for which a mean leaves them out.
         """
         forged = [r for r in self.rows if r["edited"] > 0]
         clean = [r for r in self.rows if r["edited"] == 0]
@@ -197,6 +200,7 @@ class Report:
             **{c: _mean(values) for c, values in columns.items()},
             **{f"{c}_interval": list(intervals[c]) for c in columns},
             "mean_score": _mean([r["score"] for r in clean]),
+            **({"shown": _mean([r["shown"] for r in clean])} if clean and "shown" in clean[0] else {}),
         }
 
     def _image_level(self, resamples: int, seed: int) -> dict[str, Any]:
@@ -208,6 +212,20 @@ class Report:
             "images": len(self.rows),
             **detection_metrics(scores, forged, self.threshold),
             **{f"{name}_interval": list(interval) for name, interval in intervals.items()},
+            "found": {name: found_at(scores, forged, rate) for name, rate in TARGETS.items()},
+            "verdicts": self._verdicts(),
+        }
+
+    def _verdicts(self) -> dict[str, dict[str, float]]:
+        """The shares of the forged and of the untouched photos that have each verdict; empty without a score rule."""
+        groups = {
+            "forged": [r["verdict"] for r in self.rows if "verdict" in r and r["edited"] > 0],
+            "untouched": [r["verdict"] for r in self.rows if "verdict" in r and r["edited"] == 0],
+        }
+        return {
+            verdict: {name: _mean([float(v == verdict) for v in given]) for name, given in groups.items()}
+            for verdict in (EDITED, UNCLEAR, NO_TRACE)
+            if any(groups.values())
         }
 
     def _skipped(self, forged: list[dict[str, Any]], clean: list[dict[str, Any]]) -> dict[str, int]:
@@ -225,11 +243,15 @@ class Report:
 
 
 class _Map(NamedTuple):
-    """A probability map [H, W], the photo's score where the map's file has one, and seconds of the network."""
+    """A probability map [H, W], the photo's score if it comes with one, seconds of the network.
+
+    judged: with a score rule, "verdict" and "shown", the fraction of the pixels that `predict` marks by default.
+    """
 
     probability: FloatMap
     score: float | None
     seconds: float
+    judged: dict[str, Any] | None = None
 
 
 def evaluate(
@@ -260,7 +282,7 @@ def evaluate(
         if rules.scored_at is not None:
             image = _resize(image, (rules.scored_at, rules.scored_at), cv2.INTER_LINEAR)
         result = predict(image, model, size=policy, threshold=rules.threshold, device=device, progress=True)
-        return _Map(result.probability, result.score, result.seconds)
+        return _Map(result.probability, result.score, result.seconds, _judged(result))
 
     return _evaluate(samples, predicted, rules)
 
@@ -314,9 +336,17 @@ def _resize(values: npt.NDArray[Any], size: tuple[int, int], interpolation: int)
     return cv2.resize(values, size[::-1], interpolation=interpolation)
 
 
+def _judged(result: Prediction) -> dict[str, Any] | None:
+    if result.rule is None:
+        return None
+    marked = np.count_nonzero(result.probability > np.float32(result.rule.pixel_threshold))
+    shown = 0.0 if result.verdict == NO_TRACE else float(marked / result.probability.size)
+    return {"verdict": result.verdict, "shown": shown}
+
+
 def _score(sample: Labelled, given: _Map, report: Report) -> None:
     mask, threshold = sample.mask, report.threshold
-    probability, score, seconds = given
+    probability, score, seconds, judged = given
     if mask.shape != probability.shape:
         small = _resize(mask.astype(np.uint8), probability.shape, cv2.INTER_NEAREST) != 0
         if mask.any() and not small.any():
@@ -331,6 +361,7 @@ def _score(sample: Labelled, given: _Map, report: Report) -> None:
         "score": image_score(probability) if score is None else score,
         "alarm": float(np.count_nonzero(probability > np.float32(threshold)) / mask.size),
         "seconds": seconds,
+        **(judged or {}),
     }
     if mask.any():
         found = localization(probability, mask, threshold)
@@ -431,6 +462,15 @@ def _image_lines(summary: dict[str, Any]) -> list[str]:
             f"photos by their score above {summary['threshold']:g}: F1 {level['f1']:.4f}, "
             f"balanced accuracy {level['balanced_accuracy']:.4f}; AUC's 95 % interval {low:.4f} to {high:.4f}"
         )
+        found = ", ".join(f"{100 * level['found'][rate]:.1f} % at {100 * TARGETS[rate]:g} %" for rate in TARGETS)
+        lines.append(f"forged photos found at so many false alarms among these untouched ones: {found}")
+    for verdict, shares in level["verdicts"].items():
+        lines.append(
+            f"verdict {verdict}: {100 * shares['forged']:.1f} % of the forged, "
+            f"{100 * shares['untouched']:.1f} % of the untouched photos"
+        )
+    if "shown" in clean:
+        lines.append(f"pixels that predict marks in untouched photos: {100 * clean['shown']:.2f} %")
     return lines
 
 

@@ -491,6 +491,24 @@ def detection_metrics(scores: Array, forged: Array, threshold: float = 0.5) -> d
     }
 
 
+def found_at(scores: Array, forged: Array, rate: float) -> float:
+    """The share of the forged photos above the `alarm_threshold` of the untouched ones; NaN without either."""
+    scores, forged = np.asarray(scores), np.asarray(forged, np.bool_)
+    if not forged.any() or forged.all():
+        return math.nan
+    return float((scores[forged] > alarm_threshold(scores[~forged], rate)).mean())
+
+
+def alarm_threshold(untouched: Array, rate: float) -> float:
+    """The smallest value that at most a fraction `rate` of the scores of untouched photos [N] lie above, rate < 1."""
+    return float(np.sort(untouched)[::-1][allowed_alarms(len(untouched), rate)])
+
+
+def allowed_alarms(photos: int, rate: float) -> int:
+    """How many of so many photos `rate` allows: 0.1 of 30 are 3, whatever the product's rounding."""
+    return math.floor(photos * rate + 1e-9)
+
+
 def bootstrap_detection(
     scores: Array,
     forged: Array,

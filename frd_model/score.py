@@ -16,7 +16,16 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from frd_model.metrics import auc, bootstrap_detection, bootstrap_means, image_score, pixel_bands
+from frd_model.metrics import (
+    alarm_threshold,
+    allowed_alarms,
+    auc,
+    bootstrap_detection,
+    bootstrap_means,
+    found_at,
+    image_score,
+    pixel_bands,
+)
 
 __all__ = [
     "EDITED",
@@ -201,7 +210,7 @@ class ScoreRule:
     def _experience(self, verdict: str, rate: float) -> str:
         if verdict != NO_TRACE:
             untouched = self.validation.get("untouched")
-            if untouched is not None and not _allowed(untouched, rate):
+            if untouched is not None and not allowed_alarms(untouched, rate):
                 return f"none of the {untouched} untouched validation photos scores as high"
             return f"1 in {round(1 / rate)} untouched validation photos scores as high"
         as_low = 1.0 - self.validation.get("false_alarms", {}).get("0.10", rate)
@@ -299,7 +308,7 @@ def fit_rule(
     scale, offset = _platt(values[chosen], truth)
     # One by one, as `ScoreRule.score` computes them, so that ties stay ties.
     scores = np.array([_sigmoid(scale * value + offset) for value in values[chosen].tolist()])
-    thresholds = {rate: _threshold(scores[~truth], target) for rate, target in TARGETS.items()}
+    thresholds = {rate: alarm_threshold(scores[~truth], target) for rate, target in TARGETS.items()}
     validation = {
         "photos": len(truth),
         "untouched": int((~truth).sum()),
@@ -339,11 +348,10 @@ def _figures(
     values: Floats, forged: npt.NDArray[np.bool_], hosts: Sequence[str] | None, resamples: int, seed: int
 ) -> dict[str, Any]:
     interval = bootstrap_detection(values, forged, 0.0, resamples, seed, clusters=hosts)["auc"]
-    limit = _threshold(values[~forged], TARGETS["0.05"])
     return {
         "auc": float(auc(values, forged)),
         "auc_interval": _interval(interval),
-        "found_0.05": float((values[forged] > limit).mean()),
+        "found_0.05": found_at(values, forged, TARGETS["0.05"]),
     }
 
 
@@ -367,16 +375,6 @@ def _shares_above(
 def _interval(ends: tuple[float, float]) -> list[float] | None:
     """JSON has no NaN, which the bootstrap gives where it has no draw."""
     return None if math.isnan(ends[0]) else list(ends)
-
-
-def _threshold(untouched: Floats, rate: float) -> float:
-    """The smallest value that at most `rate` of the untouched lie above."""
-    return float(np.sort(untouched)[::-1][_allowed(len(untouched), rate)])
-
-
-def _allowed(photos: int, rate: float) -> int:
-    """How many of so many photos `rate` allows: 0.1 of 30 are 3, whatever the product's rounding."""
-    return math.floor(photos * rate + 1e-9)
 
 
 def _platt(values: Floats, forged: npt.NDArray[np.bool_]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from frd_model.cli import main
 from frd_model.data import forge_folder
 from frd_model.data.images import read_image, write_json, write_png
 from frd_model.eval_view import eval_view
-from frd_model.evaluate import Labelled, Unusable, evaluate
+from frd_model.evaluate import Labelled, Unusable, evaluate, format_summary
 from frd_model.metrics import image_score
 from frd_model.predict import logit_map
 from frd_model.score import ScoreRule, measure
@@ -173,6 +173,33 @@ def test_evaluate_takes_the_rules_score() -> None:
         report = evaluate([sample], net)
         assert report.failed == [] and report.rows[0]["score"] == predict(image, net).score
         assert report.rows[0]["alarm"] == pytest.approx(float((predict(image, net).probability > 0.5).mean()))
+
+
+def test_evaluate_counts_verdicts_and_what_predict_marks() -> None:
+    net = Brightness(calibrate(bright_squares(40), Brightness(), statistic="max", resamples=0).rule)
+    others = bright_squares(10, seed=1)
+    # Untouched, with a bright dot: above every threshold.
+    dotted = others[0].image.copy()
+    dotted[:2, :2] = 255
+    others.append(Labelled("dotted", "", dotted, np.zeros((64, 96), np.bool_)))
+    report = evaluate(others, net)
+    summary = report.summary(resamples=0)
+    assert summary["image_level"]["verdicts"]["edited"] == {"forged": 1.0, "untouched": pytest.approx(1 / 6)}
+    shares = summary["image_level"]["verdicts"].values()
+    assert sum(v["untouched"] for v in shares) == pytest.approx(1) == sum(v["forged"] for v in shares)
+    assert summary["authentic"]["shown"] == pytest.approx(
+        np.mean([predict(s.image, net).mask.mean() for s in others if not s.mask.any()])
+    )
+    assert summary["authentic"]["shown"] > 0
+    assert summary["image_level"]["found"] == {"0.01": 0.0, "0.05": 0.0, "0.10": 0.0}
+    text = format_summary(summary)
+    assert "verdict edited: 100.0 % of the forged, 16.7 % of the untouched photos" in text
+    assert "pixels that predict marks in untouched photos: " in text
+    plain = evaluate(others[:-1], Brightness()).summary(resamples=0)
+    assert plain["image_level"]["verdicts"] == {} and "shown" not in plain["authentic"]
+    assert plain["image_level"]["found"] == {"0.01": 1.0, "0.05": 1.0, "0.10": 1.0}
+    assert "verdict" not in format_summary(plain)
+    assert evaluate(others[1:2], net).summary(resamples=0)["image_level"]["verdicts"]["edited"]["forged"] == 1.0
 
 
 # The network and its file
