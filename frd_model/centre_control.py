@@ -71,7 +71,7 @@ def summarize_centre(
 
 
 def _above(rows: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> dict[str, float]:
-    differences = [float(r["auc"]) - float(r["centre_auc"]) for r in rows]
+    differences = [float(r.get("auc", math.nan)) - float(r.get("centre_auc", math.nan)) for r in rows]
     low, high = bootstrap_means({"above": differences}, resamples, seed)["above"]
     defined = [d for d in differences if not math.isnan(d)]
     mean = math.fsum(defined) / len(defined) if defined else math.nan

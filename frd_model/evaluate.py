@@ -137,7 +137,8 @@ class Report:
         `summarize_centre`. "authentic": false alarms on untouched photos, one where its score is above the report's
         threshold; with a score rule "shown", the fraction of their pixels that `predict` marks by default.
         "image_level": forged against untouched photos by their scores; "found": the share of the forged ones above the
-        score that at most 1, 5 or 10 % of these untouched ones pass; with a rule "verdicts": shares of both. "skipped": images by the reason for which a mean leaves them out.
+        score that at most 1, 5 or 10 % of these untouched ones pass; with a rule "verdicts": shares of both.
+        "skipped": images by the reason for which a mean leaves them out.
         """
         forged = [r for r in self.rows if r["edited"] > 0]
         clean = [r for r in self.rows if r["edited"] == 0]
@@ -462,7 +463,9 @@ def _image_lines(summary: dict[str, Any]) -> list[str]:
             f"photos by their score above {summary['threshold']:g}: F1 {level['f1']:.4f}, "
             f"balanced accuracy {level['balanced_accuracy']:.4f}; AUC's 95 % interval {low:.4f} to {high:.4f}"
         )
-        found = ", ".join(f"{100 * level['found'][rate]:.1f} % at {100 * TARGETS[rate]:g} %" for rate in TARGETS)
+        found = ", ".join(
+            f"{100 * level['found'][rate]:.1f} % at {100 * TARGETS[rate]:g} %" for rate in TARGETS
+        )
         lines.append(f"forged photos found at so many false alarms among these untouched ones: {found}")
     for verdict, shares in level["verdicts"].items():
         lines.append(

@@ -199,7 +199,9 @@ def test_evaluate_counts_verdicts_and_what_predict_marks() -> None:
     assert plain["image_level"]["verdicts"] == {} and "shown" not in plain["authentic"]
     assert plain["image_level"]["found"] == {"0.01": 1.0, "0.05": 1.0, "0.10": 1.0}
     assert "verdict" not in format_summary(plain)
-    assert evaluate(others[1:2], net).summary(resamples=0)["image_level"]["verdicts"]["edited"]["forged"] == 1.0
+    assert (
+        evaluate(others[1:2], net).summary(resamples=0)["image_level"]["verdicts"]["edited"]["forged"] == 1.0
+    )
 
 
 # The network and its file
