@@ -19,6 +19,7 @@ from frd_model.calibrate import calibrate
 from frd_model.cli import main
 from frd_model.data import forge_folder
 from frd_model.data.images import read_image, write_json, write_png
+from frd_model.data.transforms import to_tensor
 from frd_model.eval_view import eval_view
 from frd_model.evaluate import Labelled, Unusable, evaluate, format_summary
 from frd_model.metrics import image_score
@@ -159,6 +160,38 @@ def test_the_head_of_a_tiled_photo_is_the_largest_of_its_tiles() -> None:
     for size in ("whole", "tiles"):
         assert predict(image, net, size=size, tile=64, overlap=8).statistic == pytest.approx(want, rel=1e-5)
     assert logit_map(image, net).head is None
+
+
+def test_the_head_of_a_net(forged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a net with an image head to a verdict by it, in one tile, in several and in training mode."""
+    net, image = tiny(image_head=True), photo(100, 130)
+    batch = torch.stack([to_tensor(image)])
+    with torch.no_grad():
+        logits, scores = net.with_score(batch)
+    found = logit_map(image, net, head=True)
+    np.testing.assert_allclose(found.logits, logits[0, 0].numpy(), rtol=1e-5, atol=1e-5)
+    assert found.head == pytest.approx(float(scores[0]), rel=1e-5)
+    tiled = logit_map(image, net, size="tiles", tile=64, overlap=16, head=True).head
+    crops = [image[y : y + 64, x : x + 64] for y in (0, 36) for x in (0, 33, 66)]
+    assert tiled == pytest.approx(max(logit_map(crop, net, head=True).head for crop in crops), rel=1e-4)
+
+    save_model(net, tmp_path / "head.safetensors")
+    data = ["--images", forged / "images", "--masks", forged / "masks", "--resamples", 0]
+    given = ["--checkpoint", tmp_path / "head.safetensors", "--out", tmp_path / "made.safetensors"]
+    assert run("calibrate", *data, *given, "--statistic", "head") == 0
+    assert any(
+        line.split()[0] == "head" for line in capsys.readouterr().out.splitlines() if "<- the score" in line
+    )
+    made = load_model(tmp_path / "made.safetensors")
+    assert made.score_rule is not None and made.score_rule.statistic == "head"
+    assert predict(image, made).statistic == pytest.approx(float(scores[0]), rel=1e-5)
+    wrapped = create_model(
+        "frdnet_mit_b0", preset="lite", image_head=True, pretrained=tmp_path / "made.safetensors", **TINY
+    )
+    assert wrapped.training and predict(image, wrapped).statistic == predict(image, made).statistic
+    assert predict(image, made.half()).statistic == pytest.approx(float(scores[0]), abs=0.05)
+    headless = create_model("frdnet_mit_b0", preset="lite", pretrained=tmp_path / "made.safetensors", **TINY)
+    assert predict(image, headless).verdict is None
 
 
 def test_a_rule_for_a_head_that_is_not_there() -> None:

@@ -63,8 +63,8 @@ def test_figures_and_means(samples: list[Labelled]) -> None:
 def test_forged_samples_are_balanced_and_reproducible() -> None:
     first, again = (forged_samples("val", 1, 3) for _ in range(2))
     made = list(first.samples)
-    assert len(made) == first.length == 8
-    assert [m.kind for m in made[:4]] == ["splicing", "copy_move", "removal", "authentic"]
+    assert len(made) == first.length == 10
+    assert [m.kind for m in made[:5]] == ["splicing", "copy_move", "removal", "retouch", "authentic"]
     assert all(m.mask.any() == (m.kind != "authentic") for m in made)
     for one, other in zip(made, again.samples, strict=True):
         assert np.array_equal(one.image, other.image) and np.array_equal(one.mask, other.mask)
