@@ -1,4 +1,4 @@
-"""Runs baselines, controls and nets over a folder that `frd forge` made, image by image, and takes their means.
+"""Runs baselines, controls and nets over folders that `frd forge` made, image by image, and takes their means.
 
 A method that the result file has is not run again: the baselines need one run, a net one for each checkpoint.
 """
@@ -97,7 +97,7 @@ def entrants(checkpoints: Sequence[str]) -> dict[str, Entrant]:
 
 
 class Image(NamedTuple):
-    """A photo of the folder; operation: of an edit, with its kind where two kinds share it."""
+    """operation: the forger's method, "" for an untouched photo."""
 
     name: str
     kind: str
@@ -107,28 +107,25 @@ class Image(NamedTuple):
     mask: pathlib.Path
 
 
-def read_folder(folder: pathlib.Path) -> list[Image]:
-    """What the manifest of `frd forge` lists.
+def read_folders(folders: Sequence[pathlib.Path]) -> list[Image]:
+    """What the manifests of `frd forge` list, one folder after another.
 
     Raises:
-        ValueError: the folder has no manifest.
+        ValueError: a folder has no manifest.
     """
-    file = folder / "manifest.json"
-    if not file.is_file():
-        raise ValueError(
-            f"--data must be a folder that frd forge made, got {str(folder)!r} without manifest.json"
-        )
-    return [
-        Image(
-            item["name"],
-            item["kind"],
-            item["parameters"].get("method", ""),
-            item["host"],
-            folder / item["image"],
-            folder / item["mask"],
-        )
-        for item in json.loads(file.read_text())["items"]
-    ]
+    found = []
+    for folder in folders:
+        file = folder / "manifest.json"
+        if not file.is_file():
+            raise ValueError(
+                f"--data must be folders that frd forge made, got {str(folder)!r} without manifest.json"
+            )
+        for item in json.loads(file.read_text())["items"]:
+            paths = folder / item["image"], folder / item["mask"]
+            found.append(
+                Image(item["name"], item["kind"], item["parameters"].get("method", ""), item["host"], *paths)
+            )
+    return found
 
 
 def figures(found: Found, mask: Bools) -> Record:
@@ -241,7 +238,12 @@ def rounded(*values: float) -> list[float | None]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=pathlib.Path, required=True, metavar="DIR", help="a folder that frd forge made"
+        "--data",
+        type=pathlib.Path,
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="folders that frd forge made",
     )
     parser.add_argument(
         "--checkpoint",
@@ -262,7 +264,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Returns the exit status: 2 for wrong usage."""
     try:
-        images = read_folder(options.data)
+        images = read_folders(options.data)
         given = entrants(options.checkpoint)
         result = opened(options.out, options.data, images)
         names = chosen_methods(options.methods, given, result["methods"])
@@ -279,28 +281,21 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def opened(file: pathlib.Path, folder: pathlib.Path, images: Sequence[Image]) -> Record:
+def opened(file: pathlib.Path, folders: Sequence[pathlib.Path], images: Sequence[Image]) -> Record:
     """The result file, or a new one for these images.
 
     Raises:
         ValueError: the file is of other images.
     """
-    from frd_model.data import forge_options
+    from frd_model.data.forge_options import UNSEEN
 
-    manifest = (folder / "manifest.json").read_bytes()
-    head = {"manifest": hashlib.sha256(manifest).hexdigest()[:16]}
+    manifests = b"".join((folder / "manifest.json").read_bytes() for folder in folders)
+    head = {"manifests": hashlib.sha256(manifests).hexdigest()[:16]}
     old = read_json(file)
-    if old and old.get("manifest") != head["manifest"]:
-        raise ValueError(
-            f"--out must hold results of the images in {str(folder)!r}, got {str(file)!r} of others"
-        )
+    if old and old.get("manifests") != head["manifests"]:
+        raise ValueError(f"--out must hold results of the images of --data, got {str(file)!r} of others")
     columns = [{"name": i.name, "kind": i.kind, "operation": i.operation, "host": i.host} for i in images]
-    return old or {
-        **head,
-        "unseen": list(getattr(forge_options, "UNSEEN", ())),
-        "methods": {},
-        "images": columns,
-    }
+    return old or {**head, "unseen": list(UNSEEN), "methods": {}, "images": columns}
 
 
 def chosen_methods(text: str | None, given: dict[str, Entrant], done: Record) -> list[str]:

@@ -47,7 +47,7 @@ def splicebuster(image: UInt8, block: int = 64, dimensions: int = 5, outlier: fl
         distance = mahalanobis(points, weights)
         weights = 1 / (1 + np.exp(np.clip((distance - limit) / 2, -50, 50)))
     fit = np.sqrt(distance).reshape(features.shape[:2]).astype(np.float32)
-    return at_pixels(fit, image.shape[:2])
+    return at_pixels(fit, image)
 
 
 def principal(points: npt.NDArray[np.float64], dimensions: int) -> npt.NDArray[np.float64]:
@@ -68,7 +68,7 @@ def mahalanobis(points: npt.NDArray[np.float64], weights: npt.NDArray[np.float64
 def block_histograms(grey: FloatMap, block: int) -> FloatMap:
     """Relative frequencies of the residuals' words in the block around every cell: float32 [rows, columns, 2 x 25]."""
     down, right = (-size % CELL for size in grey.shape)
-    grey = cv2.copyMakeBorder(grey, 0, down, 0, right, cv2.BORDER_REFLECT)
+    grey = cv2.copyMakeBorder(grey, 0, down, 0, right, cv2.BORDER_REFLECT_101)
     rows, columns = quantised(grey), quantised(np.ascontiguousarray(grey.T)).T
     # A camera's rows and columns have the same statistics, so that both count together.
     along = cell_counts(rows, 1) + cell_counts(columns, 0)
@@ -81,7 +81,7 @@ def block_histograms(grey: FloatMap, block: int) -> FloatMap:
 def quantised(grey: FloatMap) -> npt.NDArray[np.int64]:
     """The residual along rows as 0, 1 or 2, of the photo's size."""
     kernel = np.array([[1, -3, 3, -1]], np.float32)
-    residual = cv2.filter2D(grey, cv2.CV_32F, kernel, anchor=(1, 0), borderType=cv2.BORDER_REFLECT)
+    residual = cv2.filter2D(grey, cv2.CV_32F, kernel, anchor=(1, 0), borderType=cv2.BORDER_REFLECT_101)
     return np.clip(np.round(residual / STEP), -1, 1).astype(np.int64) + 1
 
 

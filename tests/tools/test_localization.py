@@ -219,7 +219,7 @@ def test_what_the_command_refuses(
     out = tmp_path / "results.json"
     arguments = ["localization", "--out", str(out), "--methods"]
     assert command.main([*arguments, "centre", "--data", str(tmp_path)]) == 2
-    assert "must be a folder that frd forge made" in capsys.readouterr().err
+    assert "must be folders that frd forge made" in capsys.readouterr().err
     assert command.main([*arguments, "centre,magic", "--data", str(folder)]) == 2
     assert "--methods must be some of error level, " in capsys.readouterr().err
     assert not out.exists()
