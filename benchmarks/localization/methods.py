@@ -84,8 +84,8 @@ def noise_variance(image: UInt8, side: int = 3) -> FloatMap:
 def noise_level(image: UInt8, side: int = 48) -> FloatMap:
     """Noise's standard deviation in blocks (Mahdian and Saic, 2009; the estimator is Donoho's).
 
-    sigma = median |HH| / 0.6745 of the finest diagonal Haar band in a block of `side` pixels, which edges hardly move; the
-    deviation of log sigma from the image's median.
+    sigma = median |HH| / 0.6745 of the finest diagonal Haar band in a block of `side` pixels, which edges hardly move;
+    the deviation of log sigma from the image's median.
     """
     grey = cv2.copyMakeBorder(luma(image), 0, 1, 0, 1, cv2.BORDER_REFLECT)
     height, width = (length // 2 * 2 for length in grey.shape)
