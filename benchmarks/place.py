@@ -24,14 +24,23 @@ from torch import Tensor, nn
 
 from frd_model import load_model
 from frd_model.data.forge import Forger
-from frd_model.data.forge_options import KINDS, ForgeOptions
+from frd_model.data.forge_options import ForgeOptions
 from frd_model.data.images import read_image, write_json
 from frd_model.evaluate import Labelled
 from frd_model.predict import probability_map
 from frd_model.shift_test import Look, ShiftTest, Window, look_with
 
 CONTEXT, VIEW = 64, 640
-SMALL = ForgeOptions(area=(0.005, 0.03), removal_area=(0.005, 0.03))
+KINDS = ("splicing", "copy_move", "removal")
+# Small enough for crops to move, and without a hand-off, which would change the view's size.
+SMALL = ForgeOptions(
+    area=(0.005, 0.03),
+    removal_area=(0.005, 0.03),
+    cut_by_frame=False,
+    handoff=0.0,
+    handoff_resize=0.0,
+    handoff_crop=0.0,
+)
 # The padded convolutions: of the encoder its patch embeddings and depthwise ones, and those of the other parts.
 PARTS = ("trace", "patch_embed", "dwconv", "blocks", "decoder")
 
