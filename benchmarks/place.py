@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from frd_model.data.images import read_image, write_json
 from frd_model.evaluate import Labelled
 from frd_model.predict import probability_map
 from frd_model.shift_test import Look, ShiftTest, Window, look_with
+from frd_model.weights import demo_path
 
 CONTEXT, VIEW = 64, 640
 KINDS = ("splicing", "copy_move", "removal")
@@ -196,9 +198,10 @@ def main() -> None:
             for part in PARTS
         },
     }
+    weights = demo_path() if args.checkpoint == "demo" else Path(args.checkpoint)
     result: dict[str, Any] = {
-        "method": " ".join(__doc__.split()),
         "checkpoint": args.checkpoint,
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "variants": {},
     }
     for name, (look, begin) in variants.items():
