@@ -22,12 +22,14 @@ POLICY = "auto"
 
 @dataclass(frozen=True)
 class Calibration:
-    """rule: see `ScoreRule`; beside the figures of `fit_rule` its validation has "pixel_f1", the mean F1 of the forged
-    photos at the pixel threshold, "pixel_false_alarm", the mean share of the pixels that it marks in untouched ones,
-    whatever the verdict, and "size_policy".
+    """What `calibrate` found.
 
-    rows: one per photo: name, kind, host (None: not known), edited (share of its pixels) and every statistic.
-    failed: name and error of each photo that could not be used.
+    Attributes:
+        rule: beside the figures of `fit_rule` its validation has "pixel_f1", the mean F1 of the forged photos at the
+            pixel threshold, "pixel_false_alarm", the mean share of the pixels that it marks in untouched ones, whatever
+            the verdict, and "size_policy".
+        rows: one per photo: name, kind, host (None: not known), edited (share of its pixels) and every statistic.
+        failed: name and error of each photo that could not be used.
     """
 
     rule: ScoreRule

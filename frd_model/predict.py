@@ -59,7 +59,7 @@ class PredictionError(RuntimeError):
 
 
 class LogitMap(NamedTuple):
-    """logits [H, W] float32; head: the image-level logit of a network with `config.image_head`, if asked for."""
+    """logits [H, W] float32, and head, the image-level logit of a network with `config.image_head`, if asked for."""
 
     logits: FloatMap
     head: float | None
@@ -69,18 +69,19 @@ class LogitMap(NamedTuple):
 class Prediction:
     """The network's result for one photo.
 
-    probability: [H, W] float32 in [0, 1], at the photo's own size.
-    mask: [H, W] bool, probability > threshold; empty where the verdict is "no trace found", unless `raw` was asked for.
-    score: float in [0, 1], how likely it is that the photo was edited anywhere: that of the network's `score_rule`, or
-        without one `metrics.image_score`, which ranks photos but is no probability.
-    size: (H, W) of the photo.
-    threshold: the probability above which a pixel counts as edited.
-    seconds: time in the network and in blending, without reading the file.
-    verdict: "edited", "unclear" or "no trace found"; None without a rule, as the three that follow.
-    false_alarm_rate: of the threshold that decided, on the untouched photos of the rule's validation: 0.01 for
-        "edited", 0.05 or 0.1 for "unclear", 0.1 for "no trace found" (`ScoreRule.judge`).
-    statistic: the value that the score was made from.
-    rule: the network's rule, with all its thresholds and the figures of its validation.
+    Attributes:
+        probability: [H, W] float32 in [0, 1], at the photo's own size.
+        mask: [H, W] bool, probability > threshold; empty where the verdict is "no trace found", unless `raw` was given.
+        score: float in [0, 1], how likely it is that the photo was edited anywhere: that of the network's `score_rule`,
+            or without one `metrics.image_score`, which ranks photos but is no probability.
+        size: (H, W) of the photo.
+        threshold: the probability above which a pixel counts as edited.
+        seconds: time in the network and in blending, without reading the file.
+        verdict: "edited", "unclear" or "no trace found"; None without a rule, as the three that follow.
+        false_alarm_rate: of the threshold that decided, on the untouched photos of the rule's validation: 0.01 for
+            "edited", 0.05 or 0.1 for "unclear", 0.1 for "no trace found" (`ScoreRule.judge`).
+        statistic: the value that the score was made from.
+        rule: the network's rule, with all its thresholds and the figures of its validation.
     """
 
     probability: FloatMap

@@ -108,32 +108,33 @@ def _mean_marked(m: _Map) -> float:
 
 #: Statistics of a map of logits z [H, W], H, W >= 1. Pixels with z > 0 have a probability above 0.5.
 #:
+#: - `max`: max z
+#: - `top_0.1_percent`, `top_1_percent`: mean of the highest 0.1 % or 1 % of z, at least one pixel
+#: - `top_1_percent_contrast`: the latter - median z
+#: - `window_32`, `window_64`, `window_128`: the largest mean of z over a square of so many pixels that lies inside the
+#:   photo, cut to a smaller photo
+#: - `window_32_contrast`, ...: the same - median z
+#: - `area`: number of z > 0 / (H W)
+#: - `component`: log(1 + pixels of the largest 8-connected component of z > 0)
+#: - `mean_marked`: mean of the z > 0; max z where there is none
+#:
 #: Statistics of a highest value (`max`, `window_*`) grow with the number of pixels that it is taken over, `component`
 #: with the resolution at which a photo shows the same region. Shares of the pixels (`top_*`, `area`) do not change with
 #: the photo's size as such, but an edit of so many pixels counts the less the larger the photo. `*_contrast` do not
 #: change if a constant is added to the map, the others do.
 STATISTICS: dict[str, Callable[[_Map], float]] = {
-    # max z
     "max": lambda m: m.highest,
-    # mean of the highest 0.1 % of z, at least one pixel
     "top_0.1_percent": lambda m: image_score(m.logits, 0.001),
-    # mean of the highest 1 % of z, at least one pixel
     "top_1_percent": lambda m: m.top,
-    # the same minus the median of z
     "top_1_percent_contrast": lambda m: m.top - m.median,
-    # the largest mean of z over a square of 32, 64 or 128 pixels that lies inside the photo, cut to a smaller photo
     "window_32": _window(32),
     "window_64": _window(64),
     "window_128": _window(128),
-    # the same minus the median of z
     "window_32_contrast": _window_contrast(32),
     "window_64_contrast": _window_contrast(64),
     "window_128_contrast": _window_contrast(128),
-    # number of z > 0 / (H W)
     "area": lambda m: float(np.count_nonzero(m.logits > 0) / m.logits.size),
-    # log(1 + pixels of the largest 8-connected component of z > 0)
     "component": _component,
-    # mean of the z > 0; max z where there is none
     "mean_marked": _mean_marked,
 }
 
@@ -170,7 +171,8 @@ class ScoreRule:
 
     Attributes:
         statistic: a key of `STATISTICS`, or "head".
-        scale, offset: of the statistic, scale >= 0.
+        scale: of the statistic, at least 0.
+        offset: see above.
         pixel_threshold: the probability above which a pixel counts as edited, unless another one is asked for.
         thresholds: of the score, by the rate of false alarms "0.01", "0.05", "0.10": at most so large a share of the
             untouched validation photos scores above it.
@@ -295,7 +297,9 @@ def fit_rule(
     Returns:
         The rule, with `validation`: photos, untouched, forged, hosts (how many; None: not known), auc, auc_interval; by
         rate found and false_alarms, the shares of the forged and untouched photos above each threshold, and their
-        found_interval and false_alarms_interval; statistics: auc, auc_interval and found_0.05 of every one.
+        found_interval and false_alarms_interval; false_alarms_left_out: the same share of untouched photos where the
+        threshold comes from those of the other hosts, which tells more of new photos (None for fewer than two hosts);
+        statistics: auc, auc_interval and found_0.05 of every one.
 
     Raises:
         ValueError: photos of one class only, lengths that differ, a value that is not finite, an unknown name.
@@ -317,6 +321,9 @@ def fit_rule(
         "auc": table[chosen]["auc"],
         "auc_interval": table[chosen]["auc_interval"],
         **_shares_above(scores, truth, thresholds, hosts, resamples, seed),
+        "false_alarms_left_out": None
+        if hosts is None
+        else _left_out(scores[~truth], np.array(hosts)[~truth]),
         "statistics": table,
     }
     return ScoreRule(chosen, scale, offset, pixel_threshold, thresholds, validation)
@@ -370,6 +377,19 @@ def _shares_above(
         result[name] = {rate: float(np.nanmean(column)) for rate, column in above.items()}
         result[f"{name}_interval"] = {rate: _interval(intervals[rate]) for rate in above}
     return result
+
+
+def _left_out(untouched: Floats, hosts: npt.NDArray[Any]) -> dict[str, float] | None:
+    """The share of the untouched photos [N] above the threshold of the photos of other hosts, by rate."""
+    names = set(hosts.tolist())
+    if len(names) < 2:
+        return None
+    own = [hosts == name for name in names]
+    return {
+        rate: sum(int((untouched[mine] > alarm_threshold(untouched[~mine], target)).sum()) for mine in own)
+        / len(untouched)
+        for rate, target in TARGETS.items()
+    }
 
 
 def _interval(ends: tuple[float, float]) -> list[float] | None:

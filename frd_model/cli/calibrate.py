@@ -138,14 +138,17 @@ def describe(rule: ScoreRule) -> list[str]:
         )
     lines.append(f"score = sigmoid({rule.scale:.6g} * {rule.statistic} {rule.offset:+.6g})")
     lines.append(
-        f"{'false alarms':<12} {'score above':>11} {'of untouched':>13} {'of forged':>10} {'95 % interval':>18}"
+        f"{'false alarms':<12} {'score above':>11} {'of untouched':>13} {'left out':>10} {'of forged':>10} "
+        f"{'95 % interval':>18}"
     )
     for rate, limit in rule.thresholds.items():
         lines.append(
             f"{'at most ' + format(100 * float(rate), 'g') + ' %':<12} {limit:>11.4f} "
-            f"{100 * v['false_alarms'][rate]:>11.2f} % {100 * v['found'][rate]:>8.1f} % "
-            f"{_interval(v['found_interval'][rate]):>18}"
+            f"{100 * v['false_alarms'][rate]:>11.2f} % {_percent(v['false_alarms_left_out'], rate):>10} "
+            f"{100 * v['found'][rate]:>8.1f} % {_interval(v['found_interval'][rate]):>18}"
         )
+    if v["false_alarms_left_out"]:
+        lines.append("left out: untouched images above the threshold that those of the other photos give")
     lines.append(
         f"pixels above {rule.pixel_threshold:g}: mean F1 of the forged {v['pixel_f1']:.4f}, "
         f"marked in untouched {100 * v['pixel_false_alarm']:.2f} %"
@@ -155,6 +158,10 @@ def describe(rule: ScoreRule) -> list[str]:
             f"note: {v['untouched']} untouched images are fewer than 100: none is above the 1 % threshold"
         )
     return lines
+
+
+def _percent(shares: dict[str, float] | None, rate: str) -> str:
+    return "-" if shares is None else f"{100 * shares[rate]:.2f} %"
 
 
 def _interval(ends: list[float] | None) -> str:

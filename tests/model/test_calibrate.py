@@ -451,14 +451,13 @@ def test_from_a_forged_folder_to_a_verdict(
     metadata = read_metadata(made)["metadata"]
     assert metadata.pop("score") == content["rule"] and metadata == {"note": "kept"}
     assert abs(made.stat().st_size - plain.stat().st_size) < 10_000, "half precision must stay"
-    for name, value in load_model(plain).state_dict().items():
-        assert torch.equal(load_model(made).state_dict()[name], value)
+    net, before = load_model(made), load_model(plain).state_dict()
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
     images = sorted((forged / "images").iterdir())
     assert run("predict", *images, "--checkpoint", made, "--out", tmp_path / "out", "--json") == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 18
-    net = load_model(made)
     for image, record in zip(images, records, strict=True):
         result = predict(image, net)
         assert record == json.loads((tmp_path / "out" / f"{record['name']}.json").read_text())

@@ -304,6 +304,19 @@ def test_hosts_widen_the_intervals_of_photos_that_are_alike() -> None:
     assert widths[1] > 2 * widths[0]
 
 
+def test_false_alarms_of_hosts_that_took_no_part() -> None:
+    """Host b is above everything of host a, and nothing of a is above b: half of the photos, whatever the rate."""
+    values = np.array([1.0, 2.0, 3.0, 4.0, 9.0, 9.0, 9.0, 9.0, 20.0])
+    forged = np.arange(9) == 8
+    hosts = ["a"] * 4 + ["b"] * 4 + ["a"]
+    fitted = fit_rule({"max": values}, forged, hosts=hosts, resamples=0)
+    assert fitted.validation["false_alarms_left_out"] == dict.fromkeys(TARGETS, 0.5)
+    assert set(fitted.validation["false_alarms"].values()) == {0.0}
+    assert fit_rule({"max": values}, forged, resamples=0).validation["false_alarms_left_out"] is None
+    alone = fit_rule({"max": values}, forged, hosts=["a"] * 9, resamples=0)
+    assert alone.validation["false_alarms_left_out"] is None
+
+
 @pytest.mark.parametrize(
     ("score", "verdict", "rate"),
     [
