@@ -35,11 +35,12 @@ def localize(sample: Labelled, out: Path, checkpoint: Checkpoint) -> dict[str, A
         "name": sample.name,
         "marked": float(result.mask.mean()),
         "score": result.score,
+        "verdict": result.verdict or "",
         "milliseconds": 1e3 * result.seconds,
         "panel": panel(sample, overlay(sample.image, result.probability)),
     }
     if sample.mask.any():
-        row |= image_metrics(result.probability, sample.mask)
+        row |= image_metrics(result.probability, sample.mask, result.threshold)
     return row
 
 
@@ -56,7 +57,8 @@ def panel(sample: Labelled, heat: np.ndarray) -> np.ndarray:
 
 def line(row: dict[str, Any]) -> str:
     f1, auc = (f"{row[key]:6.3f}" if key in row else "     -" for key in ("f1", "auc"))
-    return f"{row['name']:26} {f1} {auc} {100 * row['marked']:8.1f} {row['score']:7.3f} {row['milliseconds']:8.0f}"
+    figures = f"{100 * row['marked']:8.1f} {row['score']:7.3f} {row['milliseconds']:8.0f}"
+    return f"{row['name']:26} {f1} {auc} {figures}  {row['verdict']}".rstrip()
 
 
 def main() -> int:
@@ -70,7 +72,7 @@ def main() -> int:
 
     checkpoint = open_checkpoint(None, "cpu")
     source = forged_samples("heldout", 1, options.seed)
-    print(f"{'photo':26} {'F1':>6} {'AUC':>6} {'marked %':>8} {'score':>7} {'ms':>8}", flush=True)
+    print(f"{'photo':26} {'F1':>6} {'AUC':>6} {'marked %':>8} {'score':>7} {'ms':>8}  verdict", flush=True)
     panels = []
     for sample in source.samples:
         row = localize(sample, options.out, checkpoint)
