@@ -248,30 +248,25 @@ def _predict_one(
     start = time.perf_counter()
     logits, head = logit_map(pixels, view, head=rule is not None and rule.statistic == HEAD, **options)
     seconds = time.perf_counter() - start
-    value = None if rule is None else statistic(rule.statistic, logits, head)
+    judged = {} if rule is None else _judge(rule, statistic(rule.statistic, logits, head))
     probability = sigmoid(logits)
     mask = probability > threshold
-    found: dict[str, Any] = {"score": image_score(probability)}
-    if rule is not None and value is not None:
-        score = rule.score(value)
-        verdict, rate = rule.judge(score)
-        found = {
-            "score": score,
-            "verdict": verdict,
-            "false_alarm_rate": rate,
-            "statistic": value,
-            "rule": rule,
-        }
-        if verdict == NO_TRACE and not raw:
-            mask[:] = False
+    if judged.get("verdict") == NO_TRACE and not raw:
+        mask[:] = False
     return Prediction(
         probability=probability,
         mask=mask,
         size=(pixels.shape[0], pixels.shape[1]),
         threshold=float(threshold),
         seconds=seconds,
-        **found,
+        **(judged or {"score": image_score(probability)}),
     )
+
+
+def _judge(rule: ScoreRule, value: float) -> dict[str, Any]:
+    score = rule.score(value)
+    verdict, rate = rule.judge(score)
+    return {"score": score, "verdict": verdict, "false_alarm_rate": rate, "statistic": value, "rule": rule}
 
 
 def sigmoid(logits: FloatMap) -> FloatMap:

@@ -74,7 +74,8 @@ def save_model(
             models (FSDP, ``fully_shard``) are gathered: call it in every process; the first one writes.
         path: the file; ``~`` is expanded. Written atomically.
         metadata: any JSON values, for example the training command; :func:`read_metadata` returns them. The net's
-            `score_rule` is stored with them as "score"; a rule there that the net does not have is left out.
+            `score_rule` is stored with them as "score"; a rule there that the net does not have is left out. Set it to
+            None on a copy whose weights follow a training without `train()`, such as an AveragedModel.
         half: store floating-point parameters as float16, half the size.
 
     Raises:
