@@ -98,7 +98,7 @@ def _window_contrast(side: int) -> Callable[[_Map], float]:
 
 
 def _component(m: _Map) -> float:
-    sizes = cv2.connectedComponentsWithStats((m.logits > 0).astype(np.uint8))[2][1:, cv2.CC_STAT_AREA]
+    sizes = cv2.connectedComponentsWithStats((m.logits > 0).view(np.uint8))[2][1:, cv2.CC_STAT_AREA]
     return math.log1p(int(sizes.max())) if len(sizes) else 0.0
 
 
