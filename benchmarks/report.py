@@ -12,7 +12,7 @@ import collections
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .compare import geomean
@@ -324,28 +324,102 @@ def nets() -> str:
     return table(("machine", "net", "dtype", "mode", "ours, ms", "eager, ms", "ratio", "A/A"), rows)
 
 
-FIGURES = {"permute_f1": "permute-F1", "f1": "F1", "auc": "AUC", "iou": "IoU"}
+# Rows of the card's comparison: name in the file, text. Nets come first, as the file has them.
+OTHERS = {
+    "Splicebuster": "Splicebuster-like clustering",
+    "noise variance": "noise-residual variance",
+    "noise level": "noise level",
+    "error level": "error level analysis",
+    "JPEG ghosts": "JPEG ghosts",
+    "centre": "centre control",
+    "all white": "all-white mask",
+}
+PIXELS = {"auc": "AUC", "permute_f1": "permute-F1", "optimal_f1": "best permute-F1"}
+RATES = {"0.01": "1 %", "0.05": "5 %", "0.10": "10 %"}
 
 
-def demo_heldout() -> str:
-    """Means over forged images: the checkpoint (and by kind of forgery), the untrained net, the all-white mask."""
-    trained, untrained = (read_json(RESULTS / "demo" / f"{name}.json") for name in ("heldout", "untrained"))
-    rows = {"**demo checkpoint**": trained["forged"]}
-    rows |= {f"... {kind.replace('_', '-')} alone": row for kind, row in trained["by_kind"].items()}
-    rows |= {"the same net, untrained": untrained["forged"], "all-white mask": trained["white_mask"]}
-    lines = [cells(name, *(f"{row[key]:.3f}" for key in FIGURES)) for name, row in rows.items()]
-    return table(("on forged images", *FIGURES.values()), lines)
+def comparison() -> dict[str, Record]:
+    """The methods of the card, by the text of their row."""
+    methods = read_json(RESULTS / "demo" / "comparison.json")["methods"]
+    nets = {f"**{name}**": method for name, method in methods.items() if name.startswith("net ")}
+    return nets | {text: methods[name] for name, text in OTHERS.items()}
 
 
-def demo_alarms() -> str:
-    """What the nets mark in untouched photos."""
+def middle(value: list[float], percent: bool = False) -> str:
+    """A mean without its interval."""
+    return "-" if value[0] is None else f"{100 * value[0]:.1f} %" if percent else f"{value[0]:.3f}"
+
+
+def interval(value: list[float], percent: bool = False) -> str:
+    if value[1] is None:
+        return middle(value, percent)
+    ends = [f"{100 * end:.1f}" if percent else f"{end:.3f}" for end in value[1:]]
+    return f"{middle(value, percent)} ({' to '.join(ends)})"
+
+
+def demo_pixels(figure: str) -> str:
+    """A pixel figure of each method: seen operations, each kind of them, unseen operations, each of these."""
+    found = read_json(RESULTS / "demo" / "comparison.json")
+    means = {name: method["means"] for name, method in comparison().items()}
+    first = next(iter(means.values()))
+    kinds = [kind for kind in ("splicing", "copy_move", "removal", "retouch") if kind in first]
+    unseen = [name for name in first if name.split()[-1] in found["unseen"]]
+    groups = ["seen", *kinds, "unseen", *unseen]
+    titles = [f"{name.split()[-1].replace('_', '-')}, {first[name]['images']}" for name in groups]
+    rows = [
+        cells(name, *((interval if g in ("seen", "unseen") else middle)(row[g][figure]) for g in groups))
+        for name, row in means.items()
+    ]
+    return table((f"pixel {PIXELS[figure]}", *titles), rows)
+
+
+def demo_operations() -> str:
+    """Pixel AUC of the net, the best baseline and the centre control, and found photos, for each operation."""
+    means = {name: method["means"] for name, method in comparison().items()}
+    net = next(iter(means.values()))
+    shown = [next(iter(means)), OTHERS["Splicebuster"], OTHERS["centre"]]
+    rows = [
+        cells(
+            name.replace("copy_move", "copy-move"),
+            row["images"],
+            *(middle(means[method][name]["auc"]) for method in shown),
+            middle(row["found"]["0.05"], percent=True),
+        )
+        for name, row in net.items()
+        if " " in name
+    ]
+    return table(("operation", "images", *(f"AUC, {name}" for name in shown), "found at 5 %"), rows)
+
+
+def demo_photos() -> str:
+    """What each method's score says of a photo, and what it marks in untouched ones."""
     rows = []
-    for name, file in (("**demo checkpoint**", "heldout"), ("the same net, untrained", "untrained")):
-        clean = read_json(RESULTS / "demo" / f"{file}.json")["authentic"]
-        alarms = (f"{100 * clean[key]:.1f} %" for key in ("pixel_false_alarm", "photo_false_alarm"))
-        rows.append(cells(name, *alarms, f"{clean['score_auc']:.3f}"))
-    titles = ("pixels marked", "score above 0.5", "AUC of the score, forged against untouched")
-    return table(("on untouched images", *titles), rows)
+    for name, method in comparison().items():
+        means = method["means"]
+        groups = (means["seen"], means["unseen"])
+        figures = [interval(group["score_auc"]) for group in groups]
+        figures += [" / ".join(middle(g["found"][r], percent=True) for g in groups) for r in RATES]
+        untouched = means["untouched"]
+        marked = interval(untouched["marked"], percent=True)
+        if after := untouched.get("marked_after_verdict"):
+            marked += f"; after the verdict {interval(after, percent=True)}"
+        rows.append(cells(name, *figures, marked))
+    found = [f"found at {rate}, seen / unseen" for rate in RATES.values()]
+    return table(
+        ("of a photo", "AUC, seen", "AUC, unseen", *found, "pixels marked in untouched photos"), rows
+    )
+
+
+def demo_verdict() -> str:
+    """How many photos pass each threshold that a checkpoint stores."""
+    rows = []
+    for name, method in comparison().items():
+        means = method["means"]
+        for rate, text in RATES.items() if "verdict" in means["untouched"] else ():
+            shares = (means[group]["verdict"][rate] for group in ("untouched", "seen", "unseen"))
+            rows.append(cells(name, text, *(interval(share, percent=True) for share in shares)))
+    titles = ("net", "threshold of, on validation", "untouched above it", "seen edits", "unseen edits")
+    return table(titles, rows)
 
 
 def demo_training() -> str:
@@ -367,17 +441,59 @@ def demo_training() -> str:
     return table(("run", ""), [cells(*row) for row in rows.items()])
 
 
-TABLES = {
-    "summary": summary,
-    "overall": overall,
-    "nets": nets,
-    "demo-heldout": demo_heldout,
-    "demo-alarms": demo_alarms,
-    "demo-training": demo_training,
+def demo_curve(rows: int = 12) -> str:
+    """Validation figures along the run: the first and the last epoch and some between."""
+    history = read_json(RESULTS / "demo" / "training.json")["history"]
+    last = len(history) - 1
+    shown = sorted({round(i * last / (rows - 1)) for i in range(rows)})
+    names = [key for key in CURVE if key in history[-1]]
+    lines = [cells(f"{history[i]['epoch']:.0f}", *(f"{history[i][key]:.3f}" for key in names)) for i in shown]
+    return table(("epoch", *(CURVE[key] for key in names)), lines)
+
+
+CURVE = {
+    "train/loss": "training loss",
+    "val/auc": "AUC",
+    "val/permute_f1": "permute-F1",
+    "val/f1": "F1",
+    "val/false_alarm": "share of untouched pixels marked",
+    "val/score_auc": "AUC of the score",
 }
 
 
-def filled(text: str, tables: dict[str, str], name: str) -> str:
+def demo_levers() -> str:
+    """What each change did to validation in a short run."""
+    levers: Any = read_json(RESULTS / "demo" / "levers.json")
+    names = list(dict.fromkeys(key for lever in levers for key in lever["val"]))
+    rows = [
+        cells(
+            lever["name"],
+            lever["change"],
+            lever["steps"],
+            *(f"{lever['val'][key]:.3f}" if key in lever["val"] else "-" for key in names),
+        )
+        for lever in levers
+    ]
+    return table(("lever", "change", "steps", *names), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "overall": overall,
+    "nets": nets,
+    "demo-training": demo_training,
+    "demo-curve": demo_curve,
+    "demo-levers": demo_levers,
+    "demo-auc": lambda: demo_pixels("auc"),
+    "demo-f1": lambda: demo_pixels("permute_f1"),
+    "demo-best-f1": lambda: demo_pixels("optimal_f1"),
+    "demo-operations": demo_operations,
+    "demo-photos": demo_photos,
+    "demo-verdict": demo_verdict,
+}
+
+
+def filled(text: str, tables: Mapping[str, Callable[[], str]], name: str) -> str:
     """A document with its tables replaced.
 
     Raises:
@@ -388,7 +504,7 @@ def filled(text: str, tables: dict[str, str], name: str) -> str:
         raise ValueError(f"{name}: a mark must name a table, got {', '.join(sorted(unknown))}")
     for mark in marks:
         pattern = rf"(<!-- table:{mark} -->\n).*?(<!-- /table:{mark} -->)"
-        content = tables[mark].replace("\\", r"\\")
+        content = tables[mark]().replace("\\", r"\\")
         text = re.sub(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
     return text
 
@@ -397,9 +513,8 @@ def generated() -> Iterator[tuple[pathlib.Path, str]]:
     """Each file and what it should contain."""
     for folder in machines():
         yield folder / "README.md", page(folder)
-    tables = {name: make() for name, make in TABLES.items()}
     for name in DOCUMENTS:
-        yield ROOT / name, filled((ROOT / name).read_text(), tables, name)
+        yield ROOT / name, filled((ROOT / name).read_text(), TABLES, name)
 
 
 def ratio_figure(plt: Any, records: list[Record], title: str) -> Any:

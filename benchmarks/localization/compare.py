@@ -185,12 +185,14 @@ def summarize(method: Record, images: Sequence[Record], unseen: Sequence[str]) -
     share of it above the lowest score that at most 1, 5 or 10 % of the untouched photos exceed. For a net with stored
     thresholds "verdict": the shares above each.
     """
-    from frd_model.metrics import auc, bootstrap_detection
+    from frd_model.metrics import alarm_threshold, auc, bootstrap_detection
 
     hosts = [image["host"] for image in images]
     untouched = np.array([image["kind"] == "authentic" for image in images])
     score = np.array(method["score"], np.float64)
-    limits = {f"{rate:.2f}": limit(score[untouched], rate) for rate in ALARMS} if untouched.any() else {}
+    limits = (
+        {f"{rate:.2f}": alarm_threshold(score[untouched], rate) for rate in ALARMS} if untouched.any() else {}
+    )
     stored = method.get("thresholds") or {}
     result: Record = {"untouched": {"images": int(untouched.sum())}}
     if untouched.any():
@@ -214,11 +216,6 @@ def summarize(method: Record, images: Sequence[Record], unseen: Sequence[str]) -
             )
         result[name] = row
     return result
-
-
-def limit(untouched: npt.NDArray[np.float64], rate: float) -> float:
-    """The smallest value that at most this share of the untouched scores exceed."""
-    return float(np.sort(untouched)[::-1][math.floor(len(untouched) * rate + 1e-9)])
 
 
 def mean(values: npt.NDArray[Any], chosen: Bools, hosts: Sequence[str]) -> list[float | None]:

@@ -102,10 +102,10 @@ def test_a_page_tells_of_a_busy_machine_and_of_what_has_no_time(tmp_path: pathli
 
 def test_only_the_tables_are_replaced() -> None:
     text = "a\n<!-- table:cpu -->\nold\n<!-- /table:cpu -->\nb\n<!-- table:gpu -->\n<!-- /table:gpu -->\n"
-    filled = report.filled(text, {"cpu": r"new \1", "gpu": "none"}, "x.md")
+    filled = report.filled(text, {"cpu": lambda: r"new \1", "gpu": lambda: "none"}, "x.md")
     assert filled == text.replace("old", r"new \1").replace("gpu -->\n<!--", "gpu -->\nnone\n<!--")
     with pytest.raises(ValueError, match=r"x.md: a mark must name a table, got gpu"):
-        report.filled(text, {"cpu": "old"}, "x.md")
+        report.filled(text, {"cpu": lambda: "old"}, "x.md")
 
 
 def test_check_names_a_file_that_differs(

@@ -152,12 +152,6 @@ def test_summary() -> None:
     assert judged["splicing"]["verdict"]["0.10"][0] == 1.0 and judged["retouch"]["verdict"]["0.10"][0] == 0.0
 
 
-def test_false_alarm_limits_allow_their_share_and_no_more() -> None:
-    scores = np.arange(100.0)
-    assert [compare.limit(scores, rate) for rate in (0.01, 0.05, 0.10)] == [98, 94, 89]
-    assert compare.limit(scores[:12], 0.05) == 11
-
-
 @pytest.fixture
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     rng = np.random.default_rng(7)
