@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .compare import geomean
@@ -324,8 +325,10 @@ def nets() -> str:
     return table(("machine", "net", "dtype", "mode", "ours, ms", "eager, ms", "ratio", "A/A"), rows)
 
 
-# Rows of the card's comparison: name in the file, text. Nets come first, as the file has them.
-OTHERS = {
+# Rows of the card's comparison by their names in the file; other nets are named as they are there.
+ROWS = {
+    "net demo": "**the checkpoint**",
+    "net untrained": "the same net, untrained",
     "Splicebuster": "Splicebuster-like clustering",
     "noise variance": "noise-residual variance",
     "noise level": "noise level",
@@ -336,21 +339,22 @@ OTHERS = {
 }
 PIXELS = {"auc": "AUC", "permute_f1": "permute-F1", "optimal_f1": "best permute-F1"}
 RATES = {"0.01": "1 %", "0.05": "5 %", "0.10": "10 %"}
+MISSING = "*Not measured.*"
 
 
 def comparison() -> dict[str, Record]:
-    """The methods of the card, by the text of their row."""
+    """Means of the card's methods by the text of their row, the nets first."""
     methods = read_json(RESULTS / "demo" / "comparison.json")["methods"]
-    nets = {f"**{name}**": method for name, method in methods.items() if name.startswith("net ")}
-    return nets | {text: methods[name] for name, text in OTHERS.items()}
+    nets = [name for name in methods if name.startswith("net ") and name not in ROWS]
+    return {ROWS.get(name, name): methods[name]["means"] for name in (*ROWS, *nets) if name in methods}
 
 
-def middle(value: list[float], percent: bool = False) -> str:
+def middle(value: Sequence[float | None], percent: bool = False) -> str:
     """A mean without its interval."""
     return "-" if value[0] is None else f"{100 * value[0]:.1f} %" if percent else f"{value[0]:.3f}"
 
 
-def interval(value: list[float], percent: bool = False) -> str:
+def interval(value: Sequence[float | None], percent: bool = False) -> str:
     if value[1] is None:
         return middle(value, percent)
     ends = [f"{100 * end:.1f}" if percent else f"{end:.3f}" for end in value[1:]]
@@ -359,43 +363,41 @@ def interval(value: list[float], percent: bool = False) -> str:
 
 def demo_pixels(figure: str) -> str:
     """A pixel figure of each method: seen operations, each kind of them, unseen operations, each of these."""
-    found = read_json(RESULTS / "demo" / "comparison.json")
-    means = {name: method["means"] for name, method in comparison().items()}
+    unseen = read_json(RESULTS / "demo" / "comparison.json")["unseen"]
+    means = comparison()
     first = next(iter(means.values()))
     kinds = [kind for kind in ("splicing", "copy_move", "removal", "retouch") if kind in first]
-    unseen = [name for name in first if name.split()[-1] in found["unseen"]]
-    groups = ["seen", *kinds, "unseen", *unseen]
+    groups = ["seen", *kinds, "unseen", *(name for name in first if name.split()[-1] in unseen)]
     titles = [f"{name.split()[-1].replace('_', '-')}, {first[name]['images']}" for name in groups]
     rows = [
-        cells(name, *((interval if g in ("seen", "unseen") else middle)(row[g][figure]) for g in groups))
-        for name, row in means.items()
+        cells(text, *((interval if g in ("seen", "unseen") else middle)(row[g][figure]) for g in groups))
+        for text, row in means.items()
     ]
     return table((f"pixel {PIXELS[figure]}", *titles), rows)
 
 
 def demo_operations() -> str:
-    """Pixel AUC of the net, the best baseline and the centre control, and found photos, for each operation."""
-    means = {name: method["means"] for name, method in comparison().items()}
-    net = next(iter(means.values()))
-    shown = [next(iter(means)), OTHERS["Splicebuster"], OTHERS["centre"]]
+    """Each operation: pixel AUC of the net, the best baseline and the centre control; photos that the net finds."""
+    means = comparison()
+    net = next(iter(means))
+    shown = [net, ROWS["Splicebuster"], ROWS["centre"]]
     rows = [
         cells(
-            name.replace("copy_move", "copy-move"),
+            name.replace("_", "-"),
             row["images"],
             *(middle(means[method][name]["auc"]) for method in shown),
             middle(row["found"]["0.05"], percent=True),
         )
-        for name, row in net.items()
+        for name, row in means[net].items()
         if " " in name
     ]
-    return table(("operation", "images", *(f"AUC, {name}" for name in shown), "found at 5 %"), rows)
+    return table(("operation", "images", *(f"AUC, {name}" for name in shown), "photos found at 5 %"), rows)
 
 
 def demo_photos() -> str:
     """What each method's score says of a photo, and what it marks in untouched ones."""
     rows = []
-    for name, method in comparison().items():
-        means = method["means"]
+    for name, means in comparison().items():
         groups = (means["seen"], means["unseen"])
         figures = [interval(group["score_auc"]) for group in groups]
         figures += [" / ".join(middle(g["found"][r], percent=True) for g in groups) for r in RATES]
@@ -413,13 +415,51 @@ def demo_photos() -> str:
 def demo_verdict() -> str:
     """How many photos pass each threshold that a checkpoint stores."""
     rows = []
-    for name, method in comparison().items():
-        means = method["means"]
+    for name, means in comparison().items():
         for rate, text in RATES.items() if "verdict" in means["untouched"] else ():
             shares = (means[group]["verdict"][rate] for group in ("untouched", "seen", "unseen"))
             rows.append(cells(name, text, *(interval(share, percent=True) for share in shares)))
     titles = ("net", "threshold of, on validation", "untouched above it", "seen edits", "unseen edits")
+    return table(titles, rows) if rows else MISSING
+
+
+def demo_place() -> str:
+    """The shift test of `frd evaluate`: the same pixels in the middle of a crop and beside its border."""
+    found = read_json(RESULTS / "demo" / "shift.json").get("shift_test")
+    if not found:
+        return MISSING
+    titles = ("the same pixels", "images", "in the middle", "beside a border", "difference, 95 % interval")
+    rows = []
+    for text, group, figure in (
+        ("AUC of edits", "forged", "auc"),
+        ("mean probability of untouched photos", "untouched", "probability"),
+    ):
+        row = found[group][figure]
+        ends = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**row["difference"])
+        means = (f"{row[key]['mean']:.3f}" for key in ("middle", "border"))
+        rows.append(cells(text, found[group]["images"], *means, ends))
     return table(titles, rows)
+
+
+def demo_score() -> str:
+    """How well each statistic of the net's map tells edited from untouched validation photos, the one used first."""
+    from safetensors import safe_open
+
+    with safe_open(ROOT / "frd_model" / "assets" / "demo.safetensors", "np") as file:
+        rule = json.loads((file.metadata() or {}).get("metadata", "{}")).get("score")
+    if not rule:
+        return MISSING
+    used, measured = rule["statistic"], rule["validation"]["statistics"]
+    names = sorted(measured, key=lambda name: (name != used, -measured[name]["auc"]))
+    rows = [
+        cells(
+            f"**{name}**, used" if name == used else name,
+            interval([measured[name]["auc"], *(measured[name]["auc_interval"] or (None, None))]),
+            middle([measured[name]["found_0.05"]], percent=True),
+        )
+        for name in names
+    ]
+    return table(("statistic", "AUC on validation photos", "found at 5 %"), rows)
 
 
 def demo_training() -> str:
@@ -464,6 +504,8 @@ CURVE = {
 def demo_levers() -> str:
     """What each change did to validation in a short run."""
     levers: Any = read_json(RESULTS / "demo" / "levers.json")
+    if not levers:
+        return MISSING
     names = list(dict.fromkeys(key for lever in levers for key in lever["val"]))
     rows = [
         cells(
@@ -490,6 +532,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-operations": demo_operations,
     "demo-photos": demo_photos,
     "demo-verdict": demo_verdict,
+    "demo-place": demo_place,
+    "demo-score": demo_score,
 }
 
 
