@@ -328,7 +328,7 @@ def nets() -> str:
 # Rows of the card's comparison by their names in the file; other nets are named as they are there.
 ROWS = {
     "net demo": "**the checkpoint**",
-    "net untrained": "the same net, untrained",
+    "net before": "the checkpoint before it",
     "Splicebuster": "Splicebuster-like clustering",
     "noise variance": "noise-residual variance",
     "noise level": "noise level",
@@ -441,11 +441,11 @@ def demo_place() -> str:
     return table(titles, rows)
 
 
-def demo_score() -> str:
+def demo_score(checkpoint: pathlib.Path = ROOT / "frd_model" / "assets" / "demo.safetensors") -> str:
     """How well each statistic of the net's map tells edited from untouched validation photos, the one used first."""
     from safetensors import safe_open
 
-    with safe_open(ROOT / "frd_model" / "assets" / "demo.safetensors", "np") as file:
+    with safe_open(checkpoint, "np") as file:
         rule = json.loads((file.metadata() or {}).get("metadata", "{}")).get("score")
     if not rule:
         return MISSING

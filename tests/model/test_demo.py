@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from frd_model import create_model, load_model
 from frd_model.config import PRESETS
-from frd_model.evaluate import evaluate, forged_samples
+from frd_model.data.forge_options import KINDS
+from frd_model.data.photos import SPLITS
+from frd_model.evaluate import Labelled, evaluate, forged_samples
+from frd_model.predict import Prediction
 from frd_model.weights import demo_path, read_metadata
 
 
@@ -27,3 +32,27 @@ def test_the_demo_finds_edits_in_held_out_photos() -> None:
     samples = itertools.islice(forged_samples("heldout", 1, 100).samples, 4)
     report = evaluate(samples, load_model("demo"))
     assert np.mean([row["auc"] for row in report.rows if "auc" in row]) > 0.6
+
+
+def test_the_readmes_picture_shows_photos_of_the_demo() -> None:
+    spec = importlib.util.spec_from_file_location("demo", Path(__file__).parents[2] / "examples" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    names = {
+        f"{photo}-{kind}-0"
+        for photo in [Path(name).stem for name in SPLITS["heldout"]]
+        for kind in (*KINDS, "authentic")
+    }
+    assert set(demo.PICTURE) < names
+    assert next(forged_samples("heldout", 1, 0).samples).name in names
+    image = np.full((300, 640, 3), 100, np.uint8)
+    mask = np.zeros((300, 640), np.bool_)
+    mask[:, :320] = True
+    result = Prediction(mask.astype(np.float32), mask, 0.9, (300, 640), 0.5, 1.0, "edited")
+    panel = demo.panel(Labelled("x", "splicing", image, mask), image, result)
+    assert panel.shape == (150, 3 * demo.PANEL_WIDTH, 3)
+    photo, truth, heat = np.split(panel, 3, axis=1)
+    assert (photo == 100).all() and (truth[:, :150] == 255).all() and not truth[:, 170:].any()
+    # the verdict stands at the bottom
+    assert (heat[:120] == 100).all() and heat[130:].max() == 255

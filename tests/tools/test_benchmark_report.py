@@ -15,7 +15,8 @@ import torch
 import frd_kernels as fk
 from benchmarks import __main__ as command
 from benchmarks import gate, gpu, machine, model, report
-from frd_model import create_model
+from frd_model import create_model, save_model
+from frd_model.score import fit_rule
 
 # 64 pixels leave 4 x 4 tokens.
 SMALL: dict[str, Any] = {
@@ -106,6 +107,112 @@ def test_only_the_tables_are_replaced() -> None:
     assert filled == text.replace("old", r"new \1").replace("gpu -->\n<!--", "gpu -->\nnone\n<!--")
     with pytest.raises(ValueError, match=r"x.md: a mark must name a table, got gpu"):
         report.filled(text, {"cpu": lambda: "old"}, "x.md")
+
+
+def group(images: int, auc: float, found: float) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        name: [auc, auc - 0.1, auc + 0.1] for name in ("auc", "permute_f1", "optimal_f1")
+    }
+    figures |= {"found": {rate: [found, None, None] for rate in ("0.01", "0.05", "0.10")}}
+    return {"images": images, "score_auc": [0.75, 0.5, 1.0], **figures}
+
+
+def method(auc: float, **untouched: Any) -> dict[str, Any]:
+    found = {"seen": group(9, auc, 0.25), "unseen": group(3, 0.5, 0.0), "copy_move": group(9, auc, 0.25)}
+    found |= {"copy_move paste": group(9, auc, 0.25), "retouch warp": group(3, 0.5, 0.0)}
+    return {"means": {"untouched": {"images": 4, "marked": [0.015, 0.01, 0.02], **untouched}, **found}}
+
+
+@pytest.fixture
+def results(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    methods = {name: method(0.6) for name in ("centre", "Splicebuster", "net demo")}
+    machine.write_json(tmp_path / "demo" / "comparison.json", {"unseen": ["warp"], "methods": methods})
+    return tmp_path / "demo"
+
+
+def test_the_cards_tables_of_pixels(results: pathlib.Path) -> None:
+    lines = report.demo_pixels("auc").splitlines()
+    assert lines[0] == "| pixel AUC | seen, 9 | copy-move, 9 | unseen, 3 | warp, 3 |"
+    assert (
+        lines[2] == "| **the checkpoint** | 0.600 (0.500 to 0.700) | 0.600 | 0.500 (0.400 to 0.600) | 0.500 |"
+    )
+    assert [line.split(" | ")[0][2:] for line in lines[3:]] == [
+        "Splicebuster-like clustering",
+        "centre control",
+    ]
+    assert report.demo_operations().splitlines()[2:] == [
+        "| copy-move paste | 9 | 0.600 | 0.600 | 0.600 | 25.0 % |",
+        "| retouch warp | 3 | 0.500 | 0.500 | 0.500 | 0.0 % |",
+    ]
+
+
+def test_the_cards_tables_of_photos(results: pathlib.Path) -> None:
+    row = report.demo_photos().splitlines()[2].strip("| ").split(" | ")
+    assert row[1] == "0.750 (0.500 to 1.000)" and row[3:] == ["25.0 % / 0.0 %"] * 3 + ["1.5 % (1.0 to 2.0)"]
+    assert report.demo_verdict() == report.MISSING
+    found = report.read_json(results / "comparison.json")
+    shares = {rate: [0.1, 0.0, 0.25] for rate in report.RATES}
+    net = method(0.9, verdict=shares, marked_after_verdict=[0.001, 0.0, 0.002])
+    for name in ("seen", "unseen"):
+        net["means"][name]["verdict"] = shares
+    found["methods"]["net demo"] = net
+    machine.write_json(results / "comparison.json", found)
+    assert (
+        report.demo_photos()
+        .splitlines()[2]
+        .endswith("1.5 % (1.0 to 2.0); after the verdict 0.1 % (0.0 to 0.2) |")
+    )
+    lines = report.demo_verdict().splitlines()
+    assert len(lines) == 5 and lines[3] == f"| **the checkpoint** | 5 % {'| 10.0 % (0.0 to 25.0) ' * 3}|"
+
+
+def test_the_cards_learning_curve_and_levers(results: pathlib.Path) -> None:
+    history = [
+        {"epoch": i + 1.0, "val/auc": 0.5 + i / 100, "train/loss": 1.0, "seconds": 9.0} for i in range(40)
+    ]
+    machine.write_json(results / "training.json", {"history": history})
+    lines = report.demo_curve().splitlines()
+    assert lines[0] == "| epoch | training loss | AUC |" and len(lines) == 2 + 12
+    assert lines[2] == "| 1 | 1.000 | 0.500 |" and lines[-1] == "| 40 | 1.000 | 0.890 |"
+    machine.write_json(results / "training.json", {"history": history[:3]})
+    assert len(report.demo_curve().splitlines()) == 2 + 3
+    assert report.demo_levers() == report.demo_place() == report.MISSING
+    (results / "levers.json").write_text(
+        '[{"name": "base", "change": "none", "steps": 100, "val": {"AUC": 0.8}},'
+        ' {"name": "crop", "change": "384", "steps": 100, "val": {"AUC": 0.81, "F1": 0.3}}]'
+    )
+    assert report.demo_levers().splitlines()[2:] == [
+        "| base | none | 100 | 0.800 | - |",
+        "| crop | 384 | 100 | 0.810 | 0.300 |",
+    ]
+
+
+def test_the_cards_table_of_statistics(tmp_path: pathlib.Path) -> None:
+    net, file = create_model("frdnet_mit_b0", preset="lite"), tmp_path / "net.safetensors"
+    save_model(net, file)
+    assert report.demo_score(file) == report.MISSING
+    values = {"max": [0.0, 1.0, 2.0, 3.0], "area": [0.0, 2.0, 1.0, 3.0]}
+    rule = fit_rule(values, [False, False, True, True], hosts=["a", "b", "a", "b"])
+    net.score_rule = rule
+    save_model(net, file)
+    rows = report.demo_score(file).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| **max**, used", "| area"]
+    assert " | 1.000 (" in rows[0] and " | 0.750 (" in rows[1] and rows[0].endswith(" | 100.0 % |")
+
+
+def test_the_cards_shift_test(results: pathlib.Path) -> None:
+    def means(middle: float, border: float) -> dict[str, Any]:
+        values = {"middle": middle, "border": border, "difference": middle - border}
+        return {key: {"mean": value, "low": -0.01, "high": 0.03} for key, value in values.items()}
+
+    forged = {"images": 7, "auc": means(0.9, 0.875)}
+    shift = {"forged": forged, "untouched": {"images": 5, "probability": means(0.1, 0.2)}}
+    machine.write_json(results / "shift.json", {"shift_test": shift})
+    assert report.demo_place().splitlines()[2:] == [
+        "| AUC of edits | 7 | 0.900 | 0.875 | +0.025 (-0.010 to +0.030) |",
+        "| mean probability of untouched photos | 5 | 0.100 | 0.200 | -0.100 (-0.010 to +0.030) |",
+    ]
 
 
 def test_check_names_a_file_that_differs(
