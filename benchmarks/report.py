@@ -497,7 +497,6 @@ CURVE = {
     "val/permute_f1": "permute-F1",
     "val/f1": "F1",
     "val/false_alarm": "share of untouched pixels marked",
-    "val/score_auc": "AUC of the score",
 }
 
 

@@ -60,7 +60,14 @@ def by_map(method: methods.Method) -> Entrant:
     return Entrant(run)
 
 
+def white(image: methods.UInt8) -> Found:
+    """A mask of every pixel."""
+    everything = np.ones(image.shape[:2], np.bool_)
+    return Found(everything.astype(np.float32), everything, 1.0)
+
+
 def baselines() -> dict[str, Entrant]:
+    """The methods that need no checkpoint, and the controls that look at no pixel."""
     from frd_model.centre_control import centre_map
 
     maps: dict[str, methods.Method] = {
@@ -70,9 +77,8 @@ def baselines() -> dict[str, Entrant]:
         "noise level": methods.noise_level,
         "Splicebuster": splicebuster,
         "centre": lambda image: centre_map(*image.shape[:2]),
-        "all white": lambda image: np.ones(image.shape[:2], np.float32),
     }
-    return {name: by_map(method) for name, method in maps.items()}
+    return {**{name: by_map(method) for name, method in maps.items()}, "all white": Entrant(white)}
 
 
 def net(checkpoint: str) -> Entrant:

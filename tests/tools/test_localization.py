@@ -96,6 +96,11 @@ def test_a_flat_photo_has_no_deviating_pixel() -> None:
         assert not found.marked.any()
 
 
+def test_the_white_mask_marks_everything() -> None:
+    found = compare.baselines()["all white"].run(np.zeros((5, 6, 3), np.uint8))
+    assert found.marked.shape == (5, 6) and found.marked.all()
+
+
 def test_deviation_is_in_robust_standard_deviations() -> None:
     values = np.random.default_rng(4).normal(5, 2, (300, 300)).astype(np.float32)
     assert np.allclose(methods.deviation(values), np.abs(values - 5) / 2, atol=0.06)
