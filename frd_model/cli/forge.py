@@ -57,6 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=at_least(MIN_SIDE), help="side of square views; default: whole photos")
     parser.add_argument(
+        "--max-side",
+        type=at_least(MIN_SIDE),
+        help="reduce larger photos first, by area averaging, so that no side is longer",
+    )
+    parser.add_argument(
         "--authentic", type=fraction, default=0.0, help="share of untouched photos (default: %(default)g)"
     )
     parser.add_argument("--format", choices=("png", "jpg"), default="png", help="of the images")
@@ -71,10 +76,13 @@ def run(args: argparse.Namespace) -> int:
         say("frd forge: --photos-dir goes with --sample, got none", sys.stderr)
         return 2
     from frd_model.data.forged_folder import check_output
+    from frd_model.data.transforms import reduce
 
     files = [] if args.sample else _find_photos(args.photos, args.recursive, args.out)
     check_output(args.out, args.overwrite)
     photos, failed = (_sample(args.sample, args.photos_dir), 0) if args.sample else _read_photos(files)
+    if args.max_side:
+        photos = {name: reduce(photo, args.max_side) for name, photo in photos.items()}
     made = data.forge_folder(
         photos,
         args.out,

@@ -66,6 +66,16 @@ def squash(image: UInt8, mask: Bool, side: int) -> tuple[UInt8, Bool]:
     return resized, np.asarray(nearest).astype(np.bool_)
 
 
+def reduce(photo: UInt8, max_side: int) -> UInt8:
+    """A photo [H,W,3] whose longer side has at most `max_side` pixels, by area averaging; no side gets below 32."""
+    height, width = photo.shape[:2]
+    factor = max(max_side / max(height, width), 32 / min(height, width))
+    if factor >= 1:
+        return photo
+    size = (round(factor * width), round(factor * height))
+    return np.asarray(cv2.resize(photo, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
 def is_coloured(photo: UInt8) -> bool:
     """Whether the channels of a photo differ by more than a few grey levels on average."""
     sample = photo[::4, ::4].astype(np.int16)

@@ -297,6 +297,9 @@ def test_command(tmp_path, capsys):
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
     flags = ("--out", out + "5", "--count", "4", "--methods", "warp", "smooth")
     assert command(str(tmp_path / "in"), *flags) == 0
+    assert command(str(tmp_path / "in"), "--out", out + "6", "--count", "4", "--max-side", "64") == 0
+    sizes = [read_image(file).shape for file in (tmp_path / "out6" / "images").iterdir()]
+    assert max(max(size) for size in sizes) <= 64
     items = json.loads((tmp_path / "out5" / "manifest.json").read_text())["items"]
     assert {item["kind"] for item in items} == {"retouch"}
     assert {item["parameters"]["method"] for item in items} <= {"warp", "smooth"}
