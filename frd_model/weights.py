@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -317,7 +318,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load any file that :func:`load_model` reads into `model`, an FRDNet or a wrapper of one.
 
     Values are converted to the dtype of the model's parameters. The net's `score_rule` becomes that of the file. A
-    model without an image head takes the weights of one that has it, without the head's and a rule that needs it.
+    model without an image head takes the weights of one that has it, without the head's and a rule that needs it; one
+    with a head takes those of one without, keeps its own head, and warns.
 
     Raises:
         FileNotFoundError: no such file.
@@ -326,9 +328,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     file, net = _expand(path), _find_net(model)
     stored = read(file)
     config, state = stored.config, stored.state
-    if config is not None and config.image_head and not net.config.image_head:
-        config = config.replace(image_head=False)
+    if config is not None and config.image_head != net.config.image_head:
         state = {key: value for key, value in state.items() if not key.startswith(_IMAGE_HEAD)}
+        if net.config.image_head:
+            warnings.warn(f"{file}: has no image head; the model's own keeps its weights", stacklevel=2)
+            state |= {key: v for key, v in net.state_dict().items() if key.startswith(_IMAGE_HEAD)}
+        config = config.replace(image_head=net.config.image_head)
     differences = net.config.differences(config) if config else []
     if differences:
         raise ValueError(
