@@ -170,6 +170,10 @@ def on_noise(model: nn.Module, images: int = 8, side: int = 256) -> dict[str, fl
     return {"middle": float(maps[far].mean()), "border": float(maps[beside].mean())}
 
 
+def _in(model: nn.Module, mode: str, parts: Sequence[str]) -> tuple[Look, Any]:
+    return in_the_view(look_with(padded_by(model, mode, parts)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--photos", type=Path, action="append", required=True, metavar="DIR")
@@ -193,8 +197,9 @@ def main() -> None:
         f"{other} padding, norm statistics of the whole view": in_the_view(
             look_with(both.model), 0, both.see
         ),
+        **{f"{other} padding in {part} alone": _in(model, other, (part,)) for part in PARTS},
         **{
-            f"{other} padding in {part} alone": in_the_view(look_with(padded_by(model, other, (part,))))
+            f"{other} padding in all but {part}": _in(model, other, [p for p in PARTS if p != part])
             for part in PARTS
         },
     }
