@@ -99,7 +99,15 @@ def net(checkpoint: str) -> Entrant:
 
 
 def entrants(checkpoints: Sequence[str]) -> dict[str, Entrant]:
-    return baselines() | {f"net {pathlib.Path(name).stem}": net(name) for name in checkpoints}
+    """Baselines, controls and a net for each checkpoint.
+
+    Raises:
+        ValueError: two checkpoints have one name.
+    """
+    names = [f"net {pathlib.Path(name).stem}" for name in checkpoints]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--checkpoint must name files of different names, got {', '.join(checkpoints)}")
+    return baselines() | {name: net(file) for name, file in zip(names, checkpoints, strict=True)}
 
 
 class Image(NamedTuple):
@@ -265,23 +273,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns the exit status: 2 for wrong usage."""
+    """Returns the exit status: 2 for wrong usage and for images that cannot be used."""
     try:
-        images = read_folders(options.data)
-        given = entrants(options.checkpoint)
-        result = opened(options.out, options.data, images)
-        names = chosen_methods(options.methods, given, result["methods"])
+        compare(options)
     except (ValueError, OSError) as error:
         print(f"benchmarks localization: {error}", file=sys.stderr)
         return 2
-    for name in names:
+    return 0
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Adds the methods that the result file lacks; each is on disk before the next one starts."""
+    images = read_folders(options.data)
+    given = entrants(options.checkpoint)
+    result = opened(options.out, options.data, images)
+    for name in chosen_methods(options.methods, given, result["methods"]):
         print(name, flush=True)
         found = measure(given[name], images)
         found["means"] = summarize(found, result["images"], result["unseen"])
         result["methods"][name] = found
         save(options.out, result)
     print_means(result)
-    return 0
 
 
 def opened(file: pathlib.Path, folders: Sequence[pathlib.Path], images: Sequence[Image]) -> Record:

@@ -221,9 +221,19 @@ def test_what_the_command_refuses(
     assert "must be folders that frd forge made" in capsys.readouterr().err
     assert command.main([*arguments, "centre,magic", "--data", str(folder)]) == 2
     assert "--methods must be some of error level, " in capsys.readouterr().err
+    nets = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_model(create_model("frdnet_mit_b0", preset="lite"), tmp_path / name / "net.safetensors")
+        nets += ["--checkpoint", str(tmp_path / name / "net.safetensors")]
+    assert command.main([*arguments, "centre", "--data", str(folder), *nets]) == 2
+    assert "must name files of different names" in capsys.readouterr().err
     assert not out.exists()
     assert command.main([*arguments, "centre", "--data", str(folder)]) == 0
     write_png(tmp_path / "photo.png", np.zeros((96, 96, 3), np.uint8))
     forge_folder({"x": np.full((64, 64, 3), 9, np.uint8)}, tmp_path / "other", 1)
     assert command.main([*arguments, "centre", "--data", str(tmp_path / "other")]) == 2
     assert "of others" in capsys.readouterr().err
+    next((folder / "masks").iterdir()).unlink()
+    assert command.main([*arguments, "centre", "--data", str(folder)]) == 2
+    assert capsys.readouterr().err.startswith("benchmarks localization: ")
