@@ -7,13 +7,23 @@ import sys
 from types import ModuleType
 from typing import Any
 
-__all__ = ["PRESETS", "FRDNet", "FRDNetConfig", "create_model", "load_model", "predict", "save_model"]
+__all__ = [
+    "PRESETS",
+    "FRDNet",
+    "FRDNetConfig",
+    "create_model",
+    "inspect_photo",
+    "load_model",
+    "predict",
+    "save_model",
+]
 
 _HOME = {
     "PRESETS": ".config",
     "FRDNet": ".frdnet",
     "FRDNetConfig": ".config",
     "create_model": ".factory",
+    "inspect_photo": ".provenance",
     "load_model": ".weights",
     "predict": ".predict",
     "save_model": ".weights",

@@ -21,6 +21,7 @@ from .arguments import UsageError, path
 # the one asked for, so that `frd --help` needs neither torch nor OpenCV.
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("frd_model.cli.predict", "find the edited pixels of photos"),
+    "inspect": ("frd_model.cli.inspect", "print what the files of photos say of their origin"),
     "train": ("frd_model.cli.train", "train a network from a configuration file"),
     "evaluate": (
         "frd_model.cli.evaluate",

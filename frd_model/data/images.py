@@ -45,6 +45,15 @@ def _decode(
     path: PathLike, max_pixels: int, convert: Callable[[Image.Image, str], npt.NDArray[T]]
 ) -> npt.NDArray[T]:
     """`convert`, called with the loaded image and Pillow's name for the file's samples; ImageError for a bad file."""
+    with open_image(path, max_pixels) as image:
+        raw_mode = _raw_mode(image)
+        image.load()
+        return convert(image, raw_mode)
+
+
+@contextlib.contextmanager
+def open_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """A photo's file, opened and not yet decoded. Errors in the block, such as those of `load`, become ImageError."""
     name = os.fspath(path)
     _check_readable(path)
     # Registers the optional formats.
@@ -59,9 +68,7 @@ def _decode(
                 )
             if width * height == 0:
                 raise ImageError(f"image {name!r} must not be empty, got {width} x {height}")
-            raw_mode = _raw_mode(image)
-            image.load()
-            return convert(image, raw_mode)
+            yield image
     except ImageError:
         raise
     except MemoryError:
