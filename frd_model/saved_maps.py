@@ -15,6 +15,7 @@ from PIL import Image
 
 from frd_model.data.files import ImageError, PathLike, expand_user
 from frd_model.data.images import MAX_PIXELS
+from frd_model.results import KINDS, record_of
 
 SUFFIXES = (".png", ".npy", ".npz")
 # Full scale of each kind of sample; floats are probabilities as they are.
@@ -37,7 +38,8 @@ class SavedMaps:
 
     A map is named after its photo, with or without the photo's suffix: `x.png` or `x.jpg.npz` for `x.jpg`. Of several
     the one at the photo's own place in its set counts, else the one that shares most folders with the photo's
-    path. Each map serves one photo. `others` counts files of other kinds.
+    path. Each map serves one photo. `others` counts files of other kinds. In a folder of `frd predict` the maps are
+    those of --save npz or map, found by the photo's path in the record beside them.
 
     Raises MapError for a folder that is not there or holds no map.
     """
@@ -51,8 +53,14 @@ class SavedMaps:
         if not self.folder.is_dir():
             raise MapError(f"predictions must be a folder of maps, got {str(self.folder)!r}, which is none")
         for file in _files_below(self.folder):
+            record = record_of(file)
+            if record is not None and not _is_map(file):
+                continue
             if file.suffix.lower() in SUFFIXES:
-                parents, name = _split(file.relative_to(self.folder).with_suffix(""))
+                photo = (
+                    file.relative_to(self.folder).with_suffix("") if record is None else Path(record["path"])
+                )
+                parents, name = _split(photo)
                 self._by_name.setdefault(name, []).append((parents, file))
             else:
                 self.others += 1
@@ -213,6 +221,13 @@ def _files_below(folder: Path) -> Iterator[Path]:
         seen.add(os.path.realpath(root))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _is_map(file: Path) -> bool:
+    """Of the results of `frd predict`: npz, which holds the score too, goes before PNG."""
+    if file.name.endswith(KINDS["map"]):
+        return not file.with_suffix(".npz").exists()
+    return file.name.endswith(KINDS["npz"])
 
 
 def _split(path: Path | PurePosixPath) -> tuple[tuple[str, ...], str]:

@@ -14,26 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frd_model.output import check_output_folder, one_line, say
+from frd_model.results import COLOUR_MAPS, DEFAULT_KINDS, ENDINGS, KINDS, Job, files_of, save_prediction
 from frd_model.tiling import OVERLAP, POLICIES, TILE
 
 from .arguments import Checkpoint, add_checkpoint_argument, at_least, fraction, open_checkpoint, path
 
 if TYPE_CHECKING:
     from frd_model.data.files import Skipped
-    from frd_model.predict import Prediction
     from frd_model.score import ScoreRule
 
-ENDINGS = ("_mask.png", "_overlay.png", ".json")
 # Bytes for the longest ending and for the number that distinguishes equal names.
 NAME_MARGIN = 20
-
-
-@dataclass(frozen=True)
-class Job:
-    """One photo, and the name of its results without their endings."""
-
-    path: Path
-    name: str
 
 
 @dataclass(frozen=True)
@@ -50,6 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="+", metavar="PATH", help="photo, directory of photos, or glob pattern"
     )
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="where to write the results")
+    parser.add_argument(
+        "--save",
+        type=kinds,
+        default=DEFAULT_KINDS,
+        metavar="KINDS",
+        help=f"what to write beside the JSON file, separated by commas: {', '.join(KINDS)} (alone: nothing else) "
+        f"(default {','.join(DEFAULT_KINDS)})",
+    )
+    parser.add_argument(
+        "--colour-map",
+        choices=COLOUR_MAPS,
+        default=COLOUR_MAPS[0],
+        help=f"of overlay and sheet (default {COLOUR_MAPS[0]})",
+    )
     parser.add_argument(
         "--recursive", action="store_true", help="read the directories inside directories too"
     )
@@ -86,6 +91,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def kinds(text: str) -> tuple[str, ...]:
+    """The kinds of results in a list such as "mask,map"."""
+    chosen = tuple(dict.fromkeys(text.split(",")))
+    for kind in chosen:
+        if kind not in KINDS:
+            raise argparse.ArgumentTypeError(f"must be among {', '.join(KINDS)}, got {kind!r}")
+    return chosen
+
+
 def run(args: argparse.Namespace) -> int:
     """Predict every photo. A bad one is reported and the others are still done; the status is then 1."""
     from frd_model.data.files import describe_skipped
@@ -102,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and jobs:
         checkpoint = _open(args)
         settings = _all_settings(args, checkpoint)
-        jobs = [job for job in jobs if not _is_done(job, args.out, settings)]
+        jobs = [job for job in jobs if not _is_done(job, args.out, args.save, settings)]
     elif not args.overwrite:
         _refuse_to_overwrite(jobs, args.out)
     if not found.jobs:
@@ -172,62 +186,6 @@ def name_jobs(files: list[Path], longest: int = 255) -> list[Job]:
     return jobs
 
 
-def save_prediction(
-    out: Path,
-    job: Job,
-    pixels: Any,
-    result: Prediction,
-    checkpoint: str,
-    settings: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write NAME_mask.png (0 or 255), NAME_overlay.png and NAME.json into `out`, each atomically, JSON last.
-
-    A mask that the verdict has emptied leaves the overlay without heat. `settings`, such as the size policy, are
-    stored in the JSON file.
-    """
-    import numpy as np
-
-    from frd_model.data.images import overlay_bands, write_json, write_png, write_png_bands
-
-    height, width = result.size
-    raw = int(np.count_nonzero(result.probability > result.threshold))
-    marked = int(np.count_nonzero(result.mask))
-    record = {
-        "name": job.name,
-        "path": str(job.path),
-        "score": round(result.score, 6),
-        **_verdict(result),
-        "edited_fraction": round(marked / result.mask.size, 6),
-        "raw_edited_fraction": round(raw / result.mask.size, 6),
-        "size": {"width": width, "height": height},
-        "threshold": result.threshold,
-        "checkpoint": checkpoint,
-        **(settings or {}),
-        "seconds": round(result.seconds, 4),
-    }
-    write_png(out / f"{job.name}_mask.png", result.mask)
-    emptied = raw > 0 and not marked
-    shown = np.broadcast_to(np.float32(0), result.size) if emptied else result.probability
-    bands = overlay_bands(pixels, shown)
-    write_png_bands(out / f"{job.name}_overlay.png", height, width, 3, bands)
-    write_json(out / f"{job.name}.json", record)
-    return record
-
-
-def _verdict(result: Prediction) -> dict[str, Any]:
-    """What the checkpoint's rule says: nothing without one."""
-    if result.rule is None:
-        return {}
-    return {
-        "verdict": result.verdict,
-        "false_alarm_rate": result.false_alarm_rate,
-        "explanation": result.rule.explain(result.score),
-        "statistic": {"name": result.rule.statistic, "value": result.statistic},
-        "score_thresholds": result.rule.thresholds,
-        "validation": {k: v for k, v in result.rule.validation.items() if k != "statistics"},
-    }
-
-
 def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
     """Predict one photo and write and report its results. On any error, report it and leave no results."""
     from frd_model.data.images import read_image
@@ -248,7 +206,9 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
             device=args.device,
             progress=True,
         )
-        record = save_prediction(args.out, job, pixels, result, checkpoint.label, _settings(args))
+        record = save_prediction(
+            args.out, job, pixels, result, checkpoint.label, _settings(args), args.save, args.colour_map
+        )
     # Decoders, allocators and file systems raise errors of any type.
     except Exception as error:
         _complain(job.path, one_line(error), as_json=args.json)
@@ -258,13 +218,9 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
     return True
 
 
-def _outputs(job: Job, out: Path) -> list[Path]:
-    return [out / f"{job.name}{ending}" for ending in ENDINGS]
-
-
 def _remove(job: Job, out: Path, *, suppress: bool = False) -> None:
     """Delete the results, first the JSON file, which marks them as complete."""
-    for file in reversed(_outputs(job, out)):
+    for file in reversed(files_of(out, job.name)):
         try:
             file.unlink(missing_ok=True)
         except OSError:
@@ -273,7 +229,8 @@ def _remove(job: Job, out: Path, *, suppress: bool = False) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    optional = {"model": args.model, "preset": args.preset, "raw": args.raw or None}
+    colour_map = None if args.colour_map == COLOUR_MAPS[0] else args.colour_map
+    optional = {"model": args.model, "preset": args.preset, "raw": args.raw or None, "colour_map": colour_map}
     given = {name: value for name, value in optional.items() if value is not None}
     return {"size_policy": args.size, "tile": args.tile, **given}
 
@@ -293,7 +250,7 @@ def _all_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
 def _refuse_to_destroy(jobs: list[Job], out: Path) -> None:
     """ValueError if a result would replace a photo of this run."""
     photos = {os.path.realpath(job.path) for job in jobs}
-    for file in (file for job in jobs for file in _outputs(job, out)):
+    for file in (file for job in jobs for file in files_of(out, job.name)):
         if os.path.realpath(file) in photos:
             raise ValueError(
                 f"--out must be another directory: a result would replace the photo {str(file)!r}"
@@ -301,7 +258,7 @@ def _refuse_to_destroy(jobs: list[Job], out: Path) -> None:
 
 
 def _refuse_to_overwrite(jobs: list[Job], out: Path) -> None:
-    there = [file for job in jobs for file in _outputs(job, out) if os.path.lexists(file)]
+    there = [file for job in jobs for file in files_of(out, job.name) if os.path.lexists(file)]
     if there:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise ValueError(
@@ -310,7 +267,7 @@ def _refuse_to_overwrite(jobs: list[Job], out: Path) -> None:
         )
 
 
-def _is_done(job: Job, out: Path, wanted: dict[str, Any]) -> bool:
+def _is_done(job: Job, out: Path, kinds: tuple[str, ...], wanted: dict[str, Any]) -> bool:
     """Whether the photo's results exist. ValueError if they are of another photo or other settings."""
     file = out / f"{job.name}.json"
     try:
@@ -320,13 +277,19 @@ def _is_done(job: Job, out: Path, wanted: dict[str, Any]) -> bool:
         return False
     if saved != os.path.abspath(job.path):
         raise ValueError(f"cannot resume: {str(file)!r} is of the photo {saved!r}, not of {str(job.path)!r}")
-    for name in (*wanted, *(n for n in ("model", "preset", "raw") if n in record and n not in wanted)):
+    for name in (
+        *wanted,
+        *(n for n in ("model", "preset", "raw", "colour_map") if n in record and n not in wanted),
+    ):
         if record.get(name) != wanted.get(name):
             raise ValueError(
                 f"cannot resume: {name} was {record.get(name)!r} in {str(file)!r}, now {wanted.get(name)!r}; "
                 "give --overwrite, another --out, or what it was"
             )
-    return all(output.is_file() for output in _outputs(job, out))
+    if "rle" in kinds and "rle" not in record:
+        return False
+    endings = tuple(KINDS[kind] for kind in kinds)
+    return all(output.is_file() for output in files_of(out, job.name, endings))
 
 
 def _folded(name: str) -> str:

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from frd_model.results import COLOUR_MAPS
+
 from .files import ImageError, PathLike, image_extensions
 from .files import find_images as find_images
 from .masks import MaskError, marked_pixels, widen
@@ -242,6 +244,22 @@ def write_png_bands(path: PathLike, height: int, width: int, channels: int, band
     return Path(path)
 
 
+def write_map(path: PathLike, probability: npt.NDArray[np.float32]) -> Path:
+    """Write a probability map [H,W] as grey PNG of 16 bit, value = round(65535 p), atomically."""
+    height, width = probability.shape
+    bands = (np.rint(probability[rows] * 65535).astype(np.uint16) for rows in row_bands(height, width))
+    with _replacing(path) as file:
+        write_bands(file, height, width, 1, bands, depth=16)
+    return Path(path)
+
+
+def write_npz(path: PathLike, **arrays: Any) -> Path:
+    """Write arrays as compressed npz, atomically."""
+    with _replacing(path) as file:
+        np.savez_compressed(file, **arrays)
+    return Path(path)
+
+
 def write_jpeg(path: PathLike, array: npt.NDArray[Any], quality: int = 95) -> Path:
     """Write uint8 [H,W] or RGB [H,W,3] as JPEG, atomically."""
     values = _to_uint8(_checked(array))
@@ -273,25 +291,75 @@ def write_json(path: PathLike, value: Any) -> Path:
     return write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def overlay(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) -> UInt8:
+def overlay(
+    image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6, colour_map: str = COLOUR_MAPS[0]
+) -> UInt8:
     """Heat map of probability [H,W] in [0, 1] over RGB image [H,W,3].
 
-    The photo is faded towards grey, and a colour from dark red to yellow is blended in with the probability, so that
-    the edited region stays recognisable.
+    The photo is faded towards grey, and a colour of `colour_map` (inferno, viridis, cividis) is blended in with the
+    probability, so that the edited region stays recognisable.
     """
-    result = np.empty(image.shape, np.uint8)
-    top = 0
-    for band in overlay_bands(image, probability, strength):
-        result[top : top + len(band)] = band
-        top += len(band)
-    return result
+    return np.concatenate(list(overlay_bands(image, probability, strength, colour_map)))
 
 
-def overlay_bands(image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6) -> Iterator[UInt8]:
+def overlay_bands(
+    image: UInt8, probability: npt.NDArray[Any], strength: float = 0.6, colour_map: str = COLOUR_MAPS[0]
+) -> Iterator[UInt8]:
     """`overlay` from the top in bands of rows [rows,W,3], in little more memory than one band."""
     if image.shape[:2] != probability.shape:
         raise ValueError(f"probability must have the image's size {image.shape[:2]}, got {probability.shape}")
-    return (_overlay(image[band], probability[band], strength) for band in row_bands(*image.shape[:2]))
+    if colour_map not in COLOUR_MAPS:
+        raise ValueError(f"colour_map must be one of {', '.join(COLOUR_MAPS)}, got {colour_map!r}")
+    colours = getattr(cv2, f"COLORMAP_{colour_map.upper()}")
+    bands = row_bands(*image.shape[:2])
+    return (_overlay(image[band], probability[band], strength, colours) for band in bands)
+
+
+def contour_bands(image: UInt8, mask: npt.NDArray[np.bool_]) -> Iterator[UInt8]:
+    """RGB image [H,W,3] with the outline of mask [H,W] in yellow, cased in black, in bands of rows as `overlay_bands`.
+
+    The line is about a five-hundredth of the photo's longer side wide. Where a marked region ends at the photo's
+    border, so does the line.
+    """
+    height, width = mask.shape
+    reach = max(1, round(max(height, width) / 1000))
+    for band in row_bands(height, width):
+        # Rows that the outline can reach from outside the band.
+        top = max(0, band.start - 2 * reach)
+        rows = mask[top : band.stop + 2 * reach].astype(np.uint8)
+        shown = image[band].copy()
+        for distance, colour in ((2 * reach, 0), (reach, (255, 230, 0))):
+            kernel = np.ones((2 * distance + 1, 2 * distance + 1), np.uint8)
+            inner = cv2.erode(rows, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+            line = cv2.dilate(rows, kernel) != inner
+            shown[line[band.start - top :][: len(shown)]] = colour
+        yield shown
+
+
+def sheet(
+    image: UInt8,
+    probability: npt.NDArray[Any],
+    mask: npt.NDArray[np.bool_],
+    colour_map: str = COLOUR_MAPS[0],
+    side: int = 1024,
+) -> UInt8:
+    """Photo, heat map and mask side by side with white between them, each at most `side` pixels high and wide."""
+    small, heat, marked = (
+        fit(part, side) for part in (image, probability, np.multiply(mask, 255, dtype=np.uint8))
+    )
+    gap = np.full((len(small), 8, 3), 255, np.uint8)
+    white = np.repeat(marked[:, :, None], 3, axis=2)
+    return np.hstack([small, gap, overlay(small, heat, colour_map=colour_map), gap, white])
+
+
+def fit(values: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
+    """An image or map [H,W(,3)] reduced by area averaging so that neither side exceeds `side` pixels."""
+    height, width = values.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return values
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_AREA), values.dtype)
 
 
 def row_bands(height: int, width: int, pixels: int = 1 << 20) -> Iterator[slice]:
@@ -300,11 +368,10 @@ def row_bands(height: int, width: int, pixels: int = 1 << 20) -> Iterator[slice]
     return (slice(top, min(top + rows, height)) for top in range(0, height, rows))
 
 
-def _overlay(image: UInt8, probability: npt.NDArray[Any], strength: float) -> UInt8:
+def _overlay(image: UInt8, probability: npt.NDArray[Any], strength: float, colours: int) -> UInt8:
     p = np.clip(np.nan_to_num(np.asarray(probability, np.float32)), 0, 1)
     ramp = cv2.cvtColor(
-        # Up to yellow: white, the colour map's last quarter, would not show on bright photos.
-        cv2.applyColorMap(np.rint(p * 190).astype(np.uint8), cv2.COLORMAP_HOT),
+        cv2.applyColorMap(np.rint(p * 255).astype(np.uint8), colours),
         cv2.COLOR_BGR2RGB,
     )
     values = image.astype(np.float32)

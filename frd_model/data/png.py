@@ -13,33 +13,37 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-UInt8 = npt.NDArray[np.uint8]
-
 _GREY, _RGB = 0, 2
 _FILTER_SUB = 1
 
 
-def write_bands(file: BinaryIO, height: int, width: int, channels: int, bands: Iterable[UInt8]) -> None:
-    """Write a PNG of uint8 bands [rows, W] (`channels` 1) or RGB [rows, W, 3] (3) that follow each other."""
+def write_bands(
+    file: BinaryIO, height: int, width: int, channels: int, bands: Iterable[npt.NDArray[Any]], depth: int = 8
+) -> None:
+    """Write a PNG of bands [rows, W] (`channels` 1) or RGB [rows, W, 3] (3) that follow each other.
+
+    They are uint8, or uint16 for a `depth` of 16.
+    """
     file.write(b"\x89PNG\r\n\x1a\n")
     colour = {1: _GREY, 3: _RGB}[channels]
-    _write_chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
+    _write_chunk(file, b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
     # OpenCV's fast settings: run lengths of the differences between neighbours.
     deflate = zlib.compressobj(1, strategy=zlib.Z_RLE)
     for band in bands:
-        if data := deflate.compress(_filtered(band, channels)):
+        if data := deflate.compress(_filtered(band, channels * depth // 8)):
             _write_chunk(file, b"IDAT", data)
     _write_chunk(file, b"IDAT", deflate.flush())
     _write_chunk(file, b"IEND", b"")
 
 
-def _filtered(band: UInt8, channels: int) -> Any:
-    """Each row as PNG stores it: the filter's number, then every byte less the one a pixel to its left."""
-    rows = band.reshape(len(band), -1)
+def _filtered(band: npt.NDArray[Any], step: int) -> Any:
+    """Each row as PNG stores it: the filter, then every byte less the one a pixel (`step` bytes) to its left."""
+    samples = band.astype(">u2") if band.dtype == np.uint16 else band
+    rows = np.ascontiguousarray(samples).view(np.uint8).reshape(len(band), -1)
     lines = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
     lines[:, 0] = _FILTER_SUB
-    lines[:, 1 : 1 + channels] = rows[:, :channels]
-    np.subtract(rows[:, channels:], rows[:, :-channels], out=lines[:, 1 + channels :])
+    lines[:, 1 : 1 + step] = rows[:, :step]
+    np.subtract(rows[:, step:], rows[:, :-step], out=lines[:, 1 + step :])
     return lines
 
 
