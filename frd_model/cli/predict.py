@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import hashlib
 import json
 import os
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from frd_model.output import check_output_folder, one_line, say
+from frd_model.output import check_output_file, check_output_folder, one_line, say
 from frd_model.results import COLOUR_MAPS, DEFAULT_KINDS, ENDINGS, KINDS, Job, files_of, save_prediction
 from frd_model.tiling import OVERLAP, POLICIES, TILE
 
-from .arguments import Checkpoint, add_checkpoint_argument, at_least, fraction, open_checkpoint, path
+from .arguments import (
+    Checkpoint,
+    UsageError,
+    add_checkpoint_argument,
+    at_least,
+    fraction,
+    open_checkpoint,
+    path,
+)
 
 if TYPE_CHECKING:
     from frd_model.data.files import Skipped
     from frd_model.score import ScoreRule
 
+# Of --csv; what a photo has no value for stays empty.
+COLUMNS = (
+    *("path", "name", "score", "verdict", "false_alarm_rate", "edited_fraction", "raw_edited_fraction"),
+    *("width", "height", "threshold", "seconds", "error"),
+)
 # Bytes for the longest ending and for the number that distinguishes equal names.
 NAME_MARGIN = 20
 
@@ -38,7 +54,12 @@ class Collected:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="photo, directory of photos, or glob pattern"
+        "paths", nargs="*", metavar="PATH", help="photo, directory of photos, or glob pattern"
+    )
+    parser.add_argument(
+        "--from-file",
+        metavar="FILE",
+        help="read more PATHs from a file, one a line, or ended by NUL as `find -print0` does; - is standard input",
     )
     parser.add_argument("--out", type=path, required=True, metavar="DIR", help="where to write the results")
     parser.add_argument(
@@ -61,8 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace results that are in DIR already")
     again.add_argument(
-        "--resume", action="store_true", help="skip the photos whose results are in DIR already"
+        "--skip-existing",
+        action="store_true",
+        help="go on with a folder: skip the photos whose results are in DIR already",
     )
+    # Its former name.
+    again.add_argument("--resume", action="store_true", dest="skip_existing", help=argparse.SUPPRESS)
     add_checkpoint_argument(parser)
     parser.add_argument(
         "--threshold",
@@ -89,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print one JSON line per photo instead of a table; of a photo that failed path and error",
     )
+    parser.add_argument("--csv", type=path, metavar="FILE", help="write the results of all photos as a table")
 
 
 def kinds(text: str) -> tuple[str, ...]:
@@ -104,16 +130,21 @@ def run(args: argparse.Namespace) -> int:
     """Predict every photo. A bad one is reported and the others are still done; the status is then 1."""
     from frd_model.data.files import describe_skipped
 
+    if not args.paths and args.from_file is None:
+        raise UsageError("PATH or --from-file must name photos, got neither")
     check_output_folder("--out", args.out)
-    found = collect(args.paths, args.out, args.recursive)
+    if args.csv is not None:
+        check_output_file("--csv", args.csv, overwrite=args.overwrite or args.skip_existing)
+    names = [*args.paths, *([] if args.from_file is None else listed_names(args.from_file))]
+    found = collect(names, args.out, args.recursive)
     for name, reason in found.failed:
         _complain(name, reason, as_json=args.json)
     if found.skipped:
         say(f"frd predict: skipped {describe_skipped(found.skipped)}", sys.stderr)
     jobs = found.jobs
-    _refuse_to_destroy(jobs, args.out)
+    _refuse_to_destroy(jobs, args.out, args.csv)
     checkpoint = None
-    if args.resume and jobs:
+    if args.skip_existing and jobs:
         checkpoint = _open(args)
         settings = _all_settings(args, checkpoint)
         jobs = [job for job in jobs if not _is_done(job, args.out, args.save, settings)]
@@ -121,17 +152,68 @@ def run(args: argparse.Namespace) -> int:
         _refuse_to_overwrite(jobs, args.out)
     if not found.jobs:
         if not found.failed:
-            say(f"frd predict: no images in {', '.join(args.paths)}", sys.stderr)
+            say(f"frd predict: no images in {', '.join(args.paths) or args.from_file}", sys.stderr)
         return 1
-    failed = len(found.failed)
     if jobs:
         checkpoint = checkpoint or _open(args)
-        failed += sum(not _do(job, checkpoint, args) for job in jobs)
+    failed = len(found.failed)
+    with _table(args.csv) as add_row, _progress(len(jobs), args.json) as bar:
+        for name, reason in found.failed:
+            add_row({"path": name, "error": reason})
+        left = set(jobs)
+        for job in found.jobs:
+            if job not in left:
+                add_row(json.loads((args.out / f"{job.name}.json").read_bytes()))
+                continue
+            assert checkpoint is not None
+            record = _do(job, checkpoint, args)
+            add_row(record)
+            bar.update()
+            failed += "error" in record
     done = len(jobs) - (failed - len(found.failed))
-    earlier = f", {len(found.jobs) - len(jobs)} done before" if args.resume else ""
+    earlier = f", {len(found.jobs) - len(jobs)} done before" if args.skip_existing else ""
     # With --json stdout holds records only.
     say(f"{done} done, {failed} failed{earlier}", sys.stderr if args.json else None)
     return 1 if failed else 0
+
+
+def listed_names(file: str) -> list[str]:
+    """The paths in a list, one a line or each ended by NUL; "-" is standard input."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--from-file must be a readable list, got {file!r}: {error.strerror}") from None
+    if b"\0" in data:
+        lines = data.split(b"\0")
+    else:
+        lines = [line.removesuffix(b"\r") for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n")]
+    return [os.fsdecode(line) for line in lines if line]
+
+
+@contextlib.contextmanager
+def _table(file: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that adds the record of a photo, done or failed, to the CSV file; without a file it does nothing."""
+    if file is None:
+        yield lambda record: None
+        return
+    # A name that is no UTF-8 must not make a file that is none.
+    with file.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream:
+        rows = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
+        rows.writeheader()
+
+        def add(record: dict[str, Any]) -> None:
+            rows.writerow(record | record.get("size", {}))
+            stream.flush()
+
+        yield add
+
+
+def _progress(photos: int, as_json: bool) -> Any:
+    """Photos done, rate and time that remains, for several photos on a terminal."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(total=photos, unit="photo", disable=as_json or not terminal or photos < 2)
 
 
 def _open(args: argparse.Namespace) -> Checkpoint:
@@ -186,8 +268,11 @@ def name_jobs(files: list[Path], longest: int = 255) -> list[Job]:
     return jobs
 
 
-def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
-    """Predict one photo and write and report its results. On any error, report it and leave no results."""
+def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
+    """Predict one photo, write and report its results and return its record; on any error path and error.
+
+    A photo that failed has no results.
+    """
     from frd_model.data.images import read_image
     from frd_model.predict import predict
 
@@ -213,9 +298,9 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> bool:
     except Exception as error:
         _complain(job.path, one_line(error), as_json=args.json)
         _remove(job, args.out, suppress=True)
-        return False
+        return {"path": str(job.path), "error": one_line(error)}
     _report(record, as_json=args.json)
-    return True
+    return record
 
 
 def _remove(job: Job, out: Path, *, suppress: bool = False) -> None:
@@ -247,9 +332,11 @@ def _all_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
     }
 
 
-def _refuse_to_destroy(jobs: list[Job], out: Path) -> None:
+def _refuse_to_destroy(jobs: list[Job], out: Path, table: Path | None) -> None:
     """ValueError if a result would replace a photo of this run."""
     photos = {os.path.realpath(job.path) for job in jobs}
+    if table is not None and os.path.realpath(table) in photos:
+        raise ValueError(f"--csv must be a file of its own, got the photo {str(table)!r}")
     for file in (file for job in jobs for file in files_of(out, job.name)):
         if os.path.realpath(file) in photos:
             raise ValueError(
@@ -263,7 +350,7 @@ def _refuse_to_overwrite(jobs: list[Job], out: Path) -> None:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
         raise ValueError(
             f"--out must not hold results of these photos, got {str(there[0])!r}{more}; "
-            "give --resume to keep them, --overwrite to replace them, or another --out"
+            "give --skip-existing to keep them, --overwrite to replace them, or another --out"
         )
 
 
@@ -276,14 +363,14 @@ def _is_done(job: Job, out: Path, kinds: tuple[str, ...], wanted: dict[str, Any]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     if saved != os.path.abspath(job.path):
-        raise ValueError(f"cannot resume: {str(file)!r} is of the photo {saved!r}, not of {str(job.path)!r}")
+        raise ValueError(f"cannot go on: {str(file)!r} is of the photo {saved!r}, not of {str(job.path)!r}")
     for name in (
         *wanted,
         *(n for n in ("model", "preset", "raw", "colour_map") if n in record and n not in wanted),
     ):
         if record.get(name) != wanted.get(name):
             raise ValueError(
-                f"cannot resume: {name} was {record.get(name)!r} in {str(file)!r}, now {wanted.get(name)!r}; "
+                f"cannot go on: {name} was {record.get(name)!r} in {str(file)!r}, now {wanted.get(name)!r}; "
                 "give --overwrite, another --out, or what it was"
             )
     if "rle" in kinds and "rle" not in record:
@@ -329,11 +416,19 @@ def _report(record: dict[str, Any], *, as_json: bool) -> None:
     found = f"score {record['score']:.3f}  edited {share}"
     if "verdict" in record:
         found = f"{record['explanation']}  marked {share}"
-    say(f"{record['name']:<32} {size:>11}  {found}  {record['seconds']:.2f} s")
+    _say(f"{record['name']:<32} {size:>11}  {found}  {record['seconds']:.2f} s")
 
 
 def _complain(name: object, reason: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"path": str(name), "error": reason}), flush=True)
     shown = str(name)
-    say(f"frd predict: {reason if shown in reason else f'{shown}: {reason}'}", sys.stderr)
+    _say(f"frd predict: {reason if shown in reason else f'{shown}: {reason}'}", sys.stderr)
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """`say`, above the progress bar."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        say(text, file)

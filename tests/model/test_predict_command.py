@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import json
 import os
@@ -133,17 +134,22 @@ def test_a_second_run_needs_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture
 
     assert run(folder, "--out", out) == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "--resume" in error and "--overwrite" in error and "a_mask.png" in error
+    assert (
+        error.count("\n") == 1
+        and "--skip-existing" in error
+        and "--overwrite" in error
+        and "a_mask.png" in error
+    )
 
     write_png(folder / "b.png", photo(60))
     (out / "b_mask.png").write_bytes(b"half of a run that was killed")
-    assert run(folder, "--out", out, "--resume") == 0
+    assert run(folder, "--out", out, "--skip-existing") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 done, 0 failed, 1 done before"
     assert (out / "a.json").stat().st_mtime_ns == old
     assert read_image(out / "b_mask.png").shape == (40, 60, 3)
 
     (out / "b_overlay.png").unlink()
-    assert run(folder, "--out", out, "--resume") == 0
+    assert run(folder, "--out", out, "--skip-existing") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 done, 0 failed, 1 done before"
     assert (out / "b_overlay.png").is_file()
 
@@ -321,3 +327,81 @@ print("peak", (kilobytes("VmHWM") - before) * 1024 - 6000 * 4000 * 3)
     assert "tiles:" in done.stderr  # a log of a large photo shows how far the work is
     with Image.open(tmp_path / "result_overlay.png") as overlay:
         assert overlay.size == (6000, 4000)
+
+
+@pytest.mark.parametrize("ends", [b"\n", b"\r\n", b"\0"], ids=["lines", "windows", "nul"])
+def test_list_of_photos(
+    ends: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With names that are no patterns, no UTF-8 and no option, a folder, an empty line, and one that is given twice."""
+    (tmp_path / "in").mkdir()
+    for name in (b"a[1].png", b"b\xff.png", b"-c.png", b"d e.png"):
+        write_png(tmp_path / "in" / os.fsdecode(name), photo())
+    write_png(tmp_path / "more" / "f.png", photo())
+    monkeypatch.chdir(tmp_path / "in")
+    names = [b"a[1].png", b"", b"b\xff.png", b"-c.png", b"missing.png", b"../more", b"d e.png"]
+    (tmp_path / "list").write_bytes(ends.join(names) + ends)
+    assert run("d e.png", "--from-file", tmp_path / "list", "--out", tmp_path / "out") == 1
+    done = {os.fsencode(file.stem) for file in (tmp_path / "out").glob("*.json")}
+    assert done == {b"a[1]", b"b\xff", b"-c", b"d e", b"f"}
+    printed = capsys.readouterr()
+    assert "missing.png" in printed.err and printed.out.splitlines()[-1] == "5 done, 1 failed"
+
+    monkeypatch.setattr("sys.stdin", argparse.Namespace(buffer=io.BytesIO((tmp_path / "list").read_bytes())))
+    assert run("--from-file", "-", "--out", tmp_path / "again") == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "5 done, 1 failed"
+
+
+def test_no_photos_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--out", tmp_path / "out") == 2
+    (tmp_path / "list").write_text("\n")
+    assert run("--out", tmp_path / "out", "--from-file", tmp_path / "list") == 1
+    assert run("--out", tmp_path / "out", "--from-file", tmp_path / "none") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and "got neither" in lines[0] and "no images in" in lines[1]
+    assert "--from-file must be a readable list" in lines[2] and "No such file" in lines[2]
+
+
+def test_csv_has_every_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, table = tmp_path / "in", tmp_path / "table.csv"
+    for width, name in ((50, b'a,"b\n\xff.png'), (WIDTH_OF_NAN, b"bad.png"), (60, "gr\u00fcn.png".encode())):
+        write_png(folder / os.fsdecode(name), photo(width))
+    assert run(folder, tmp_path / "no*", "--out", tmp_path / "out", "--csv", table) == 1
+    rows = list(csv.DictReader(table.open(encoding="utf-8", newline="")))
+    assert [row["path"].split("/")[-1] for row in rows] == [
+        "no*",
+        'a,"b\n\\udcff.png',
+        "bad.png",
+        "gr\u00fcn.png",
+    ]
+    assert [bool(row["error"]) for row in rows] == [True, False, True, False]
+    record = json.loads((tmp_path / "out" / "gr\u00fcn.json").read_text())
+    assert (
+        float(rows[3]["score"]) == record["score"] and rows[3]["width"] == "60" and rows[3]["verdict"] == ""
+    )
+
+    assert run(folder, "--out", tmp_path / "other", "--csv", table) == 1
+    assert "--csv must be a new file" in capsys.readouterr().err
+    (folder / "bad.png").unlink()
+    assert run(folder, "--out", tmp_path / "out", "--csv", table, "--skip-existing") == 0
+    again = list(csv.DictReader(table.open(encoding="utf-8", newline="")))
+    assert again == [rows[1], rows[3]], "also the photos that were done before"
+    given = ["--out", tmp_path / "out", "--csv", folder / "gr\u00fcn.png", "--overwrite"]
+    assert run(folder, *given) == 1
+    assert "--csv must be a file of its own" in capsys.readouterr().err
+
+
+def test_progress_is_for_terminals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        write_png(tmp_path / "in" / f"{name}.png", photo())
+    assert run(tmp_path / "in", "--out", tmp_path / "log") == 0
+    assert "photo" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert run(tmp_path / "in", "--out", tmp_path / "json", "--json") == 0
+    assert "photo/s" not in capsys.readouterr().err
+    assert run(tmp_path / "in", "--out", tmp_path / "shown") == 0
+    printed = capsys.readouterr()
+    assert "3/3" in printed.err and "photo/s" in printed.err
+    assert len(printed.out.splitlines()) == 4
