@@ -23,9 +23,10 @@ def create_model(
         name: ``frdnet_`` and the encoder: ``mit_b0`` ... ``mit_b5`` or a timm backbone. ``segformer_`` and the encoder
             is the ablation's baseline, without FRD blocks: ``segformer_mit_b2`` has 25.76 M parameters.
         preset: ``paper``, ``released`` or ``lite`` (made for ``frdnet_mit_b0``).
-        pretrained: None (random weights), a file for :func:`frd_model.weights.load_weights`, or ``"demo"``,
-            the weights inside the package.
-        encoder_weights: a file with MiT weights, in Hugging Face's or the original naming.
+        pretrained: None (random weights), what :func:`frd_model.load_model` takes (a file, a folder, ``hf://owner/name``),
+            or ``"demo"``, the weights inside the package.
+        encoder_weights: MiT weights in Hugging Face's or the original naming: a file, a folder or
+            ``hf://nvidia/mit-b2``, whose licence is printed on stderr at the download.
         overrides: fields of :class:`FRDNetConfig` to change.
 
     Raises:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,6 +18,7 @@ from .blocks import FRDBlock
 from .config import FRDNetConfig
 from .decoder import DeconvDecoder, PyramidDecoder
 from .encoder import create_encoder
+from .hub import CARD, CONFIG, WEIGHTS, local_file, parse
 from .score import ScoreRule
 from .stem import PDCStem, TraceBranch
 
@@ -21,8 +26,18 @@ from .stem import PDCStem, TraceBranch
 OUTSIDE = -30.0
 
 
-class FRDNet(nn.Module):
+class FRDNet(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="frd-kernels",
+    pipeline_tag="image-segmentation",
+    tags=["image-manipulation-localization"],
+    model_card_template=CARD,
+):
     """Image manipulation localization.
+
+    `save_pretrained(folder)` and `push_to_hub("owner/name")` of huggingface_hub write model.safetensors, a file of
+    :func:`save_model`, and config.json.
 
     Args:
         config: see :class:`FRDNetConfig`.
@@ -81,6 +96,57 @@ class FRDNet(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.score_rule = None
         super()._load_from_state_dict(*args)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        map_location: str | torch.device = "cpu",
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> FRDNet:
+        """A net in eval mode, with its `score_rule`.
+
+        Args:
+            name: ``owner/name`` on the Hub, or whatever :func:`load_model` takes; a local file or folder goes first.
+            revision: branch, tag or commit on the Hub.
+            map_location: device of the net.
+            token, cache_dir, force_download, local_files_only: of `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`load_model`.
+            NotImplementedError: called on a class derived from FRDNet.
+        """
+        from .weights import load_model
+
+        if cls is not FRDNet:
+            raise NotImplementedError(
+                f"from_pretrained: makes an FRDNet, got {cls.__name__}; build one and use load_weights"
+            )
+        source = parse(name)
+        if source is None and not os.path.exists(os.path.expanduser(name)):
+            source = parse(f"hf://{name}") if str(name).count("/") == 1 else None
+        if source is not None and revision is not None:
+            source = source._replace(revision=revision)
+        file = local_file(
+            source or name,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        return load_model(file, map_location)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from .weights import save_model
+
+        save_model(self, save_directory / WEIGHTS)
+        text = json.dumps(self.config.to_dict(), indent=2)
+        (save_directory / CONFIG).write_text(text + "\n", encoding="utf-8")
 
     def with_score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, 1, H, W] as `forward` gives them, and one logit per image [B]: that it was edited anywhere.

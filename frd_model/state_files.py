@@ -160,14 +160,19 @@ def _is_index(file: Path) -> bool:
     return file.name.endswith(".index.json")
 
 
-def _read_shards(file: Path) -> State:
+def shard_names(index: Path) -> list[str]:
+    """The files that an index lists, which are beside it. ValueError if it is no index."""
     try:
-        names = sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted({os.path.basename(name) for name in names})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file}: no index of shards: {first_line(error)}") from error
+        raise ValueError(f"{index}: no index of shards: {first_line(error)}") from error
+
+
+def _read_shards(file: Path) -> State:
     state: State = {}
-    for name in names:
-        shard = file.with_name(os.path.basename(name))
+    for name in shard_names(file):
+        shard = file.with_name(name)
         start = _start(shard)
         state |= read_safetensors(shard)[0] if is_safetensors(shard) else _tensors(_read_pickle(shard, start))
     return state

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .config import NAME_PREFIX, PRESETS, FRDNetConfig, model_config
 from .encoder import MixTransformer
 from .frdnet import FRDNet
+from .hub import local_file, parse
 from .score import ScoreRule
 from .state_dicts import (
     WRAPPERS,
@@ -100,7 +101,7 @@ def save_model(
     }
     if not _is_sharded(model) or dist.get_rank() == 0:
         _check_own_names(net.config, state)
-        _write_atomically(_expand(path), serialize(state, metadata=header))
+        _write_atomically(_target(path), serialize(state, metadata=header))
 
 
 def _with_rule(metadata: Mapping[str, Any], rule: ScoreRule | None) -> dict[str, Any]:
@@ -129,14 +130,14 @@ def save_with_rule(model: nn.Module, rule: ScoreRule, source: str | Path, path: 
     atomically.
     """
     _find_net(model).score_rule = rule
-    file = _expand(source)
+    file = _source(source)
     header = read_safetensors(file, tensors=False)[1] if is_safetensors(file) else {}
     if config_in_header(file, header) is None:
         save_model(model, path)
         return
     state, header = read_safetensors(file)
     metadata = json.dumps(_with_rule(metadata_in_header(header), rule))
-    _write_atomically(_expand(path), serialize(state, metadata=header | {"metadata": metadata}))
+    _write_atomically(_target(path), serialize(state, metadata=header | {"metadata": metadata}))
 
 
 def _find_net(model: nn.Module) -> FRDNet:
@@ -237,7 +238,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: not a safetensors file, or one without an FRD-Net configuration.
     """
-    file = _expand(path)
+    file = _source(path)
     if not is_safetensors(file):
         raise ValueError(f"{file}: no valid safetensors file")
     _, header = read_safetensors(file, tensors=False)
@@ -260,16 +261,18 @@ def load_model(
         path: ``"demo"``, a file of :func:`save_model`, or ``last.pt`` of a training run (its averaged weights,
             if it has them); or a checkpoint without a configuration: a state dict (.pth, .safetensors, or the
             index of several) as any wrapper or trainer saves it, in our names or those of the authors' code. Its
-            configuration may be in a ``config.json`` next to it, with fields of :class:`FRDNetConfig`.
+            configuration may be in a ``config.json`` next to it, with fields of :class:`FRDNetConfig`. Also a folder
+            with ``model.safetensors``, and ``hf://owner/name[@revision][/file]`` on the Hugging Face Hub.
         device: of the model.
         model, preset: name and preset of :func:`frd_model.create_model`, for files without a configuration.
             Without either, a .pth is read as the preset ``released``.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or no such repository, revision or file on the Hub.
+        PermissionError, ConnectionError: the Hub asks for access or was not reached.
         ValueError: a corrupt file, or one that does not hold this model.
     """
-    file = _expand(path)
+    file = _source(path)
     stored = read(file)
     config, assumed = _choose_config(file, stored.config, model, preset)
     net = FRDNet(config)
@@ -325,7 +328,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: no such file.
         ValueError: a corrupt file, one of another configuration, names or shapes that do not match.
     """
-    file, net = _expand(path), _find_net(model)
+    file, net = _source(path), _find_net(model)
     stored = read(file)
     config, state = stored.config, stored.state
     if config is not None and config.image_head != net.config.image_head:
@@ -346,7 +349,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
-    """Load pretrained weights into a MiT encoder, from Hugging Face (``nvidia/mit-b*``) or the original ``mit_b*.pth``.
+    """Load pretrained weights into a MiT encoder: Hugging Face's (``hf://nvidia/mit-b*``) or original ``mit_b*.pth``.
 
     Classification and segmentation heads in the file are ignored, as are stages after the encoder's last one;
     everything else must match. In an encoder with more than three input planes the file's weights are used for RGB
@@ -356,7 +359,7 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
         FileNotFoundError: no such file.
         ValueError: a corrupt file, names or shapes that do not match.
     """
-    file = _expand(path)
+    file = _source(path)
     if not isinstance(encoder, MixTransformer):
         raise ValueError(f"{file}: encoder weights fit a MiT only, got {type(encoder).__name__}")
     own = encoder.state_dict()
@@ -431,5 +434,15 @@ def _fill(model: nn.Module, net: FRDNet, stored: State, file: Path) -> None:
     net.load_state_dict({key: state[_own_name(key)] for key in net.state_dict()}, assign=meta)
 
 
-def _expand(path: str | Path) -> Path:
-    return demo_path() if str(path) == "demo" else Path(os.path.expanduser(path))
+def _source(name: str | Path) -> Path:
+    """The file of a checkpoint to read."""
+    return demo_path() if str(name) == "demo" else local_file(name)
+
+
+def _target(path: str | Path) -> Path:
+    """The file to write."""
+    if parse(path) is not None:
+        raise ValueError(
+            f"path: must be a local file, got {str(path)!r}; FRDNet.push_to_hub writes to the Hub"
+        )
+    return Path(os.path.expanduser(path))

@@ -73,13 +73,13 @@ class Checkpoint:
 
 
 def add_checkpoint_argument(parser: argparse.ArgumentParser, preset_flag: str = "--preset") -> None:
-    """--checkpoint demo|FILE, and --model and `preset_flag` for files that hold no configuration."""
+    """--checkpoint, and --model and `preset_flag` for files that hold no configuration."""
     parser.add_argument(
         "--checkpoint",
         default=None,
-        metavar="demo|FILE",
-        help="weights: a safetensors file or last.pt of `frd train`, or any .pth or .safetensors of the net; "
-        "`demo` (default) is the small one in the package",
+        metavar="demo|FILE|hf://OWNER/NAME",
+        help="weights: a safetensors file or last.pt of `frd train`, or any .pth or .safetensors of the net, or a "
+        "repository on the Hugging Face Hub; `demo` (default) is the small one in the package",
     )
     add_model_arguments(parser, preset_flag)
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{NAME_PREFIX}ENCODER or {BASELINE_PREFIX}ENCODER (default frdnet_mit_b2)",
     )
-    which.add_argument("--checkpoint", metavar="demo|FILE", help="the net of a checkpoint")
+    which.add_argument("--checkpoint", metavar="demo|FILE|hf://OWNER/NAME", help="the net of a checkpoint")
     which.add_argument(
         "--module",
         metavar="MODULE:CALLABLE",

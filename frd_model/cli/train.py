@@ -58,7 +58,7 @@ FLAGS: dict[str, tuple[str, type, str]] = {
     "--encoder-weights": (
         "model.encoder_weights",
         str,
-        "ImageNet weights of the encoder, such as mit_b2.pth",
+        "ImageNet weights of the encoder, such as mit_b2.pth or hf://nvidia/mit-b2",
     ),
     "--output": ("output", str, "directory for weights, state, configuration and TensorBoard events"),
     "--epochs": ("epochs", int, "epochs of the whole run"),
