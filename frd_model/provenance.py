@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from frd_model.data.files import PathLike
@@ -173,7 +173,7 @@ def _text(value: Any) -> str | None:
             value = value.decode("latin-1")
         return _clean(value) or None
     if isinstance(value, (tuple, list, dict)):
-        value = list(value)[:MAX_ENTRIES]
+        value = list(value)[:8]
     return _clean(str(value)) or None
 
 
@@ -184,7 +184,8 @@ class _Exif:
         self.thumbnail: bytes | None = None
 
     def read(self, image: Image.Image, *, coordinates: bool) -> dict[str, Any] | None:
-        block = image.info.get("exif", b"")
+        # pillow-heif sets None.
+        block = image.info.get("exif") or b""
         if len(block) > MAX_EXIF_BYTES:
             raise ValueError(f"EXIF block must have at most {MAX_EXIF_BYTES} bytes, got {len(block)}")
         # Pillow adds the orientation of XMP, also where there is no EXIF.
@@ -297,7 +298,8 @@ def _read_xmp(image: Image.Image) -> dict[str, Any] | None:
 
 def _history(value: Any) -> list[dict[str, str]]:
     """The steps that editors note: action, software, when."""
-    entries = value.get("Seq", {}).get("li", []) if isinstance(value, dict) else []
+    sequence = value.get("Seq") if isinstance(value, dict) else None
+    entries = sequence.get("li", []) if isinstance(sequence, dict) else []
     steps = []
     for entry in (entries if isinstance(entries, list) else [entries])[:MAX_ENTRIES]:
         # Attributes of the entry, or of a description in it.
@@ -317,7 +319,7 @@ def _profile_name(image: Image.Image) -> str | None:
 
 
 def _read_texts(image: Image.Image) -> dict[str, str] | None:
-    """Texts beside EXIF and XMP: a PNG's chunks, the comments of a JPEG or GIF, the description of a TIFF."""
+    """Texts beside EXIF and XMP: a PNG's chunks, the comments of a JPEG or GIF."""
     own = {"XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type xmp", "Raw profile type APP1"}
     texts = dict(getattr(image, "text", {})) if image.format == "PNG" else {}
     comments = [data for name, data in getattr(image, "applist", []) if name == "COM"]
@@ -334,7 +336,11 @@ def _compare_thumbnail(
     """The embedded thumbnail against the stored (not rotated) image, at the thumbnail's size."""
     if not data:
         return None
-    with Image.open(io.BytesIO(data)) as opened:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError(f"thumbnail must be an image Pillow can read, got {data[:8]!r}") from None
+    with opened:
         width, height = opened.size
         if width * height > MAX_THUMBNAIL_PIXELS:
             raise ValueError(
@@ -513,7 +519,7 @@ def _date_remarks(exif: dict[str, Any]) -> Iterator[str]:
     dates = {name: _parsed(exif[name]) for name in _EXIF_DATES if name in exif}
     for name, date in dates.items():
         if date is None:
-            yield f"the date {name} is no EXIF date: {exif[name]}"
+            yield f"the date {name} is no EXIF date: {exif[name][:100]}"
     taken, modified = dates.get("taken"), dates.get("modified")
     if taken is None or modified is None:
         return
@@ -545,9 +551,9 @@ def _software_remarks(exif: dict[str, Any], xmp: dict[str, Any], texts: dict[str
     named |= {f"XMP history {n}": software for n, software in enumerate(history, 1)}
     for field, value in named.items():
         if value and _GENERATORS.search(value):
-            yield f"{field} names an image generator: {value}"
+            yield f"{field} names an image generator: {value[:100]}"
         elif value and _EDITORS.search(value):
-            yield f"{field} names an editor: {value}"
+            yield f"{field} names an editor: {value[:100]}"
     for key in texts:
         if key.lower() in _GENERATOR_KEYS:
             yield f"text {key}: a name under which image generators store their settings"

@@ -75,6 +75,7 @@ def save_prediction(
     import numpy as np
 
     from frd_model.data import images
+    from frd_model.provenance import provenance
 
     height, width = result.size
     raw = int(np.count_nonzero(result.probability > result.threshold))
@@ -91,6 +92,7 @@ def save_prediction(
         "checkpoint": checkpoint,
         **(settings or {}),
         "seconds": round(result.seconds, 4),
+        "provenance": provenance(job.path),
     }
     files = {kind: out / f"{job.name}{KINDS[kind]}" for kind in kinds}
     emptied = raw > 0 and not marked

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms, PngImagePlugin
 from PIL.ExifTags import GPS, IFD, Base
+from torch import nn
 
 from frd_model import inspect_photo
 from frd_model.cli import main
+from frd_model.cli.arguments import Checkpoint
 from frd_model.data.files import ImageError
 from frd_model.jpeg_facts import nearest_quality
 from frd_model.provenance import provenance
@@ -331,6 +334,9 @@ HOSTILE = {
         8,
         0x7FFFFFFF,
     ),
+    "numbers for dates": directory(
+        [(Base.DateTimeOriginal, SHORT, 4000, b"\3\3" * 4000), (Base.Make, LONG, 2, b"12345678")], 8
+    ),
     "zero division": directory(
         [(Base.DateTime, RATIONAL, 1, bytes(8)), (Base.Make, UNDEFINED, 8, b"\0\xff\xfe\0\x1b[31")], 8
     ),
@@ -373,7 +379,7 @@ def test_damaged_metadata_are_errors_of_their_part(tmp_path: Path) -> None:
     record = inspected(tmp_path, jpeg(picture(), xmp=bomb, icc_profile=b"no profile"))
     assert "EntitiesForbidden" in record["xmp"]["error"] and "error" in record["color_profile"]
     record = inspected(tmp_path, jpeg(picture(), exif=exif_with(b"no thumbnail")))
-    assert "error" in record["thumbnail"] and record["exif"]["orientation"] == 1
+    assert "must be an image" in record["thumbnail"]["error"] and record["exif"]["orientation"] == 1
     with pytest.raises(ImageError, match="must be a complete image"):
         inspected(tmp_path, jpeg(picture(600, 400))[:-2000])
 
@@ -405,6 +411,22 @@ def test_the_record_of_a_prediction(tmp_path: Path) -> None:
     assert short.pop("jpeg") == {k: v for k, v in whole.pop("jpeg").items() if k != "quantization"}
     assert short == {k: v for k, v in whole.items() if k != "path"}
     assert list(provenance(tmp_path / "none.jpg")) == ["error"]
+
+
+class Net(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :1]
+
+
+def test_predict_writes_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "frd_model.cli.predict.open_checkpoint", lambda *_, **__: Checkpoint(Net().eval(), "net")
+    )
+    (tmp_path / "a.jpg").write_bytes(jpeg(picture(), quality=90, exif=metadata()))
+    assert main(["predict", str(tmp_path / "a.jpg"), "--out", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert record["provenance"] == provenance(tmp_path / "a.jpg")
+    assert record["provenance"]["exif"]["make"] == "Canon" and record["provenance"]["jpeg"]["quality"] == 90
 
 
 def signed(data: bytes) -> bytes:
