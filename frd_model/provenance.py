@@ -280,6 +280,8 @@ def _thumbnail_bytes(exif: Image.Exif) -> bytes | None:
 
 def _read_xmp(image: Image.Image) -> dict[str, Any] | None:
     tree: dict[str, Any] = getattr(image, "getxmp", dict)()
+    if not tree and any(name in image.info for name in ("xmp", "XML:com.adobe.xmp")):
+        raise ValueError("XMP needs defusedxml (pip install defusedxml)")
     rdf = (tree.get("xmpmeta") or tree).get("RDF") if tree else None
     if not rdf:
         return None
@@ -435,7 +437,10 @@ def _read_c2pa(path: Path) -> dict[str, Any] | None:
     except c2pa.C2paError.NotSupported:
         return {"note": "not looked for: c2pa-python does not read this format"}
     except Exception as error:
-        return {"error": _clean(one_line(error))}
+        text = _clean(one_line(error))
+        if address := re.search(r"must fetch remote manifests from url (\S+)", text):
+            return {"note": f"the manifest is kept at {address[1]} and was not fetched"}
+        return {"error": text}
 
 
 def _manifest(store: dict[str, Any]) -> dict[str, Any]:

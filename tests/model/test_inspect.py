@@ -502,6 +502,25 @@ def test_a_manifest_that_fits_and_one_that_does_not(tmp_path: Path) -> None:
     assert inspected(tmp_path, jpeg(picture()))["c2pa"] is None
 
 
+def test_a_manifest_elsewhere_is_not_fetched(tmp_path: Path) -> None:
+    pytest.importorskip("c2pa")
+    address = b"xmlns:dcterms='http://purl.org/dc/terms/' dcterms:provenance='http://127.0.0.1:9/m.c2pa' "
+    data = jpeg(picture(), xmp=XMP.replace(b"xmlns:xmp=", address + b"xmlns:xmp=", 1))
+    note = "the manifest is kept at http://127.0.0.1:9/m.c2pa and was not fetched"
+    assert inspected(tmp_path, data)["c2pa"] == {"note": note}
+
+
+def test_what_would_take_too_much_memory_or_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture().save(tmp_path / "a.png", exif=b"Exif\0\0II*\0" + bytes(5 << 20))
+    assert "EXIF block must have at most 4194304 bytes" in inspect_photo(tmp_path / "a.png")["exif"]["error"]
+    monkeypatch.setitem(sys.modules, "defusedxml", None)
+    with pytest.warns(UserWarning, match="defusedxml"):
+        record = inspected(tmp_path, jpeg(picture(), xmp=XMP))
+    assert "pip install defusedxml" in record["xmp"]["error"]
+
+
 def test_without_c2pa_a_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "c2pa", None)
     assert "pip install 'frd-kernels[c2pa]'" in inspected(tmp_path, jpeg(picture()))["c2pa"]["note"]
