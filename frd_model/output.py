@@ -43,9 +43,13 @@ def one_line(error: BaseException) -> str:
     return text if own and text else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
+def printable(text: str) -> str:
+    """`text` with its characters escaped that are not printable, such as line ends and changes of direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def say(text: str, file: TextIO | None = None) -> None:
     """Print one line, with characters escaped that are not printable or not in the stream's encoding."""
     stream = sys.stdout if file is None else file
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

@@ -209,13 +209,14 @@ def read_mask(
 
 def write_bytes(path: PathLike, data: bytes) -> Path:
     """Write a file atomically: a reader sees the old content or all of the new. Creates missing folders."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(data)
     return Path(path)
 
 
 @contextlib.contextmanager
-def _replacing(path: PathLike) -> Iterator[BinaryIO]:
+def replacing(path: PathLike) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends without an error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not made from the target's name, which may already have the maximum length.
@@ -239,7 +240,7 @@ def write_png(path: PathLike, array: npt.NDArray[Any]) -> Path:
 
 def write_png_bands(path: PathLike, height: int, width: int, channels: int, bands: Iterable[Any]) -> Path:
     """`write_png` for an image given as bands of rows, which are never all in memory."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         write_bands(file, height, width, channels, (_to_uint8(band) for band in bands))
     return Path(path)
 
@@ -248,14 +249,14 @@ def write_map(path: PathLike, probability: npt.NDArray[np.float32]) -> Path:
     """Write a probability map [H,W] as grey PNG of 16 bit, value = round(65535 p), atomically."""
     height, width = probability.shape
     bands = (np.rint(probability[rows] * 65535).astype(np.uint16) for rows in row_bands(height, width))
-    with _replacing(path) as file:
+    with replacing(path) as file:
         write_bands(file, height, width, 1, bands, depth=16)
     return Path(path)
 
 
 def write_npz(path: PathLike, **arrays: Any) -> Path:
     """Write arrays as compressed npz, atomically."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         np.savez_compressed(file, **arrays)
     return Path(path)
 
