@@ -26,6 +26,7 @@ _HOME = {
     "inspect_photo": ".provenance",
     "load_model": ".weights",
     "predict": ".predict",
+    "register_timm": ".timm_models",
     "save_model": ".weights",
 }
 
