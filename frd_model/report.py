@@ -64,6 +64,7 @@ def _row(path: Path, record: dict[str, Any]) -> str:
     levels, threshold_fixed = _levels(path, size, thumbnail.shape[:2])
     if threshold_fixed:
         notes.append("threshold fixed: no map saved")
+    notes += (record.get("provenance") or {}).get("remarks") or []
     verdict = str(record.get("verdict", ""))
     emptied = verdict == NO_TRACE and not record.get("raw")
     score, marked = float(record["score"]), float(record["edited_fraction"])

@@ -27,7 +27,7 @@ KINDS = {
 DEFAULT_KINDS = ("mask", "overlay")
 ENDINGS = tuple(dict.fromkeys(KINDS.values()))
 # Of images.overlay; the first is the default.
-COLOUR_MAPS = ("inferno", "viridis", "cividis")
+COLOUR_MAPS = ("viridis", "cividis")
 
 
 @dataclass(frozen=True)

@@ -297,7 +297,7 @@ def overlay(
 ) -> UInt8:
     """Heat map of probability [H,W] in [0, 1] over RGB image [H,W,3].
 
-    The photo is faded towards grey, and a colour of `colour_map` (inferno, viridis, cividis) is blended in with the
+    The photo is faded towards grey, and a colour of `colour_map` (viridis or cividis) is blended in with the
     probability, so that the edited region stays recognisable.
     """
     return np.concatenate(list(overlay_bands(image, probability, strength, colour_map)))

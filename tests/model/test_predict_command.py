@@ -314,7 +314,7 @@ def kilobytes(name):
 out = Path(sys.argv[1])
 args = argparse.Namespace(
     out=out, size="auto", tile=512, threshold=None, raw=False, device="cpu", json=True, model=None, preset=None,
-    save=("mask", "overlay", "map", "npz", "contour", "sheet"), colour_map="inferno",
+    save=("mask", "overlay", "map", "npz", "contour", "sheet"), colour_map="viridis",
 )
 checkpoint = argparse.Namespace(model=Net(), label="")
 assert _do(Job(out / "small.png", "first"), checkpoint, args)  # loads libraries and takes what stays

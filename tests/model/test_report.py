@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 import shutil
@@ -83,6 +84,9 @@ def test_page_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     write_png(tmp_path / "in" / "low.png", photo(140))
     write_png(tmp_path / "in" / "large.png", photo(230, 1000, 30))
     out = results(tmp_path / "in", monkeypatch, RULE, "--save", "map")
+    record = json.loads((out / "high.json").read_text())
+    record["provenance"]["remarks"] = ["<i>an editor: GIMP"]
+    (out / "high.json").write_text(json.dumps(record))
     assert main(["report", str(out), "--out", str(tmp_path / "a.html")]) == 0
     page = Page(tmp_path / "a.html")
     names = [
@@ -99,6 +103,7 @@ def test_page_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert set(np.unique(maps[1] > _level(0.5))) == {False, True}
     assert [attrs.get("class") for tag, attrs in page.tags if tag == "tr"][1:] == [None, None, "emptied"]
     text = (tmp_path / "a.html").read_text()
+    assert "<i>an editor: GIMP" in page.rows[1]
     assert "no proof that a photo is untouched" in text and "fixed" not in page.rows[1]
     assert not re.search(r"(src|href)=\"(?!data:)", text) and "http://" not in text and "https://" not in text
     assert main(["report", str(out), "--out", str(tmp_path / "a.html")]) == 1, "it exists"
