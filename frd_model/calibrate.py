@@ -14,7 +14,7 @@ from frd_model.eval_view import eval_view
 from frd_model.evaluate import Labelled, Unusable
 from frd_model.output import one_line
 from frd_model.predict import has_image_head, logit_map, sigmoid
-from frd_model.score import ScoreRule, choose_pixel_threshold, fit_rule, measure, pixel_curve
+from frd_model.score import HEAD, ScoreRule, choose_pixel_threshold, fit_rule, measure, pixel_curve
 
 # The size policy of the predictions, which is the default of `predict`.
 POLICY = "auto"
@@ -51,10 +51,13 @@ def calibrate(
     A photo in a folder that `frd forge` made has the host that the manifest names. The model does not change: assign
     the rule to its `score_rule`.
 
-    Raises ValueError where forged or untouched photos are missing, or for an unknown statistic.
+    Raises ValueError where forged or untouched photos are missing, or for a statistic that is unknown or needs an image
+    head that the model does not have.
     """
     view = eval_view(model, device)
     head = has_image_head(view)
+    if statistic == HEAD and not head:
+        raise ValueError("statistic 'head' needs a network with config.image_head, got one without")
     hosts = _Hosts()
     rows, failed, curves = [], [], []
     for sample in samples:
@@ -77,8 +80,9 @@ def calibrate(
         rows.append({**row, "edited": float(sample.mask.mean()), "statistics": values})
         curves.append(curve)
     if not rows:
+        first = f", the first: {failed[0]['name']}: {failed[0]['error']}" if failed else ""
         raise ValueError(
-            f"photos must be forged and untouched ones, got none ({len(failed)} could not be used)"
+            f"photos must be forged and untouched ones, got none ({len(failed)} could not be used{first})"
         )
     return Calibration(_fit(rows, curves, statistic, resamples, seed), rows, failed)
 

@@ -55,7 +55,8 @@ class FRDNet(
     Raises:
         ValueError: images are not [B, 3, H, W] with H, W >= 1; valid_size is not [B, 2] within the images.
         TypeError: images are not floating point, valid_size is not an integer tensor.
-        NotImplementedError: training with batch normalisation on images that are not computed together.
+        NotImplementedError: training with batch normalisation on images that are not computed together; a score of
+            images with a valid_size.
     """
 
     #: How :func:`predict` scores and judges photos, from the checkpoint; None: not calibrated. It holds for the weights
@@ -158,15 +159,21 @@ class FRDNet(
 
     def forward(self, images: Tensor, valid_size: Tensor | None = None, score: bool = False) -> Any:
         _check_images(images)
-        if score is True:
+        # torch.fx traces the arguments that are left out as Proxies.
+        if isinstance(valid_size, torch.fx.Proxy):
+            valid_size = None
+        if not isinstance(score, torch.fx.Proxy) and score:
             if not self.config.image_head:
                 raise ValueError("image_head: must be true in the configuration for a score, got False")
+            if valid_size is not None:
+                raise NotImplementedError(
+                    "valid_size: must be None for a score, got sizes; score each image alone"
+                )
             x = _pad(images, self.multiple, self.min_side)
             with_score: Any = self.decoder.with_score
             logits, image_logits = with_score(*self._maps(x))
             return _fit(logits, x, images), image_logits
-        # torch.fx traces the argument that is left out as a Proxy.
-        if valid_size is not None and not isinstance(valid_size, torch.fx.Proxy):
+        if valid_size is not None:
             return self._without_margins(images, _sizes(valid_size, images))
         x = _pad(images, self.multiple, self.min_side)
         return _fit(self.logits(x), x, images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +87,8 @@ def _cross_entropy(logits: Tensor, mask: Tensor, valid: Tensor | None, focal: fl
         return F.binary_cross_entropy_with_logits(logits, mask)
     each = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
     if focal:
-        each = each * (1 - torch.exp(-each)) ** focal
+        # Not 0, where the gradient of a power below 1 is infinite.
+        each = each * (1 - torch.exp(-each)).clamp_min(1e-12) ** focal
     return each.mean() if valid is None else each.where(valid, 0.0).sum() / valid.sum()
 
 
@@ -121,8 +124,8 @@ class FRDLoss(nn.Module):
             ("focal", focal),
             ("image_weight", image_weight),
         ):
-            if not weight >= 0:
-                raise ValueError(f"{name} must be at least 0, got {weight}")
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
         _check_width(edge_width)
         self.form = form
         self.edge_weight = edge_weight
@@ -163,7 +166,7 @@ class FRDLoss(nn.Module):
             )
         if (image_logits is None) != (not self.image_weight):
             raise ValueError(
-                f"image_logits must be given where image_weight is not 0, got {self.image_weight} and "
+                f"image_logits must be given where image_weight is not 0, and only there, got {self.image_weight} and "
                 f"{None if image_logits is None else list(image_logits.shape)}"
             )
         if image_logits is not None and image_logits.shape != (len(logits),):

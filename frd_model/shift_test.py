@@ -261,12 +261,19 @@ def format_shift_test(summary: dict[str, Any]) -> str:
     """The summary as lines, and what they leave out."""
     forged, untouched = summary["forged"], summary["untouched"]
     lines = [
-        f"shift test: crops of {summary['side']} x {summary['side']} pixels, or of twice the edit's size",
-        f"  AUC of {forged['images']} edits, the same pixels: {_line(forged['auc'])}",
-        f"  AUC of {forged['images']} edits, all pixels of a crop: {_line(forged['crop_auc'])}",
-        f"  mean probability of {untouched['images']} untouched photos, the same pixels: "
-        f"{_line(untouched['probability'])}; lower beside the border in {untouched['lower_at_border']}",
+        f"shift test: crops of {summary['side']} x {summary['side']} pixels, or of twice the edit's size"
     ]
+    if forged["images"]:
+        edits = f"  AUC of {forged['images']} edits, "
+        lines += [f"{edits}the same pixels: {_line(forged['auc'])}"]
+        lines += [f"{edits}all pixels of a crop: {_line(forged['crop_auc'])}"]
+    if untouched["images"]:
+        lines.append(
+            f"  mean probability of {untouched['images']} untouched photos, the same pixels: "
+            f"{_line(untouched['probability'])}; lower beside the border in {untouched['lower_at_border']}"
+        )
+    if len(lines) == 1:
+        lines.append("  no image could be tested")
     lines += [f"  skipped: {count} x {reason}" for reason, count in summary["skipped"].items()]
     if summary["failed"]:
         lines.append(f"  skipped: {len(summary['failed'])} x could not be predicted")

@@ -61,7 +61,9 @@ def read(file: Path) -> Stored:
     if is_safetensors(file):
         state, header = read_safetensors(file)
         config = config_in_header(file, header)
-        return Stored(state, config or config_beside(file), metadata_in_header(header) if config else {})
+        return Stored(
+            state, config or config_beside(file), metadata_in_header(file, header) if config else {}
+        )
     _refuse_foreign(file, start)
     loaded = _read_pickle(file, start)
     state = dict(_tensors(loaded))
@@ -198,9 +200,12 @@ def config_in_header(file: Path, header: Mapping[str, str]) -> FRDNetConfig | No
         raise ValueError(f"{file}: its configuration is not valid: {first_line(error)}") from error
 
 
-def metadata_in_header(header: Mapping[str, str]) -> dict[str, Any]:
+def metadata_in_header(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """The metadata that save_model was given."""
-    return dict(json.loads(header.get("metadata") or "{}"))
+    try:
+        return dict(json.loads(header.get("metadata") or "{}"))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: its metadata must be a JSON object, got something else") from None
 
 
 def config_beside(file: Path) -> FRDNetConfig | None:

@@ -136,7 +136,7 @@ def save_with_rule(model: nn.Module, rule: ScoreRule, source: str | Path, path: 
         save_model(model, path)
         return
     state, header = read_safetensors(file)
-    metadata = json.dumps(_with_rule(metadata_in_header(header), rule))
+    metadata = json.dumps(_with_rule(metadata_in_header(file, header), rule))
     _write_atomically(_target(path), serialize(state, metadata=header | {"metadata": metadata}))
 
 
@@ -245,7 +245,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     config = config_in_header(file, header)
     if config is None:
         raise ValueError(f"{file}: holds no FRD-Net configuration (a file of save_model is needed)")
-    return {"config": config, "metadata": metadata_in_header(header)}
+    return {"config": config, "metadata": metadata_in_header(file, header)}
 
 
 def load_model(

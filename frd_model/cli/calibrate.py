@@ -153,6 +153,8 @@ def describe(rule: ScoreRule) -> list[str]:
         f"pixels above {rule.pixel_threshold:g}: mean F1 of the forged {v['pixel_f1']:.4f}, "
         f"marked in untouched {100 * v['pixel_false_alarm']:.2f} %"
     )
+    if not rule.scale:
+        lines.append(f"note: {rule.statistic} does not rank forged images higher: all photos get one score")
     if v["untouched"] < 100:
         lines.append(
             f"note: {v['untouched']} untouched images are fewer than 100: none is above the 1 % threshold"

@@ -63,6 +63,8 @@ class ForgeryDataset(Dataset[Sample]):
         self.seed = seed
         self.authentic = authentic
         self.options = options or ForgeOptions()
+        if authentic < 1:
+            self.options.check_donors(len(self.photos))
         self.zoom = zoom
         self.colour = colour
         if not colour_weight > 0:

@@ -18,6 +18,34 @@ UNSEEN = ("warp", "smooth")
 ALL_METHODS = tuple(dict.fromkeys(name for names in METHODS.values() for name in names))
 MIN_SIDE = 32
 SHAPES = ("polygon", "ellipse", "rectangle", "blob")
+_SHARES = (
+    "follow_content",
+    "hard_border",
+    "transform",
+    "colour",
+    "match_colour",
+    "filter_history",
+    "jpeg_history",
+    "local_trace",
+    "final_filter",
+    "handoff",
+    "handoff_resize",
+    "handoff_crop",
+    "webp",
+    "final_jpeg",
+)
+_ANY = float("inf")
+# The lowest, which only the qualities may reach, and the highest value of each range.
+_RANGES = {
+    "area": (0, 0.9),
+    "removal_area": (0, 0.9),
+    "feather": (0, _ANY),
+    "scale": (0, _ANY),
+    "handoff_scale": (0, 1),
+    "history_quality": (1, 100),
+    "handoff_quality": (1, 100),
+    "final_quality": (1, 100),
+}
 
 
 @dataclass(frozen=True)
@@ -85,14 +113,23 @@ class ForgeOptions:
                 )
         if not self.shapes or set(self.shapes) - set(SHAPES):
             raise ValueError(f"shapes must be some of {', '.join(SHAPES)}, got {self.shapes}")
-        for name in ("area", "removal_area"):
+        for name in _SHARES:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"rotation must be in [0, 180], got {self.rotation}")
+        for name, (lowest, highest) in _RANGES.items():
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 0.9:
-                raise ValueError(f"{name} must be (low, high) within (0, 0.9], got {(low, high)}")
-        for name in ("history_quality", "final_quality", "handoff_quality"):
-            low, high = getattr(self, name)
-            if not 1 <= low <= high <= 100:
-                raise ValueError(f"{name} must be (low, high) within 1 to 100, got {(low, high)}")
+            if not (max(lowest, 1e-9) <= low <= high <= highest and high < _ANY):
+                rule = f"{lowest} <= low" if lowest else "0 < low"
+                raise ValueError(
+                    f"{name} must be (low, high), {rule} <= high <= {highest}, got {(low, high)}"
+                )
+
+    def check_donors(self, photos: int) -> None:
+        """ValueError where every forgery needs a donor and there are not two photos."""
+        if photos < 2 and not any(weight > 0 for kind, weight in self.kinds.items() if kind != "splicing"):
+            raise ValueError(f"photos must be at least two where splicing is the only kind, got {photos}")
 
     def methods_of(self, kind: str) -> tuple[str, ...]:
         """The operations that a kind draws from."""

@@ -67,6 +67,8 @@ def forge_folder(
     if methods is not None:
         possible = {k: w for k, w in options.kinds.items() if set(METHODS.get(k, ())) & set(methods)}
         options = replace(options, kinds=possible or options.kinds, methods=tuple(methods))
+    if authentic < 1:
+        options.check_donors(len(photos))
     quality = options.final_quality
     if extension == "jpg":
         options = replace(options, final_jpeg=0.0)

@@ -206,6 +206,7 @@ class TrainConfig:
             raise ConfigError(
                 f"accumulate must be at most batch_size ({self.batch_size}), got {self.accumulate}"
             )
+        self._check_loss()
         if optim.min_lr > optim.lr:
             raise ConfigError(
                 f"optim.min_lr must be at most optim.lr ({optim.lr:g}), got {optim.min_lr:g}; set both"
@@ -249,6 +250,18 @@ class TrainConfig:
         if data.augment.preset == "mvss" and changed != ["preset"]:
             raise ConfigError(
                 f"data.augment.{changed[1]} must be left out for data.augment.preset mvss, got a value"
+            )
+
+    def _check_loss(self) -> None:
+        head = bool(self.model.options.get("image_head", False))
+        if head != (self.loss.image > 0):
+            raise ConfigError(
+                f"loss.image must be above 0 where model.options.image_head is true, and only there, got "
+                f"{self.loss.image:g} and {str(head).lower()}"
+            )
+        if self.loss.focal and not self.loss.bce:
+            raise ConfigError(
+                f"loss.bce must be above 0 where loss.focal is, its exponent, got 0 and {self.loss.focal:g}"
             )
 
     def to_dict(self) -> dict[str, Any]:

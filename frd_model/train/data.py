@@ -181,7 +181,9 @@ class FolderForgeries(ForgeryDataset):
 
 
 def failure(data: Any, index: int, error: Exception) -> Failure:
-    """The failure to report for a photo of a `PairDataset` that could not be loaded."""
+    """The failure to report for a photo of a `PairDataset` that could not be loaded; others do not read files."""
+    if pairs_of(data) is None:
+        raise error
     name, reason = str(data.pairs[index].image), one_line(error)
     return Failure(name, reason if repr(name) in reason else f"{name!r}: {reason}")
 
@@ -346,14 +348,6 @@ def forge_options(values: dict[str, Any]) -> ForgeOptions:
         if key not in known:
             raise ConfigError(f"unknown key {name}; known here: {', '.join(sorted(known))}")
         fields[key] = convert(known[key], value, name)
-        if known[key] is float:
-            top = 180.0 if key == "rotation" else 1.0
-            if not 0 <= fields[key] <= top:
-                raise ConfigError(f"{name} must be between 0 and {top:g}, got {value!r}")
-        if isinstance(fields[key], tuple) and key != "shapes":
-            low, high = fields[key]
-            if not 0 < low <= high < float("inf"):
-                raise ConfigError(f"{name} must be two rising positive values, got {value!r}")
     try:
         return ForgeOptions(**fields)
     except (ValueError, TypeError) as error:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as serialize
 from torch import nn
 
 from frd_model import FRDNet, create_model, load_model, predict, save_model
 from frd_model.calibrate import calibrate
 from frd_model.cli import main
+from frd_model.cli.calibrate import describe
 from frd_model.data import forge_folder
 from frd_model.data.images import read_image, write_json, write_png
 from frd_model.data.transforms import to_tensor
@@ -25,6 +27,7 @@ from frd_model.evaluate import Labelled, Unusable, evaluate, format_summary
 from frd_model.metrics import image_score
 from frd_model.predict import logit_map
 from frd_model.score import ScoreRule, measure
+from frd_model.state_files import read_safetensors
 from frd_model.train.config import from_dict
 from frd_model.train.trainer import Trainer
 from frd_model.weights import load_weights, read_metadata
@@ -325,6 +328,17 @@ def test_metadata_called_score_that_is_no_rule(tmp_path: Path) -> None:
         assert load_model(file).score_rule is None and read_metadata(file)["metadata"] == {"score": value}
 
 
+@pytest.mark.parametrize("metadata", ["[1]", "{", "3"])
+def test_metadata_of_another_kind_is_named(metadata: str, tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    save_model(tiny(), file)
+    state, header = read_safetensors(file)
+    file.write_bytes(serialize(state, metadata=header | {"metadata": metadata}))
+    for call in (load_model, read_metadata):
+        with pytest.raises(ValueError, match=r"net\.safetensors: its metadata must be a JSON object"):
+            call(file)
+
+
 def test_a_rule_that_is_not_valid_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, net = tmp_path / "net.safetensors", tiny()
     net.score_rule = rule()
@@ -400,8 +414,19 @@ def test_photos_that_fail_are_left_out() -> None:
 def test_one_class_cannot_be_calibrated(kept: int) -> None:
     with pytest.raises(ValueError, match="photos must be forged and untouched ones, got"):
         calibrate(bright_squares(10)[kept::2], Brightness())
-    with pytest.raises(ValueError, match=r"got none \(1 could not be used\)"):
+    with pytest.raises(ValueError, match=r"got none \(1 could not be used, the first: gone: no such file\)"):
         calibrate([Unusable("gone", "no such file")], Brightness())
+
+
+def test_a_statistic_that_does_not_tell_is_said_to() -> None:
+    forged, untouched = bright_squares(10)[::2], bright_squares(10)[1::2]
+    if not forged[0].mask.any():
+        forged, untouched = untouched, forged
+    swapped = [Labelled(s.name, "", s.image, ~s.mask & False) for s in forged]
+    swapped += [Labelled(s.name, "", s.image, s.mask | True) for s in untouched]
+    rule = calibrate(swapped, Brightness(), statistic="max", resamples=0).rule
+    assert rule.scale == 0
+    assert "note: max does not rank forged images higher: all photos get one score" in describe(rule)
 
 
 # The commands
@@ -497,7 +522,11 @@ def test_calibrate_a_state_dict(forged: Path, tmp_path: Path) -> None:
     ("change", "message", "status"),
     [
         (["--statistic", "mode"], "--statistic must be auto or one of max", 2),
-        (["--statistic", "head"], "statistic must be auto or one of max", 1),
+        (
+            ["--statistic", "head"],
+            "statistic 'head' needs a network with config.image_head, got one without",
+            1,
+        ),
         (["--out", "net.pth"], "--out must end in .safetensors, got", 2),
         (["--json-out", "made.safetensors"], "--out and --json-out must be two files", 2),
         (["--out", "plain.safetensors"], "--out must be a new file", 1),

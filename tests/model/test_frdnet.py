@@ -335,6 +335,13 @@ def test_image_head():
         logits, score = net.with_score(images)
         assert score.shape == (2,) and torch.equal(logits, net(images))
         torch.testing.assert_close(net.with_score(images[1:])[1], score[1:], atol=1e-5, rtol=1e-5)
+        assert torch.equal(net(images, score=1)[1], score)
+        traced = torch.fx.symbolic_trace(net, {"valid_size": None, "score": True})(images, None, True)
+        assert torch.equal(traced[1], score)
+        exported = torch.export.export(net, (images,), {"score": True}).module()(images, score=True)
+        torch.testing.assert_close(exported[1], score)
+    with pytest.raises(NotImplementedError, match="valid_size: must be None for a score, got sizes"):
+        net(images, torch.tensor([[70, 90], [40, 50]]), score=True)
     plain = create_model("frdnet_mit_b0", preset="lite")
     with pytest.raises(ValueError, match="image_head: must be true"):
         plain.with_score(images)

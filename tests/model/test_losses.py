@@ -1,3 +1,5 @@
+import math
+
 import cv2
 import numpy as np
 import pytest
@@ -114,7 +116,7 @@ def test_soft_edge_map_follows_the_prediction():
     ("call", "words"),
     [
         (lambda: FRDLoss("soft"), "form must be one of paper, released, got 'soft'"),
-        (lambda: FRDLoss(edge_weight=-1.0), "edge_weight must be at least 0, got -1.0"),
+        (lambda: FRDLoss(edge_weight=-1.0), "edge_weight must be at least 0 and finite, got -1.0"),
         (lambda: FRDLoss(edge_width=4), "width must be odd and at least 1, got 4"),
         (lambda: edge_map(torch.zeros(4, 4)), r"must be \[B,1,H,W\], got shape \(4, 4\)"),
         (lambda: FRDLoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4)), "logits must be"),
@@ -146,5 +148,19 @@ def test_focal_and_image_terms_by_hand():
     torch.testing.assert_close(loss.from_sums(halves[0] + halves[1])["total"], whole)
     with pytest.raises(ValueError, match="image_logits must be given where image_weight is not 0"):
         loss(logits, mask)
+    with pytest.raises(ValueError, match="and only there"):
+        FRDLoss()(logits, mask, image_logits=image)
     with pytest.raises(ValueError, match="image_logits must be"):
         loss(logits, mask, image_logits=image[:1])
+
+
+@pytest.mark.parametrize("focal", [0.5, 1.0, 2.0])
+def test_focal_of_pixels_that_are_certain(focal):
+    logits = torch.tensor([[[[40.0, -40.0, 20.0, 0.0]]]], requires_grad=True)
+    mask = torch.tensor([[[[1.0, 0.0, 1.0, 1.0]]]])
+    FRDLoss("released", bce_weight=1.0, focal=focal)(logits, mask)["bce"].backward()
+    # d/dz of (1 - p)^focal * -log p at p = 1/2, a quarter of the mean
+    slope = -(0.5**focal) * (focal * 0.5 * math.log(2) + 0.5) / 4
+    torch.testing.assert_close(
+        logits.grad.flatten(), torch.tensor([0.0, 0.0, 0.0, slope]), atol=1e-6, rtol=1e-5
+    )

@@ -155,6 +155,55 @@ def test_train_from_a_folder(
     assert main([*again, "--photos-dir", "set"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["loss.image=0.2"],
+            "loss.image must be above 0 where model.options.image_head is true, and only there",
+        ),
+        (["model.options={image_head: true}"], "and only there, got 0 and true"),
+        (["loss.focal=2"], "loss.bce must be above 0 where loss.focal is, its exponent, got 0 and 2"),
+        (
+            ["data.forge.kinds={splicing: 1}"],
+            "photos must be at least two where splicing is the only kind, got 1",
+        ),
+        (["data.forge.handoff_scale=[0.5, 1.5]"], "data.forge: handoff_scale must be (low, high), 0 < low"),
+    ],
+)
+def test_train_names_what_cannot_work_before_the_earlier_run_is_removed(
+    changes: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(json.dumps(config(tmp_path / "run", folder)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_text("an earlier run")
+    flags = [part for change in changes for part in ("--set", change)]
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--overwrite", *flags]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+    assert (tmp_path / "run" / "last.pt").read_text() == "an earlier run"
+
+
+def test_splicing_from_one_photo_removes_no_earlier_forgeries(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        "forge",
+        str(folder / "val"),
+        "--out",
+        str(tmp_path / "out"),
+        "--count",
+        "2",
+        "--kinds",
+        "splicing",
+    ]
+    assert main([*given, "--authentic", "1"]) == 0
+    before = sorted(file.name for file in (tmp_path / "out" / "images").iterdir())
+    assert main([*given, "--overwrite"]) == 1
+    assert "photos must be at least two where splicing is the only kind, got 1" in capsys.readouterr().err
+    assert sorted(file.name for file in (tmp_path / "out" / "images").iterdir()) == before
+
+
 def test_training_and_validation_take_their_own_splits(folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(from_dict(config(tmp_path / "run", folder)))
     assert [photo.shape for photo in trainer.train_data.photos] == [(72, 96, 3)] * 2

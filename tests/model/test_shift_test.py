@@ -194,6 +194,13 @@ def test_larger_edits_get_larger_crops() -> None:
 def test_no_images() -> None:
     summary = ShiftTest(look_with(Redness()), SIDE).summary()
     assert summary["forged"]["images"] == 0 and np.isnan(summary["forged"]["auc"]["difference"]["mean"])
+    assert format_shift_test(summary).splitlines()[1:] == ["  no image could be tested"]
+    alone = format_shift_test(run(Redness(), EDIT).summary())
+    assert (
+        "AUC of 1 edits" in alone
+        and "untouched" not in alone
+        and "nan" not in alone.replace("+nan to +nan", "")
+    )
 
 
 def test_an_error_of_the_net_does_not_stop_the_others() -> None:

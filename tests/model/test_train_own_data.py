@@ -539,7 +539,7 @@ def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--set", "data.val_share=0"], "data.val_share must be"),
         (["--set", "data.augment.jpeg=2"], "data.augment.jpeg must be"),
         (["--set", "data.augment.jpeg_quality=[0, 90]"], "data.augment.jpeg_quality must be"),
-        (["--set", "data.forge.jpeg_history=7"], "data.forge.jpeg_history must be between 0 and 1"),
+        (["--set", "data.forge.jpeg_history=7"], "data.forge: jpeg_history must be in [0, 1], got 7"),
         (["--set", "data.forge.area=3"], "data.forge.area must be a list of 2"),
         (["--stop-after", "0"], "--stop-after must be at least 1"),
         (["--max-minutes", "nan"], "--max-minutes must be positive"),
