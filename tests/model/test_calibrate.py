@@ -397,7 +397,7 @@ def test_a_head_is_compared_where_the_net_has_one() -> None:
     assert "head" not in calibrate(samples, Brightness(), resamples=0).rule.validation["statistics"]
     found = calibrate(samples, Brightness(head=True), statistic="head", resamples=0)
     assert found.rule.statistic == "head" and found.rule.validation["statistics"]["head"]["auc"] == 1.0
-    with pytest.raises(ValueError, match=r"statistic must be auto or one of max.*, got 'head'"):
+    with pytest.raises(ValueError, match=r"statistic 'head' needs a network with config\.image_head"):
         calibrate(samples, Brightness(), statistic="head")
 
 
