@@ -93,9 +93,10 @@ class ImageHead(nn.Module):
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         flat, map_ = x.flatten(2).float(), logits.detach().flatten(2).float()
-        suspicious = (flat * map_.softmax(dim=2)).sum(dim=2)
+        weight = map_.softmax(dim=2)
+        suspicious = (flat * weight).sum(dim=2)
         # The softmax's own average is the height of the map's peak.
-        peak = (map_ * map_.softmax(dim=2)).sum(dim=2)
+        peak = (map_ * weight).sum(dim=2)
         pooled = torch.cat((flat.mean(dim=2), suspicious, peak), dim=1)
         out: Tensor = self.fc2(F.gelu(self.fc1(pooled.to(self.fc1.weight.dtype))))
         return out.squeeze(1)

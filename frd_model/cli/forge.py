@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-side",
         type=at_least(MIN_SIDE),
-        help="reduce larger photos first, by area averaging, so that no side is longer",
+        help=f"reduce larger photos first, by area averaging, so that no side is longer, but none below {MIN_SIDE}",
     )
     parser.add_argument(
         "--authentic", type=fraction, default=0.0, help="share of untouched photos (default: %(default)g)"
