@@ -19,7 +19,8 @@ from .arguments import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from frd_model.evaluate import Labelled, Source, Unusable
     from frd_model.score import ScoreRule
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrate, print the figures, write the checkpoint. Status 1 if a photo could not be used."""
+    """Calibrate, print the figures, write the checkpoint. Status 1 if a photo or an output could not be used."""
     from frd_model.calibrate import calibrate
     from frd_model.data.images import write_json
     from frd_model.evaluate import labelled_pairs
@@ -69,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
         if source.inverted:
             say(f"frd calibrate: warning: {source.inverted}; --invert-masks turns them round", sys.stderr)
     checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
+    model = checkpoint.model
     found = calibrate(
         _samples(sources),
-        checkpoint.model,
+        model,
         statistic=args.statistic,
         device=args.device,
         resamples=args.resamples,
@@ -81,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
         say(f"frd calibrate: {error if name in error else f'{name}: {error}'}", sys.stderr)
     for line in describe(found.rule):
         say(line)
-    save_with_rule(checkpoint.model, found.rule, checkpoint.label, args.out)
-    say(f"wrote {args.out}")
+    errors = len(found.failed)
+    errors += not _write(args.out, lambda: save_with_rule(model, found.rule, checkpoint.label, args.out))
     if args.json_out is not None:
         content = {
             "checkpoint": checkpoint.label,
@@ -91,12 +93,19 @@ def run(args: argparse.Namespace) -> int:
             "photos": found.rows,
             "failed": found.failed,
         }
-        try:
-            write_json(args.json_out, content)
-        except OSError as error:
-            say(f"frd calibrate: {str(args.json_out)!r} cannot be written: {one_line(error)}", sys.stderr)
-            return 1
-    return 1 if found.failed else 0
+        errors += not _write(args.json_out, lambda: write_json(args.json_out, content))
+    return 1 if errors else 0
+
+
+def _write(file: Path, write: Callable[[], object]) -> bool:
+    """Whether the file could be written: a full disk must not lose the other one too."""
+    try:
+        write()
+    except OSError as error:
+        say(f"frd calibrate: {str(file)!r} cannot be written: {one_line(error)}", sys.stderr)
+        return False
+    say(f"wrote {file}")
+    return True
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -551,6 +552,34 @@ def test_wrong_usage_writes_nothing(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("frd calibrate: ") and message in error
     assert {file.name: file.read_bytes() for file in Path().iterdir()} == before
+
+
+def test_a_full_disk_loses_one_file_only(
+    forged: Path,
+    plain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("frd_model.weights._write_atomically", full)
+    data = [
+        "--images",
+        forged / "images",
+        "--masks",
+        forged / "masks",
+        "--resamples",
+        0,
+        "--checkpoint",
+        plain,
+    ]
+    out, report = tmp_path / "made.safetensors", tmp_path / "made.json"
+    assert run("calibrate", *data, "--out", out, "--json-out", report) == 1
+    error = capsys.readouterr().err
+    assert f"frd calibrate: {str(out)!r} cannot be written: " in error and "No space left on device" in error
+    assert not out.exists() and ScoreRule.from_dict(json.loads(report.read_text())["rule"]).scale >= 0
 
 
 def test_calibrate_in_place_and_bad_photos(
