@@ -70,12 +70,12 @@ def save_prediction(
     """Write the `kinds` of results of one photo and NAME.json into `out`, each atomically, JSON last.
 
     A mask that the verdict has emptied leaves the overlay without heat; the probabilities of `map` and `npz` are
-    always whole. `settings`, such as the size policy, are stored in the JSON file. Returns its content.
+    always whole. `settings`, such as the size policy and what is known of the file, are stored in the JSON file.
+    Returns its content.
     """
     import numpy as np
 
     from frd_model.data import images
-    from frd_model.provenance import provenance
 
     height, width = result.size
     raw = int(np.count_nonzero(result.probability > result.threshold))
@@ -92,7 +92,6 @@ def save_prediction(
         "checkpoint": checkpoint,
         **(settings or {}),
         "seconds": round(result.seconds, 4),
-        "provenance": provenance(job.path),
     }
     files = {kind: out / f"{job.name}{KINDS[kind]}" for kind in kinds}
     emptied = raw > 0 and not marked

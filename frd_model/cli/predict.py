@@ -275,11 +275,14 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str,
     """
     from frd_model.data.images import read_image
     from frd_model.predict import predict
+    from frd_model.provenance import provenance
 
     try:
         # If this run fails, an old result must not be taken for its own.
         _remove(job, args.out)
         pixels = read_image(job.path)
+        # Decodes the file again, so that it comes before the maps take their memory.
+        settings = {**_settings(args), "provenance": provenance(job.path)}
         result = predict(
             pixels,
             checkpoint.model,
@@ -292,7 +295,7 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str,
             progress=True,
         )
         record = save_prediction(
-            args.out, job, pixels, result, checkpoint.label, _settings(args), args.save, args.colour_map
+            args.out, job, pixels, result, checkpoint.label, settings, args.save, args.colour_map
         )
     # Decoders, allocators and file systems raise errors of any type.
     except Exception as error:
