@@ -32,7 +32,8 @@ def localize(sample: Labelled, out: Path, checkpoint: Checkpoint) -> dict[str, A
     """Writes the photo and its true mask into `out`/photos, what was found into `out`; returns a table row."""
     photo = write_png(out / "photos" / f"{sample.name}.png", sample.image)
     write_png(out / "photos" / f"{sample.name}_truth.png", sample.mask)
-    result = predict(sample.image, checkpoint.model)
+    # The map is shown whatever the verdict, which would empty the mask of a photo without a trace.
+    result = predict(sample.image, checkpoint.model, raw=True)
     save_prediction(out, Job(photo, sample.name), sample.image, result, checkpoint.label)
     row: dict[str, Any] = {
         "name": sample.name,
@@ -56,12 +57,10 @@ def panel(sample: Labelled, heat: np.ndarray, result: Prediction) -> np.ndarray:
         for part in (sample.image, truth, heat)
     ]
     text = f"{result.verdict or 'score'} {result.score:.2f}"
-    # white on a dark border, so that it is legible on any photo
-    for colour, thickness in ((0, 4), (255, 1)):
-        where = (8, height - 10)
-        cv2.putText(
-            parts[2], text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.55, (colour,) * 3, thickness, cv2.LINE_AA
-        )
+    # On a dark band, so that it is legible on any photo.
+    parts[2][height - 28 :] //= 3
+    where = (8, height - 9)
+    cv2.putText(parts[2], text, where, cv2.FONT_HERSHEY_SIMPLEX, 0.55, (255,) * 3, 1, cv2.LINE_AA)
     return np.hstack(parts)
 
 

@@ -7,7 +7,6 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from frd_model import create_model, load_model
 from frd_model.config import PRESETS
@@ -26,7 +25,6 @@ def test_the_demo_is_in_the_package() -> None:
     assert training["data"]["source"] == "sample"
 
 
-@pytest.mark.xfail(reason="the checkpoint trained on these forgeries is not in the package yet", strict=False)
 def test_the_demo_finds_edits_in_held_out_photos() -> None:
     # Far below what the model card reports: this guards against a broken file, not against a worse one.
     samples = itertools.islice(forged_samples("heldout", 1, 100).samples, 4)
