@@ -17,7 +17,7 @@ from .forge_options import ForgeOptions
 from .handoff import view_side
 from .images import ImageError, read_image, read_mask
 from .pairing import DatasetError, Pair, pair_by_name, read_list
-from .transforms import is_coloured, mask_to_tensor, random_look, random_view, resize, to_tensor
+from .transforms import is_coloured, mask_to_tensor, random_focus, random_look, random_view, resize, to_tensor
 
 UInt8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
@@ -37,6 +37,7 @@ class ForgeryDataset(Dataset[Sample]):
         zoom: range of the random resize (see `random_view`).
         colour: probability of a colour change of the whole photo.
         colour_weight: how much more often a colour photo is the host than a grey one.
+        focus: probability of a view with a shallow depth of field (see `random_focus`).
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class ForgeryDataset(Dataset[Sample]):
         zoom: tuple[float, float] = (0.5, 1.25),
         colour: float = 0.5,
         colour_weight: float = 3.0,
+        focus: float = 0.0,
     ) -> None:
         self.photos = list(photos.values()) if isinstance(photos, Mapping) else list(photos)
         if not self.photos:
@@ -67,6 +69,7 @@ class ForgeryDataset(Dataset[Sample]):
             self.options.check_donors(len(self.photos))
         self.zoom = zoom
         self.colour = colour
+        self.focus = focus
         if not colour_weight > 0:
             raise ValueError(f"colour_weight must be above 0, got {colour_weight}")
         self._coloured = np.array([is_coloured(photo) for photo in self.photos])
@@ -96,6 +99,8 @@ class ForgeryDataset(Dataset[Sample]):
 
     def _view(self, rng: np.random.Generator, number: int, side: int) -> UInt8:
         view = random_view(rng, self.photos[number], side, self.zoom)
+        if self.focus and rng.random() < self.focus:
+            view = random_focus(rng, view)
         return random_look(rng, view, self.colour)
 
     def _donor(self, rng: np.random.Generator, host: int) -> int | None:

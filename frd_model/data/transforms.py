@@ -123,3 +123,46 @@ def random_look(rng: np.random.Generator, photo: UInt8, colour: float = 0.5) -> 
     gains = rng.uniform(0.8, 1.15) * rng.uniform(0.88, 1.08, 3)
     table = np.clip(np.rint(255 * levels * gains), 0, 255).astype(np.uint8).reshape(1, 256, 3)
     return np.asarray(cv2.LUT(photo, table), dtype=np.uint8)
+
+
+def random_focus(rng: np.random.Generator, photo: UInt8) -> UInt8:
+    """A photo [H,W,3] as a lens of shallow depth of field would show it: sharp near a plane or a subject only.
+
+    The blur grows smoothly with the distance from the plane of focus. Noise arises behind the lens: it is as strong
+    where the scene is blurred, which tells this from a blur that an editor has added.
+    """
+    radius = _distance(rng, photo.shape[0], photo.shape[1]) * float(rng.uniform(1.0, 6.0))
+    result = sharper = photo.astype(np.float32)
+    # Between the levels of blur the photo is interpolated.
+    levels = (0.0, 0.7, 1.5, 3.0, 6.0)
+    for low, high in zip(levels, levels[1:]):
+        if radius.max() <= low:
+            break
+        blurred = cv2.GaussianBlur(photo, (0, 0), high).astype(np.float32)
+        share = np.clip((radius - low) / (high - low), 0, 1)[..., None]
+        result = result + share * (blurred - sharper)
+        sharper = blurred
+    lost = np.clip(radius / 0.7, 0, 1)[..., None] * _noise_level(photo)
+    result += lost * rng.standard_normal(photo.shape, dtype=np.float32)
+    return np.clip(np.rint(result), 0, 255).astype(np.uint8)
+
+
+def _distance(rng: np.random.Generator, height: int, width: int) -> npt.NDArray[np.float32]:
+    """Distance [H,W] in [0, 1] from what is in focus: a line across the photo, or an ellipse in it."""
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None] - np.float32(rng.uniform(-0.8, 0.8))
+    x = np.linspace(-1, 1, width, dtype=np.float32) - np.float32(rng.uniform(-0.8, 0.8))
+    angle = rng.uniform(0, np.pi)
+    along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    if rng.random() < 0.5:
+        along = 0 * along
+    away = np.hypot(along * rng.uniform(0.5, 1), across)
+    sharp, reach = rng.uniform(0.1, 0.6), rng.uniform(0.1, 1.0)
+    return np.clip((away - sharp) / reach, 0, 1).astype(np.float32)
+
+
+def _noise_level(photo: UInt8) -> npt.NDArray[np.float32]:
+    """Standard deviation of the noise of each channel, from the median of a second difference that cancels edges."""
+    # Immerkaer, Fast noise variance estimation (CVIU 1996), with the median in the place of the mean.
+    kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+    difference = np.abs(cv2.filter2D(photo, cv2.CV_32F, kernel))
+    return (np.median(difference, axis=(0, 1)) / (0.6745 * 6)).astype(np.float32)

@@ -76,7 +76,8 @@ class DataSection:
             reported and replaced by other photos; with more of them the run stops.
         samples, val_samples: images of one epoch and of the fixed validation set ("sample").
         authentic: fraction of untouched images among the generated ones.
-        zoom, colour: range of the random resize of a view, and fraction of views with changed colours ("sample").
+        zoom, colour, focus: range of the random resize of a view, and fractions of the views with changed colours and
+            with a shallow depth of field ("sample"; validation photos have neither).
         forge: fields of `ForgeOptions` to change.
     """
 
@@ -89,6 +90,7 @@ class DataSection:
     authentic: float = 0.15
     zoom: tuple[float, float] = (0.5, 1.25)
     colour: float = 0.5
+    focus: float = 0.0
     forge: dict[str, Any] = field(default_factory=dict)
     photos: str | None = None
     train: tuple[str, ...] = ()
@@ -346,6 +348,7 @@ RULES: dict[str, Rule] = {
     "data.authentic": _BELOW_ONE,
     "data.zoom": _ordered(0.01, 100),
     "data.colour": _SHARE,
+    "data.focus": _SHARE,
     "data.augment.preset": _one_of("own", "mvss"),
     **{f"data.augment.{name}": _SHARE for name in ("flip", "turn", "colour", "blur", "jpeg")},
     "data.augment.blur_sigma": _ordered(0.01, 100),

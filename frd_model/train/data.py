@@ -237,7 +237,7 @@ def open_training_data(config: TrainConfig) -> Any:
     data = config.data
     if data.source != "sample":
         return open_data(config)[0]
-    return _forgeries(data, "train", data.samples, config.seed, data.colour)
+    return _forgeries(data, "train", data.samples, config.seed, data.colour, data.focus)
 
 
 def open_validation_data(config: TrainConfig) -> ValidationData:
@@ -355,10 +355,12 @@ def forge_options(values: dict[str, Any]) -> ForgeOptions:
 
 
 def _forged_validation(data: DataSection) -> ForgedValidation:
-    return ForgedValidation(_forgeries(data, "val", data.val_samples, data.val_seed, colour=0.0))
+    return ForgedValidation(_forgeries(data, "val", data.val_samples, data.val_seed))
 
 
-def _forgeries(data: DataSection, photos: str, length: int, seed: int, colour: float) -> ForgeryDataset:
+def _forgeries(
+    data: DataSection, photos: str, length: int, seed: int, colour: float = 0.0, focus: float = 0.0
+) -> ForgeryDataset:
     found = sample_files(photos, data.photos)
     if found.skipped:
         say(f"not used of {data.photos}: {describe_skipped(found.skipped)}", sys.stderr)
@@ -371,6 +373,7 @@ def _forgeries(data: DataSection, photos: str, length: int, seed: int, colour: f
         options=forge_options(data.forge),
         zoom=data.zoom,
         colour=colour,
+        focus=focus,
     )
     if isinstance(made, FolderForgeries):
         made.files = found.images

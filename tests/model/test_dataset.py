@@ -9,7 +9,16 @@ from frd_model.cli import data as check_command
 from frd_model.data import photos
 from frd_model.data.dataset import DatasetError, FolderDataset, ForgeryDataset, JsonDataset, ManiDataset
 from frd_model.data.images import ImageError, write_jpeg, write_png
-from frd_model.data.transforms import MEAN, STD, random_look, random_view, resize, to_image, to_tensor
+from frd_model.data.transforms import (
+    MEAN,
+    STD,
+    random_focus,
+    random_look,
+    random_view,
+    resize,
+    to_image,
+    to_tensor,
+)
 
 
 def photo(seed=0, height=80, width=100):
@@ -43,6 +52,41 @@ def test_views():
     image, mask = resize(photo(), square_mask(), (40, 50))
     assert image.shape == (40, 50, 3)
     np.testing.assert_array_equal(mask, square_mask()[::2, ::2])
+
+
+def test_shallow_depth_of_field_blurs_the_scene_and_keeps_the_noise():
+    rng = np.random.default_rng(0)
+    height = width = 160
+    stripes = np.where(np.arange(width) // 8 % 2 == 0, 80.0, 160.0)
+    noise = rng.normal(0, 4, (height, width, 3))
+    scene = np.clip(np.rint(stripes[:, None] + noise), 0, 255).astype(np.uint8)
+    flat = np.clip(np.rint(120 + noise), 0, 255).astype(np.uint8)
+    contrasts = []
+    for seed in range(20):
+        shown = random_focus(np.random.default_rng(seed), scene)
+        assert shown.dtype == np.uint8 and shown.shape == scene.shape
+        np.testing.assert_array_equal(shown, random_focus(np.random.default_rng(seed), scene))
+        # The mean over the columns of the stripes has next to no noise: contrast in four bands of rows.
+        bands = shown.reshape(4, height // 4, width, 3).mean(axis=(1, 3))
+        contrasts.append(np.ptp(bands, axis=1) / 80)
+        levels = random_focus(np.random.default_rng(seed), flat).reshape(8, 20, 8, 20, 3).std(axis=(1, 3))
+        assert levels.min() > 2.5 and levels.max() < 7
+    assert np.max(contrasts) > 0.95 and np.min(contrasts) < 0.7
+
+
+def test_the_share_of_views_with_a_shallow_depth_of_field():
+    images = {"a": photo(1, 120, 120), "b": photo(2, 200, 150)}
+    plain, never, always = (
+        ForgeryDataset(images, size=64, length=8, authentic=1.0, **focus)
+        for focus in ({}, {"focus": 0.0}, {"focus": 1.0})
+    )
+    sharpness = np.array(
+        [
+            [np.abs(np.diff(s.forgery(i).image.astype(int), axis=1)).mean() for i in range(8)]
+            for s in (plain, never, always)
+        ]
+    )
+    assert (sharpness[0] == sharpness[1]).all() and (sharpness[0] != sharpness[2]).all()
 
 
 def test_forgery_dataset_depends_on_seed_epoch_and_index():

@@ -535,6 +535,7 @@ def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (["--set", "data.zoom=[2, 1]"], "data.zoom must be two rising values"),
         (["--set", "data.zoom=[0, .inf]"], "data.zoom must be two rising values"),
         (["--set", "data.colour=1.5"], "data.colour must be"),
+        (["--set", "data.focus=-0.1"], "data.focus must be"),
         (["--set", "data.max_bad=1"], "data.max_bad must be"),
         (["--set", "data.val_share=0"], "data.val_share must be"),
         (["--set", "data.augment.jpeg=2"], "data.augment.jpeg must be"),
