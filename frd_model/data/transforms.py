@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import cv2
@@ -135,7 +136,7 @@ def random_focus(rng: np.random.Generator, photo: UInt8) -> UInt8:
     result = sharper = photo.astype(np.float32)
     # Between the levels of blur the photo is interpolated.
     levels = (0.0, 0.7, 1.5, 3.0, 6.0)
-    for low, high in zip(levels, levels[1:]):
+    for low, high in pairwise(levels):
         if radius.max() <= low:
             break
         blurred = cv2.GaussianBlur(photo, (0, 0), high).astype(np.float32)

@@ -127,7 +127,9 @@ def test_model_is_registered_with_flags_that_argparse_can_read(adapter: ModuleTy
 def test_state_dict_and_weights_are_the_nets(adapter: ModuleType) -> None:
     net = adapter.BencoFRDNet("frdnet_mit_b0", "lite", pretrained="demo", edge_mask_width=None)
     # IMDL-BenCo trains and scores the map alone, so that the image-level head stays out.
-    demo = {k: v for k, v in load_model("demo").state_dict().items() if not k.startswith("decoder.image_head.")}
+    demo = {
+        k: v for k, v in load_model("demo").state_dict().items() if not k.startswith("decoder.image_head.")
+    }
     assert list(net.state_dict()) == list(demo)
     assert all(torch.equal(value, demo[key]) for key, value in net.state_dict().items())
     assert net.loss.edge_width == 7
