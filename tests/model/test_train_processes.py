@@ -340,7 +340,8 @@ def wait_for_saves(process: subprocess.Popen[bytes], output: Path, count: int) -
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path, flags: list[str]) -> None:
-    still = [*flags, "--set", f"model.options={json.dumps(OPTIONS | {'drop_path': 0.0})}"]
+    options = OPTIONS | {"drop_path": 0.0, "image_head": True}
+    still = [*flags, "--set", f"model.options={json.dumps(options)}", "--set", "loss.image=0.2"]
     assert train(tmp_path / "one", *still).returncode == 0
     done = train(tmp_path / "two", *still, several=True)
     assert done.returncode == 0, done.stderr
