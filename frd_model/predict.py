@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from frd_model.data.transforms import to_tensor
 from frd_model.eval_view import device_of, dtype_of, eval_view
+from frd_model.map_statistics import HEAD, statistic
 from frd_model.metrics import image_score
 from frd_model.pixels import Picture, UInt8, as_pixels
-from frd_model.score import HEAD, NO_TRACE, ScoreRule, statistic
+from frd_model.score import NO_TRACE, ScoreRule
 from frd_model.tiling import (
     MIN_SIDE,
     OVERLAP,

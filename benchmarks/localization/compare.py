@@ -51,7 +51,7 @@ class Entrant(NamedTuple):
 
 def by_map(method: methods.Method) -> Entrant:
     """Marks by Otsu's threshold of the map; the score is the statistic that nets use."""
-    from frd_model.score import statistic
+    from frd_model.map_statistics import statistic
 
     def run(image: methods.UInt8) -> Found:
         found = method(image)

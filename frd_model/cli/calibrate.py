@@ -110,7 +110,7 @@ def _write(file: Path, write: Callable[[], object]) -> bool:
 
 def _check(args: argparse.Namespace) -> None:
     """What would fail, or destroy something, after minutes of work."""
-    from frd_model.score import HEAD, STATISTICS
+    from frd_model.map_statistics import HEAD, STATISTICS
 
     if args.statistic not in ("auto", HEAD, *STATISTICS):
         names = ", ".join((*STATISTICS, HEAD))

@@ -25,9 +25,10 @@ from frd_model.data.images import read_image, write_json, write_png
 from frd_model.data.transforms import to_tensor
 from frd_model.eval_view import eval_view
 from frd_model.evaluate import Labelled, Unusable, evaluate, format_summary
+from frd_model.map_statistics import measure
 from frd_model.metrics import image_score
 from frd_model.predict import logit_map
-from frd_model.score import ScoreRule, measure
+from frd_model.score import ScoreRule
 from frd_model.state_files import read_safetensors
 from frd_model.train.config import from_dict
 from frd_model.train.trainer import Trainer

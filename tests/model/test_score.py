@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from frd_model.map_statistics import STATISTICS, measure, statistic
 from frd_model.metrics import confusion
 from frd_model.score import (
     PIXEL_THRESHOLDS,
-    STATISTICS,
     TARGETS,
     ScoreRule,
     choose_pixel_threshold,
     fit_rule,
-    measure,
     pixel_curve,
-    statistic,
 )
 
 THRESHOLDS = {"0.01": 0.9, "0.05": 0.7, "0.10": 0.6}
