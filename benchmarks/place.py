@@ -27,7 +27,7 @@ from frd_model import load_model
 from frd_model.data.forge import Forger
 from frd_model.data.forge_options import ForgeOptions
 from frd_model.data.images import read_image, write_json
-from frd_model.evaluate import Labelled
+from frd_model.labelled import Labelled
 from frd_model.predict import probability_map
 from frd_model.shift_test import Look, ShiftTest, Window, look_with
 from frd_model.weights import demo_path

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from frd_model.eval_view import eval_view
-from frd_model.evaluate import Labelled, Unusable
+from frd_model.labelled import Labelled, Unusable
 from frd_model.map_statistics import HEAD, measure
 from frd_model.output import one_line
 from frd_model.predict import has_image_head, logit_map, sigmoid

@@ -7,17 +7,11 @@ The maps come from a network (`evaluate`) or from files that any method saved (`
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
 import math
-import os
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
@@ -26,14 +20,8 @@ import numpy.typing as npt
 from torch import nn
 
 from frd_model.centre_control import Curves, score_centre, summarize_centre
-from frd_model.data.dataset import PairDataset
-from frd_model.data.files import PathLike, describe_skipped, name_bytes
-from frd_model.data.forge import Forger
-from frd_model.data.forge_options import KINDS
-from frd_model.data.forged_folder import kind_of
-from frd_model.data.images import write_bytes
-from frd_model.data.photos import sample_files, sample_photos
 from frd_model.evaluate_presets import EVAL_PRESETS, SAVED, SCALED, EvalPreset, eval_preset
+from frd_model.labelled import Labelled, Unusable
 from frd_model.metrics import (
     THRESHOLDS,
     Confusion,
@@ -66,44 +54,6 @@ PIXEL_METRICS = (
 COLUMNS = PIXEL_METRICS[:4]
 
 FloatMap = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """image uint8 RGB [H, W, 3], mask bool [H, W] (all False: untouched).
-
-    kind: of forgery, "authentic", or "" if not known. path: the photo's file, or None where it was made.
-    """
-
-    name: str
-    kind: str
-    image: npt.NDArray[np.uint8]
-    mask: npt.NDArray[np.bool_]
-    path: Path | None = None
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A pair that cannot be scored, and the one line that says why."""
-
-    name: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """Samples made or read one at a time, how many there are, and a line that says what they are.
-
-    skipped: one line on what the folders hold beside images, inverted: one on masks that look inverted; "" for nothing.
-    files: a hash of the names and sizes of the files; "" for images generated from the packaged photos.
-    """
-
-    samples: Iterator[Labelled | Unusable]
-    length: int
-    label: str
-    skipped: str = ""
-    inverted: str = ""
-    files: str = ""
 
 
 @dataclass
@@ -393,90 +343,6 @@ def _white_figures(mask: npt.NDArray[np.bool_]) -> dict[str, float]:
     }
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One line per image; columns that do not apply to an image stay empty."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    # File names may hold bytes that are not text: they are written as they were read. Other surrogates
-    # have no encoding.
-    legible = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text.getvalue())
-    write_bytes(path, legible.encode(errors="surrogateescape"))
-
-
-def format_summary(summary: dict[str, Any]) -> str:
-    """The means as small tables, the rules above them, and what they leave out below."""
-    lines = [_rules(summary["preset"])] if "preset" in summary else []
-    lines.append(f"{'':<16} {'images':>6} " + " ".join(f"{c:>10}" for c in COLUMNS))
-    centre = summary["centre_control"]
-    white = {"images": summary["forged"]["images"], **summary["white_mask"]}
-    rows = [
-        *_with_kinds("forged", summary["forged"], summary["by_kind"]),
-        ("all-white mask", white),
-        *_with_kinds("centre control", centre, centre["by_kind"]),
-    ]
-    for name, row in rows:
-        lines.append(f"{name:<16} {row['images']:>6} " + " ".join(f"{row[c]:>10.4f}" for c in COLUMNS))
-    lines += _above_centre(centre)
-    lines.append(f"{'metric':<20} {'mean':>8} {'95 % interval':>18} {'images':>7}")
-    for name, mean in summary["means"].items():
-        interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
-        lines.append(f"{name:<20} {mean['mean']:>8.4f} {interval:>18} {mean['images']:>7}")
-    for name, best in summary["best_threshold"].items():
-        lines.append(
-            f"{name:<20} {best['mean']:>8.4f} at {best['threshold']:.2f}, the best one threshold for the set"
-        )
-    lines += _image_lines(summary)
-    lines += [f"skipped: {count} x {reason}" for reason, count in summary["skipped"].items()]
-    lines += [f"note: {count} x {note}" for note, count in summary["notes"].items()]
-    return "\n".join(lines)
-
-
-def _with_kinds(name: str, total: Any, kinds: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(name, total), *((f"  {kind}", row) for kind, row in kinds.items())]
-
-
-def _above_centre(centre: dict[str, Any]) -> list[str]:
-    kinds = {"": centre, **{f" of {k}": v for k, v in centre["by_kind"].items()}}
-    return [
-        f"AUC above the centre control{name}: {v['above']['mean']:+.4f}, "
-        f"95 % interval {v['above']['low']:+.4f} to {v['above']['high']:+.4f}"
-        for name, v in kinds.items()
-    ]
-
-
-def _rules(preset: dict[str, Any]) -> str:
-    return f"preset {EvalPreset(**preset).describe()}"
-
-
-def _image_lines(summary: dict[str, Any]) -> list[str]:
-    clean, level, lines = summary["authentic"], summary["image_level"], []
-    if clean["images"]:
-        low, high = level["auc_interval"]
-        lines.append(
-            f"untouched photos: {clean['images']}; pixels falsely marked {100 * clean['pixel_false_alarm']:.2f} %, "
-            f"photos with a score above {summary['threshold']:g}: {100 * clean['photo_false_alarm']:.1f} %, "
-            f"AUC of the score: {clean['score_auc']:.4f}"
-        )
-        lines.append(
-            f"photos by their score above {summary['threshold']:g}: F1 {level['f1']:.4f}, "
-            f"balanced accuracy {level['balanced_accuracy']:.4f}; AUC's 95 % interval {low:.4f} to {high:.4f}"
-        )
-        found = ", ".join(
-            f"{100 * level['found'][rate]:.1f} % at {100 * TARGETS[rate]:g} %" for rate in TARGETS
-        )
-        lines.append(f"forged photos found at so many false alarms among these untouched ones: {found}")
-    for verdict, shares in level["verdicts"].items():
-        lines.append(
-            f"verdict {verdict}: {100 * shares['forged']:.1f} % of the forged, "
-            f"{100 * shares['untouched']:.1f} % of the untouched photos"
-        )
-    if "shown" in clean:
-        lines.append(f"pixels that predict marks in untouched photos: {100 * clean['shown']:.2f} %")
-    return lines
-
-
 def _means(rows: list[dict[str, Any]], prefix: str, columns: Sequence[str]) -> dict[str, float]:
     means = aggregate([{c: r.get(prefix + c, math.nan) for c in columns} for r in rows])
     return {c: float(means.get(c, math.nan)) for c in columns}
@@ -484,66 +350,3 @@ def _means(rows: list[dict[str, Any]], prefix: str, columns: Sequence[str]) -> d
 
 def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def forged_samples(split: str, repeats: int, seed: int, folder: PathLike | None = None) -> Source:
-    """`repeats` forgeries of each kind and as many untouched versions of every photo of a split, at full size.
-
-    folder: of the photos, see :func:`frd_model.data.sample_photos`.
-    """
-    photos = sample_photos(split, folder)
-    length = len(photos) * repeats * (len(KINDS) + 1)
-    names = ("" if folder is None else f"of {os.fspath(folder)} ") + f"({', '.join(photos)})"
-    label = f"sample photos {split} {names}, {repeats} forgeries of each kind per photo, seed {seed}"
-    found = sample_files(split, folder)
-    files = "" if folder is None else _hash(f"{file.name}\0{_size(file)}" for file in found.images)
-    return Source(_forge(photos, repeats, seed), length, label, describe_skipped(found.skipped), files=files)
-
-
-def _forge(photos: dict[str, npt.NDArray[np.uint8]], repeats: int, seed: int) -> Iterator[Labelled]:
-    names = sorted(photos)
-    for number, name in enumerate(names):
-        for repeat in range(repeats):
-            for which, kind in enumerate((*KINDS, "authentic")):
-                rng = np.random.default_rng([seed, number, repeat, which])
-                forger = Forger(rng)
-                if kind == "authentic":
-                    made = forger.authentic(photos[name])
-                else:
-                    others = [n for n in names if n != name] or names
-                    made = forger.forge(photos[name], photos[others[int(rng.integers(len(others)))]], kind)
-                yield Labelled(f"{name}-{kind}-{repeat}", kind, made.image, made.mask)
-
-
-def labelled_pairs(data: PairDataset, label: str) -> Source:
-    notes = describe_skipped(data.skipped), data.inverted_masks()
-    return Source(_read(data), len(data), str(label), *notes, _digest(data))
-
-
-def _digest(data: PairDataset) -> str:
-    return _hash(
-        f"{name}\0{_size(pair.image)}\0{_size(pair.mask)}"
-        for name, pair in zip(data.names, data.pairs, strict=True)
-    )
-
-
-def _hash(lines: Iterable[str]) -> str:
-    return hashlib.sha256(name_bytes("\n".join(lines))).hexdigest()[:12]
-
-
-def _size(file: Path | None) -> int | None:
-    try:
-        return None if file is None else file.stat().st_size
-    except (OSError, ValueError):
-        return None
-
-
-def _read(data: PairDataset) -> Iterator[Labelled | Unusable]:
-    for index, name in enumerate(data.names):
-        try:
-            image, mask = data.load(index)
-        # A damaged or missing file, or one too large for the memory.
-        except Exception as error:
-            yield Unusable(name, one_line(error))
-            continue
-        yield Labelled(name, kind_of(name), image, mask, data.pairs[index].image)

@@ -21,7 +21,8 @@ from torch import nn
 
 from frd_model.data.files import name_bytes
 from frd_model.data.traces import jpeg
-from frd_model.evaluate import PIXEL_METRICS, Labelled, Report, Source, Unusable, evaluate
+from frd_model.evaluate import PIXEL_METRICS, Report, evaluate
+from frd_model.labelled import Labelled, Source, Unusable
 from frd_model.output import one_line
 
 UInt8 = npt.NDArray[np.uint8]

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from frd_model.evaluate import Labelled, Unusable
+from frd_model.labelled import Labelled, Unusable
 from frd_model.metrics import auc, bootstrap_means
 from frd_model.output import one_line
 from frd_model.predict import probability_map

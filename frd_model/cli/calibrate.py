@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from frd_model.evaluate import Labelled, Source, Unusable
+    from frd_model.labelled import Labelled, Source, Unusable
     from frd_model.score import ScoreRule
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, print the figures, write the checkpoint. Status 1 if a photo or an output could not be used."""
     from frd_model.calibrate import calibrate
     from frd_model.data.images import write_json
-    from frd_model.evaluate import labelled_pairs
+    from frd_model.labelled import labelled_pairs
     from frd_model.weights import save_with_rule
 
     _check(args)

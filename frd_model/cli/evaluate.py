@@ -31,7 +31,8 @@ from .arguments import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from frd_model.evaluate import Report, Source
+    from frd_model.evaluate import Report
+    from frd_model.labelled import Source
     from frd_model.saved_maps import SavedMaps
     from frd_model.shift_test import Look, ShiftTest
 
@@ -212,7 +213,7 @@ def _evaluate(source: Source, score: Scorer, shift_test: ShiftTest | None) -> Re
 
 
 def _print(summary: dict[str, Any], report: Report, *, titled: bool) -> None:
-    from frd_model.evaluate import format_summary
+    from frd_model.evaluate_output import format_summary
     from frd_model.shift_test import format_shift_test
 
     if titled:
@@ -267,7 +268,7 @@ def _write_outputs(
 ) -> bool:
     """Each file is written even where another cannot be."""
     from frd_model.data.images import write_bytes, write_json
-    from frd_model.evaluate import write_csv
+    from frd_model.evaluate_output import write_csv
 
     several = len(summaries) > 1
     content = _nan_as_none({"sets": summaries} if several else summaries[0])
@@ -314,7 +315,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_sources(args: argparse.Namespace) -> dict[str, Source]:
     """The sets that the arguments name, by name. Raises ValueError where the arguments do not fit together."""
-    from frd_model.evaluate import forged_samples, labelled_pairs
+    from frd_model.labelled import forged_samples, labelled_pairs
 
     if not args.sample:
         if args.photos_dir:

@@ -17,7 +17,8 @@ from .evaluate import add_source_arguments, open_sources
 if TYPE_CHECKING:
     from torch import nn
 
-    from frd_model.evaluate import Report, Source
+    from frd_model.evaluate import Report
+    from frd_model.labelled import Source
     from frd_model.robustness import Condition
 
 DISTORTIONS = ("noise", "blur", "jpeg", "gamma")

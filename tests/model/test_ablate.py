@@ -15,8 +15,9 @@ from frd_model.cli import main
 from frd_model.config import PRESETS, FRDNetConfig
 from frd_model.data.dataset import ManiDataset
 from frd_model.data.images import write_png
-from frd_model.evaluate import evaluate, labelled_pairs
+from frd_model.evaluate import evaluate
 from frd_model.evaluate_table import paper_tables
+from frd_model.labelled import labelled_pairs
 from frd_model.train import Trainer
 from frd_model.train.config import TrainConfig, from_dict
 from frd_model.weights import load_model

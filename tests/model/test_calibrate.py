@@ -24,7 +24,9 @@ from frd_model.data import forge_folder
 from frd_model.data.images import read_image, write_json, write_png
 from frd_model.data.transforms import to_tensor
 from frd_model.eval_view import eval_view
-from frd_model.evaluate import Labelled, Unusable, evaluate, format_summary
+from frd_model.evaluate import evaluate
+from frd_model.evaluate_output import format_summary
+from frd_model.labelled import Labelled, Unusable
 from frd_model.map_statistics import measure
 from frd_model.metrics import image_score
 from frd_model.predict import logit_map

@@ -16,7 +16,9 @@ from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint
 from frd_model.data.forged_folder import forge_folder
 from frd_model.data.images import write_png
-from frd_model.evaluate import Labelled, evaluate, format_summary
+from frd_model.evaluate import evaluate
+from frd_model.evaluate_output import format_summary
+from frd_model.labelled import Labelled
 from frd_model.metrics import THRESHOLDS, auc, f1, iou, permute_f1
 
 

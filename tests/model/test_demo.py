@@ -12,7 +12,8 @@ from frd_model import create_model, load_model
 from frd_model.config import PRESETS
 from frd_model.data.forge_options import KINDS
 from frd_model.data.photos import SPLITS
-from frd_model.evaluate import Labelled, evaluate, forged_samples
+from frd_model.evaluate import evaluate
+from frd_model.labelled import Labelled, forged_samples
 from frd_model.predict import Prediction
 from frd_model.weights import demo_path, read_metadata
 

@@ -15,7 +15,9 @@ from torch import nn
 from frd_model import create_model, save_model
 from frd_model.cli import main
 from frd_model.data.images import write_png
-from frd_model.evaluate import PIXEL_METRICS, Labelled, evaluate, forged_samples, format_summary
+from frd_model.evaluate import PIXEL_METRICS, evaluate
+from frd_model.evaluate_output import format_summary
+from frd_model.labelled import Labelled, forged_samples
 from frd_model.metrics import image_metrics
 
 

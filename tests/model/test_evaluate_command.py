@@ -16,7 +16,9 @@ from torch import nn
 from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint
 from frd_model.data.images import write_json, write_png
-from frd_model.evaluate import Labelled, Report, evaluate, format_summary
+from frd_model.evaluate import Report, evaluate
+from frd_model.evaluate_output import format_summary
+from frd_model.labelled import Labelled
 from frd_model.metrics import image_metrics
 
 WIDTH_OF_NAN = 77

@@ -18,9 +18,10 @@ from torch import nn
 from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint
 from frd_model.data.images import write_json, write_png
-from frd_model.evaluate import Labelled, Source, evaluate, evaluate_saved
+from frd_model.evaluate import evaluate, evaluate_saved
 from frd_model.evaluate_presets import EVAL_PRESETS, eval_preset
 from frd_model.evaluate_table import paper_tables, table1
+from frd_model.labelled import Labelled, Source
 from frd_model.metrics import border_band, optimal_f1, permute_f1
 from frd_model.predict import predict
 from frd_model.saved_maps import MapError, SavedMaps, read_map

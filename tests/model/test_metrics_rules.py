@@ -21,7 +21,8 @@ from torchmetrics.functional.classification import (
 
 from frd_model import metrics
 from frd_model.data.images import write_png
-from frd_model.evaluate import Labelled, Report, evaluate_saved
+from frd_model.evaluate import Report, evaluate_saved
+from frd_model.labelled import Labelled
 from frd_model.saved_maps import SavedMaps
 
 

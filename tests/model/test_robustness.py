@@ -21,7 +21,8 @@ from frd_model import robustness
 from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint
 from frd_model.data.images import write_png
-from frd_model.evaluate import Labelled, Unusable, evaluate
+from frd_model.evaluate import evaluate
+from frd_model.labelled import Labelled, Unusable
 from frd_model.robustness import CLEAN, GRIDS, Condition, conditions, distort, distorted
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from frd_model import data
 from frd_model.cli import main
 from frd_model.data.photos import SPLITS
-from frd_model.evaluate import forged_samples
+from frd_model.labelled import forged_samples
 from frd_model.train import Trainer, TrainingError
 from frd_model.train.config import ConfigError, from_dict
 

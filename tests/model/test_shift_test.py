@@ -15,7 +15,7 @@ from frd_model.centre_control import centre_map
 from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint
 from frd_model.data.images import write_json, write_png
-from frd_model.evaluate import Labelled
+from frd_model.labelled import Labelled
 from frd_model.metrics import auc
 from frd_model.shift_test import (
     EDGES,

@@ -21,7 +21,7 @@ from benchmarks.place import (
     padding_of,
 )
 from frd_model import create_model
-from frd_model.evaluate import Labelled
+from frd_model.labelled import Labelled
 from frd_model.predict import probability_map
 from frd_model.shift_test import Window, look_with
 
