@@ -14,7 +14,7 @@ import torch
 
 import frd_kernels as fk
 from benchmarks import __main__ as command
-from benchmarks import gate, gpu, machine, model, report
+from benchmarks import card, gate, gpu, machine, model, report
 from frd_model import create_model, save_model
 from frd_model.score import fit_rule
 
@@ -125,14 +125,14 @@ def method(auc: float, **untouched: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def results(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(card, "RESULTS", tmp_path)
     methods = {name: method(0.6) for name in ("centre", "Splicebuster", "net demo")}
     machine.write_json(tmp_path / "demo" / "comparison.json", {"unseen": ["warp"], "methods": methods})
     return tmp_path / "demo"
 
 
 def test_the_cards_tables_of_pixels(results: pathlib.Path) -> None:
-    lines = report.demo_pixels("auc").splitlines()
+    lines = card.pixels("auc").splitlines()
     assert lines[0] == "| pixel AUC | seen, 9 | copy-move, 9 | unseen, 3 | warp, 3 |"
     assert (
         lines[2] == "| **the checkpoint** | 0.600 (0.500 to 0.700) | 0.600 | 0.500 (0.400 to 0.600) | 0.500 |"
@@ -141,29 +141,27 @@ def test_the_cards_tables_of_pixels(results: pathlib.Path) -> None:
         "Splicebuster-like clustering",
         "centre control",
     ]
-    assert report.demo_operations().splitlines()[2:] == [
+    assert card.operations().splitlines()[2:] == [
         "| copy-move paste | 9 | 0.600 | 0.600 | 0.600 | 25.0 % |",
         "| retouch warp | 3 | 0.500 | 0.500 | 0.500 | 0.0 % |",
     ]
 
 
 def test_the_cards_tables_of_photos(results: pathlib.Path) -> None:
-    row = report.demo_photos().splitlines()[2].strip("| ").split(" | ")
+    row = card.photos().splitlines()[2].strip("| ").split(" | ")
     assert row[1] == "0.750 (0.500 to 1.000)" and row[3:] == ["25.0 % / 0.0 %"] * 3 + ["1.5 % (1.0 to 2.0)"]
-    assert report.demo_verdict() == report.MISSING
-    found = report.read_json(results / "comparison.json")
-    shares = {rate: [0.1, 0.0, 0.25] for rate in report.RATES}
+    assert card.verdict() == card.MISSING
+    found = machine.read_json(results / "comparison.json")
+    shares = {rate: [0.1, 0.0, 0.25] for rate in card.RATES}
     net = method(0.9, verdict=shares, marked_after_verdict=[0.001, 0.0, 0.002])
     for name in ("seen", "unseen"):
         net["means"][name]["verdict"] = shares
     found["methods"]["net demo"] = net
     machine.write_json(results / "comparison.json", found)
     assert (
-        report.demo_photos()
-        .splitlines()[2]
-        .endswith("1.5 % (1.0 to 2.0); after the verdict 0.1 % (0.0 to 0.2) |")
+        card.photos().splitlines()[2].endswith("1.5 % (1.0 to 2.0); after the verdict 0.1 % (0.0 to 0.2) |")
     )
-    lines = report.demo_verdict().splitlines()
+    lines = card.verdict().splitlines()
     assert len(lines) == 5 and lines[3] == f"| **the checkpoint** | 5 % {'| 10.0 % (0.0 to 25.0) ' * 3}|"
 
 
@@ -172,17 +170,17 @@ def test_the_cards_learning_curve_and_levers(results: pathlib.Path) -> None:
         {"epoch": i + 1.0, "val/auc": 0.5 + i / 100, "train/loss": 1.0, "seconds": 9.0} for i in range(40)
     ]
     machine.write_json(results / "training.json", {"history": history})
-    lines = report.demo_curve().splitlines()
+    lines = card.curve().splitlines()
     assert lines[0] == "| epoch | training loss | AUC |" and len(lines) == 2 + 12
     assert lines[2] == "| 1 | 1.000 | 0.500 |" and lines[-1] == "| 40 | 1.000 | 0.890 |"
     machine.write_json(results / "training.json", {"history": history[:3]})
-    assert len(report.demo_curve().splitlines()) == 2 + 3
-    assert report.demo_levers() == report.demo_place() == report.MISSING
+    assert len(card.curve().splitlines()) == 2 + 3
+    assert card.levers() == card.place() == card.MISSING
     (results / "levers.json").write_text(
         '[{"name": "base", "change": "none", "steps": 100, "val": {"AUC": 0.8}},'
         ' {"name": "crop", "change": "384", "steps": 100, "val": {"AUC": 0.81, "F1": 0.3}}]'
     )
-    assert report.demo_levers().splitlines()[2:] == [
+    assert card.levers().splitlines()[2:] == [
         "| base | none | 100 | 0.800 | - |",
         "| crop | 384 | 100 | 0.810 | 0.300 |",
     ]
@@ -191,12 +189,12 @@ def test_the_cards_learning_curve_and_levers(results: pathlib.Path) -> None:
 def test_the_cards_table_of_statistics(tmp_path: pathlib.Path) -> None:
     net, file = create_model("frdnet_mit_b0", preset="lite"), tmp_path / "net.safetensors"
     save_model(net, file)
-    assert report.demo_score(file) == report.MISSING
+    assert card.score(file) == card.MISSING
     values = {"max": [0.0, 1.0, 2.0, 3.0], "area": [0.0, 2.0, 1.0, 3.0]}
     rule = fit_rule(values, [False, False, True, True], hosts=["a", "b", "a", "b"])
     net.score_rule = rule
     save_model(net, file)
-    rows = report.demo_score(file).splitlines()[2:]
+    rows = card.score(file).splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == ["| **max**, used", "| area"]
     assert " | 1.000 (" in rows[0] and " | 0.750 (" in rows[1] and rows[0].endswith(" | 100.0 % |")
 
@@ -209,7 +207,7 @@ def test_the_cards_shift_test(results: pathlib.Path) -> None:
     forged = {"images": 7, "auc": means(0.9, 0.875)}
     shift = {"forged": forged, "untouched": {"images": 5, "probability": means(0.1, 0.2)}}
     machine.write_json(results / "shift.json", {"shift_test": shift})
-    assert report.demo_place().splitlines()[2:] == [
+    assert card.place().splitlines()[2:] == [
         "| AUC of edits | 7 | 0.900 | 0.875 | +0.025 (-0.010 to +0.030) |",
         "| mean probability of untouched photos | 5 | 0.100 | 0.200 | -0.100 (-0.010 to +0.030) |",
     ]
