@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from frd_kernels.convert import fold
 
-from .data.images import write_bytes
+from .exported import INPUT, OUTPUTS, ExportedNet, load_exported
 from .frdnet import FRDNet
+from .state_files import first_line
+from .weights import header_of
 
 #: The largest deviation from PyTorch that `export_onnx` accepts, relative to the largest logit (at least 1).
 BOUND = 1e-3
@@ -47,12 +51,14 @@ def export_onnx(
     dynamic: bool = True,
     size: int | tuple[int, int] = 512,
     opset: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a network as ONNX: images [B, 3, H, W], ImageNet-normalised float32 -> logits [B, 1, H, W].
 
-    The file uses standard operators only: plain convolutions (`frd_kernels.convert.fold`), and clustering as index
-    arithmetic. If onnxruntime is installed, it runs the graph at two batches and sizes before the file is written,
-    and the logits must match PyTorch's.
+    A network with `config.image_head` has a second output, image_logits [B]. The file uses standard operators only:
+    plain convolutions (`frd_kernels.convert.fold`), and clustering as index arithmetic. It holds the configuration and
+    the score rule of an FRDNet, so that :func:`frd_model.exported.load_exported` needs nothing else. If onnxruntime is
+    installed, it runs the graph at two batches and sizes before the file is written, and must match PyTorch.
 
     Args:
         model: an FRDNet or a wrapper of one, or another network of these shapes. It is not changed: a float32 copy in
@@ -61,6 +67,7 @@ def export_onnx(
         dynamic: for any batch and any sides, otherwise for batch 1 and `size` only.
         size: (H, W), or one number for both: the size of a fixed file, or of the larger check of a dynamic one.
         opset: version of ONNX's operators, None for torch's choice.
+        metadata: any JSON values, stored in the file as :func:`frd_model.save_model` does.
 
     Raises:
         ModuleNotFoundError: onnx or onnxscript is missing.
@@ -74,15 +81,18 @@ def export_onnx(
     path = Path(path).expanduser()
     check_writable(path)
     plain = fold(copy.deepcopy(_net(model)).cpu().float()).requires_grad_(False)
-    data = _convert(plain, (height, width), dynamic, opset)
     fixed = (1, 3, height, width)
     other = (3, 3, height // 2 + 1, width // 2 + 33)
     checks = {}
-    if importlib.util.find_spec("onnxruntime") is None:
-        warnings.warn(f"{path} was not checked, onnxruntime is missing: {_INSTALL}", stacklevel=2)
-    else:
-        checks = _check(data, plain, [fixed, other] if dynamic else [fixed])
-    return Exported(write_bytes(path, data), checks)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        file = Path(folder) / "net.onnx"
+        file.write_bytes(_convert(plain, (height, width), dynamic, opset, metadata))
+        if importlib.util.find_spec("onnxruntime") is None:
+            warnings.warn(f"{path} was not checked, onnxruntime is missing: {_INSTALL}", stacklevel=2)
+        else:
+            checks = _check(file, plain, [fixed, other] if dynamic else [fixed])
+        os.replace(file, path)
+    return Exported(path, checks)
 
 
 def check_packages(*names: str) -> None:
@@ -128,18 +138,42 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _convert(plain: nn.Module, size: tuple[int, int], dynamic: bool, opset: int | None) -> bytes:
+class _Scored(nn.Module):
+    """A network whose forward gives the image-level logit too."""
+
+    def __init__(self, net: FRDNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net.with_score(images)
+
+
+def _has_head(plain: nn.Module) -> bool:
+    return isinstance(plain, FRDNet) and plain.config.image_head
+
+
+def _convert(
+    plain: nn.Module,
+    size: tuple[int, int],
+    dynamic: bool,
+    opset: int | None,
+    metadata: Mapping[str, Any] | None,
+) -> bytes:
     """The ONNX model, serialised."""
+    import onnx
+
+    head = _has_head(plain)
     example = torch.zeros(_EXAMPLE if dynamic else (1, 3, *size))
     auto = torch.export.Dim.AUTO
     try:
         program = torch.onnx.export(
-            plain,
+            _Scored(cast(FRDNet, plain)).eval() if head else plain,
             (example,),
             dynamo=True,
             dynamic_shapes=[{0: auto, 2: auto, 3: auto}] if dynamic else None,
-            input_names=["images"],
-            output_names=["logits"],
+            input_names=[INPUT],
+            output_names=OUTPUTS if head else OUTPUTS[:1],
             opset_version=opset,
             verbose=False,
         )
@@ -154,51 +188,52 @@ def _convert(plain: nn.Module, size: tuple[int, int], dynamic: bool, opset: int 
     if opset is not None and written != opset:
         raise ValueError(f"opset: torch cannot bring this net from {written} to {opset}; leave it out")
     if dynamic:
-        for value in (proto.graph.input[0], proto.graph.output[0]):
-            for axis, name in ((0, "batch"), (2, "height"), (3, "width")):
-                value.type.tensor_type.shape.dim[axis].dim_param = name
+        for value in (proto.graph.input[0], *proto.graph.output):
+            for axis, name in zip((0, 2, 3), ("batch", "height", "width"), strict=True):
+                if axis < len(value.type.tensor_type.shape.dim):
+                    value.type.tensor_type.shape.dim[axis].dim_param = name
+    if isinstance(plain, FRDNet):
+        onnx.helper.set_model_props(proto, header_of(plain, metadata))
     return bytes(proto.SerializeToString())
 
 
-def _check(data: bytes, plain: nn.Module, shapes: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-    """Shape -> deviation of onnxruntime from PyTorch; raises RuntimeError above `BOUND`."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # What it would log is in the exception.
-    options.log_severity_level = 4
+def _check(file: Path, plain: nn.Module, shapes: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
+    """Shape -> deviation of the file's network from PyTorch; raises RuntimeError above `BOUND`."""
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    # Its exceptions have no common class.
-    except Exception as error:
-        raise RuntimeError(
-            f"onnxruntime {onnxruntime.__version__} does not load the ONNX file: {error}"
-        ) from error
+        exported = load_exported(file)
+    except ValueError as error:
+        raise RuntimeError(f"{error}; nothing was written") from error
     generator = torch.Generator().manual_seed(0)
     found = {}
     for shape in shapes:
         for _ in range(_TRIES):
-            found[shape] = _deviation(session, plain, torch.randn(shape, generator=generator))
+            found[shape] = _deviation(exported, plain, torch.randn(shape, generator=generator))
             if found[shape] <= BOUND:
                 break
         else:
             raise RuntimeError(
-                f"the ONNX file must give PyTorch's logits up to {BOUND:g} of the largest, got a difference "
+                f"the {file.suffix} file must give PyTorch's logits up to {BOUND:g} of the largest, got a difference "
                 f"of {found[shape]:.2g} at {list(shape)}; nothing was written"
             )
     return found
 
 
-def _deviation(session: Any, plain: nn.Module, images: Tensor) -> float:
+def _deviation(exported: ExportedNet, plain: nn.Module, images: Tensor) -> float:
+    head = _has_head(plain)
     with torch.inference_mode():
-        wanted = plain(images)
+        wanted = cast(FRDNet, plain).with_score(images) if head else (plain(images),)
     try:
-        logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        got = exported.with_score(images) if head else (exported(images),)
+    # The engines' exceptions have no common class.
     except Exception as error:
-        raise RuntimeError(f"the ONNX file fails at {list(images.shape)}: {error}") from error
-    if logits.shape != wanted.shape:
+        raise RuntimeError(f"the exported file fails at {list(images.shape)}: {first_line(error)}") from error
+    return max(_difference(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def _difference(got: Tensor, wanted: Tensor) -> float:
+    if got.shape != wanted.shape:
         raise RuntimeError(
-            f"the ONNX file must give logits {list(wanted.shape)}, got {list(logits.shape)}; nothing was written"
+            f"the exported file must give {list(wanted.shape)}, got {list(got.shape)}; nothing was written"
         )
-    difference = (logits - wanted).abs().max() / wanted.abs().max().clamp_min(1)
+    difference = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1)
     return float(difference.nan_to_num(nan=torch.inf))

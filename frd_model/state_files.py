@@ -131,7 +131,7 @@ def _refuse_foreign(file: Path, start: bytes) -> None:
     elif file.suffix == ".onnx" or (
         start[0] == 8 and start[1:2] < b"\x20" and start[2:3] in b"\x12\x1a\x22\x3a\x42"
     ):
-        what = "an ONNX graph, which holds no state dict: give the checkpoint that it was exported from"
+        what = "an ONNX graph, which holds no state dict: give the checkpoint, or use frd_model.exported.load_exported"
     elif start.startswith(b"PK"):
         what = _zip_problem(file)
     elif not start.startswith(b"\x80"):

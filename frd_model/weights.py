@@ -89,19 +89,23 @@ def save_model(
     """
     net = _find_net(model)
     state = {key: _storable(key, tensor, half) for key, tensor in _full_state(model, net).items()}
+    header = header_of(net, metadata)
+    if not _is_sharded(model) or dist.get_rank() == 0:
+        _check_own_names(net.config, state)
+        _write_atomically(_target(path), serialize(state, metadata=header))
+
+
+def header_of(net: FRDNet, metadata: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What a file says about the net in it: format, version, configuration, and metadata with the score rule.
+
+    ValueError for metadata that JSON cannot hold.
+    """
     try:
         extra = json.dumps(_with_rule(metadata or {}, net.score_rule))
     except (TypeError, ValueError) as error:
         raise ValueError(f"metadata: must be what JSON can hold: {error}") from error
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "config": json.dumps(net.config.to_dict()),
-        "metadata": extra,
-    }
-    if not _is_sharded(model) or dist.get_rank() == 0:
-        _check_own_names(net.config, state)
-        _write_atomically(_target(path), serialize(state, metadata=header))
+    config = json.dumps(net.config.to_dict())
+    return {"format": FORMAT, "version": str(VERSION), "config": config, "metadata": extra}
 
 
 def _with_rule(metadata: Mapping[str, Any], rule: ScoreRule | None) -> dict[str, Any]:
@@ -113,7 +117,8 @@ def _is_rule(value: object) -> bool:
     return isinstance(value, Mapping) and "statistic" in value
 
 
-def _rule_of(file: Path, metadata: Mapping[str, Any]) -> ScoreRule | None:
+def rule_in(file: Path, metadata: Mapping[str, Any]) -> ScoreRule | None:
+    """The score rule in the metadata of a file, if it holds one; ValueError if that is not valid."""
     value = metadata.get(SCORE)
     if not _is_rule(value):
         return None
@@ -248,6 +253,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return {"config": config, "metadata": metadata_in_header(file, header)}
 
 
+def stored_metadata(path: str | Path) -> dict[str, Any]:
+    """What :func:`save_model` was given as metadata; empty for other checkpoints."""
+    file = _source(path)
+    header = read_safetensors(file, tensors=False)[1] if is_safetensors(file) else {}
+    return {} if config_in_header(file, header) is None else metadata_in_header(file, header)
+
+
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -286,7 +298,7 @@ def load_model(
             f"{error}; the file tells no configuration, {tried} with {NAME_PREFIX}{config.encoder}: "
             "give model and preset (--model, --preset) that it was made with"
         ) from None
-    net.score_rule = _rule_of(file, stored.metadata)
+    net.score_rule = rule_in(file, stored.metadata)
     return net.to(device).eval()
 
 
@@ -342,7 +354,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(
             f"{file}: holds another configuration; model against file: {'; '.join(differences[:3])}"
         )
-    rule = _rule_of(file, stored.metadata)
+    rule = rule_in(file, stored.metadata)
     _fill(model, net, state, file)
     needs_head = rule is not None and rule.statistic == "head"
     net.score_rule = None if needs_head and not net.config.image_head else rule

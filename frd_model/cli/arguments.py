@@ -79,7 +79,7 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser, preset_flag: str = 
         default=None,
         metavar="demo|FILE|hf://OWNER/NAME",
         help="weights: a safetensors file or last.pt of `frd train`, or any .pth or .safetensors of the net, or a "
-        "repository on the Hugging Face Hub; `demo` (default) is the small one in the package",
+        "repository on the Hugging Face Hub, or a file of `frd export`; `demo` (default) is the small one in the package",
     )
     add_model_arguments(parser, preset_flag)
 
@@ -101,11 +101,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, preset_flag: str = "--p
 def open_checkpoint(
     name: str | None, device: str, *, model: str | None = None, preset: str | None = None, quiet: bool = False
 ) -> Checkpoint:
-    """Load a checkpoint for inference. None loads the demo and says on stderr that it is one.
+    """Load a checkpoint or an exported file for inference. None loads the demo and says on stderr that it is one.
 
     Args:
-        model, preset: see :func:`frd_model.load_model`.
+        model, preset: see :func:`frd_model.load_model`; not for exported files, which run on the CPU.
     """
+    from frd_model.exported import is_exported, load_exported
     from frd_model.predict import parse_device
     from frd_model.weights import load_model
 
@@ -116,6 +117,12 @@ def open_checkpoint(
             file=sys.stderr,
         )
     label = "demo" if name is None else name
+    if is_exported(label):
+        if model or preset:
+            raise UsageError(f"{label}: an exported file holds its network; leave out model and preset")
+        if target.type != "cpu":
+            raise UsageError(f"{label}: an exported file runs on the CPU; --device must be cpu, got {device}")
+        return Checkpoint(load_exported(label), label)
     return Checkpoint(load_model(label, target, model=model, preset=preset), label)
 
 

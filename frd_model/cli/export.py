@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .arguments import add_model_arguments, at_least, open_checkpoint
+from .arguments import add_model_arguments, at_least
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +35,15 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; replace it with --overwrite, or choose another --out")
     from frd_model.export import check_packages, check_writable, export_onnx
+    from frd_model.weights import load_model, stored_metadata
 
     check_packages("onnx", "onnxscript", "onnxruntime")
     check_writable(args.out)
-    model = open_checkpoint(args.checkpoint, "cpu", model=args.model, preset=args.preset).model
-    done = export_onnx(model, args.out, dynamic=not args.fixed, size=args.size, opset=args.opset)
+    model = load_model(args.checkpoint, model=args.model, preset=args.preset)
+    metadata = stored_metadata(args.checkpoint)
+    done = export_onnx(
+        model, args.out, dynamic=not args.fixed, size=args.size, opset=args.opset, metadata=metadata
+    )
     sizes = "any batch and sides" if not args.fixed else f"1x3x{args.size}x{args.size}"
     print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, {sizes}")
     for shape, deviation in done.checks.items():

@@ -1,0 +1,149 @@
+"""Exported files as networks: what `load_exported` gives, and the commands on such a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from frd_model import FRDNet, create_model, load_model, predict, save_model
+from frd_model.cli import main
+from frd_model.exported import load_exported
+from frd_model.score import ScoreRule
+
+SMALL: dict[str, Any] = {
+    "stages": (1,),
+    "blocks": 1,
+    "grids": ((2, 2), (2, 1)),
+    "pyramid_width": 8,
+    "trace_widths": (8, 8),
+    "layer_scale": 1.0,
+    "image_head": True,
+}
+RULE = ScoreRule("head", 3.0, 0.5, 0.4, {"0.01": 0.9, "0.05": 0.6, "0.10": 0.1}, {"untouched": 40})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small net with an image-level head and a rule that needs it, in net.safetensors and net.onnx; a photo."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(0)
+    model = create_model("frdnet_mit_b0", preset="lite", **SMALL).eval()
+    model.score_rule = RULE
+    save_model(model, folder / "net.safetensors", {"training": {"epochs": 3}})
+    assert (
+        main(["export", str(folder / "net.safetensors"), "--out", str(folder / "net.onnx"), "--size", "64"])
+        == 0
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 131, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> FRDNet:
+    return load_model(folder / "net.safetensors")
+
+
+def test_a_file_holds_the_checkpoint_beside_the_weights(folder: Path, model: FRDNet) -> None:
+    net = load_exported(folder / "net.onnx")
+    assert net.config == model.config and net.score_rule == RULE
+    assert net.metadata["training"] == {"epochs": 3}
+    assert not net.training
+    with pytest.raises(NotImplementedError, match="train"):
+        net.train()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 96), (3, 3, 33, 40), (2, 3, 1, 5)], ids=str)
+def test_logits_and_image_level_logits(shape: tuple[int, ...], folder: Path, model: FRDNet) -> None:
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    net = load_exported(folder / "net.onnx")
+    with torch.no_grad():
+        logits, scores = model.with_score(images)
+    found, found_scores = net.with_score(images)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_scores, scores, rtol=1e-4, atol=1e-4)
+    assert torch.equal(net(images.double()), found)
+
+
+def test_predict_judges_as_the_checkpoint_does(folder: Path, model: FRDNet) -> None:
+    net = load_exported(folder / "net.onnx")
+    for options in ({}, {"size": "tiles", "tile": 64, "overlap": 16}, {"size": "resize"}):
+        wanted = predict(folder / "photo.png", model, **options)
+        found = predict(folder / "photo.png", net, device="cpu", **options)
+        np.testing.assert_allclose(found.probability, wanted.probability, atol=1e-4)
+        assert found.score == pytest.approx(wanted.score, abs=1e-4)
+        assert (found.verdict, found.threshold, found.rule) == (wanted.verdict, 0.4, RULE)
+
+
+def test_frd_predict_and_evaluate(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = []
+    for name in ("net.safetensors", "net.onnx"):
+        command = ["predict", str(folder / "photo.png"), "--out", str(tmp_path / name), "--json"]
+        assert main([*command, "--checkpoint", str(folder / name)]) == 0
+        records.append(json.loads(capsys.readouterr().out))
+    assert records[1]["checkpoint"].endswith("net.onnx")
+    assert records[1]["verdict"] == records[0]["verdict"]
+    assert records[1]["score"] == pytest.approx(records[0]["score"], abs=1e-4)
+    Image.fromarray(np.eye(70, 131, dtype=np.uint8) * 255).save(tmp_path / "photo.png")
+    figures = []
+    for name in ("net.safetensors", "net.onnx"):
+        out = tmp_path / f"{name}.json"
+        command = ["evaluate", "--images", str(folder), "--masks", str(tmp_path), "--json-out", str(out)]
+        assert main([*command, "--checkpoint", str(folder / name), "--resamples", "10"]) == 0
+        figures.append(json.loads(out.read_bytes())["forged"])
+    assert figures[1]["auc"] == pytest.approx(figures[0]["auc"], abs=1e-3)
+
+
+class Red(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x[:, :1]
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A foreign file: batch 1, 64 x 64, other names, no metadata."""
+    path = tmp_path_factory.mktemp("fixed") / "red.onnx"
+    torch.onnx.export(
+        Red(), (torch.randn(1, 3, 64, 64),), path, dynamo=True, input_names=["in"], verbose=False
+    )
+    return path
+
+
+def test_a_foreign_file_of_one_size(fixed: Path, folder: Path) -> None:
+    net = load_exported(fixed)
+    images = torch.randn(3, 3, 64, 64)
+    assert torch.equal(net(images), 2 * images[:, :1])
+    assert net.score_rule is None and net.config is None
+    with pytest.raises(ValueError, match="image_head"):
+        net.with_score(images)
+    with pytest.raises(ValueError, match=r"64 x 64 pixels only, got 70 x 131"):
+        predict(folder / "photo.png", net)
+    options = {"size": "tiles", "tile": 64, "overlap": 16}
+    assert predict(folder / "photo.png", net, **options).probability.shape == (70, 131)
+
+
+def test_bad_files_and_arguments(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes((folder / "net.onnx").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="does not load it"):
+        load_exported(damaged)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_exported(tmp_path / "none.onnx")
+    with pytest.raises(ValueError, match=r"must end in \.onnx"):
+        load_exported(folder / "net.safetensors")
+    photo, onnx = str(folder / "photo.png"), str(folder / "net.onnx")
+    predict_it = ["predict", photo, "--out", str(tmp_path / "out"), "--checkpoint", onnx]
+    assert main([*predict_it, "--preset", "lite"]) != 0
+    assert "holds its network" in capsys.readouterr().err
+    monkeypatch.setattr("frd_model.exported.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install frd-kernels\[onnxruntime\]"):
+        load_exported(onnx)
