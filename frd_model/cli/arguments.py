@@ -79,7 +79,8 @@ def add_checkpoint_argument(parser: argparse.ArgumentParser, preset_flag: str = 
         default=None,
         metavar="demo|FILE|hf://OWNER/NAME",
         help="weights: a safetensors file or last.pt of `frd train`, or any .pth or .safetensors of the net, or a "
-        "repository on the Hugging Face Hub, or a file of `frd export`; `demo` (default) is the small one in the package",
+        "repository on the Hugging Face Hub, or a file of `frd export`; `demo` (default) is the small one in the "
+        "package",
     )
     add_model_arguments(parser, preset_flag)
 
