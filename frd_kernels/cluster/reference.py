@@ -298,6 +298,73 @@ def icm(
     return out.to(x.dtype)
 
 
+@_outside_autocast
+def icm_folded(
+    x: torch.Tensor,
+    projections: Sequence[Projection | None] | None,
+    *,
+    variant: str = "paper",
+    alpha: Scalar,
+    beta: Scalar,
+    grids: Sequence[Sequence[int]] = ((8, 8), (4, 4), (2, 1)),
+    hw: Sequence[int],
+) -> torch.Tensor:
+    """`icm` with one product in the place of all projections but the first keys' (docs/clustering.md).
+
+    Centres are weighted means, R_t = A_t V_t with rows of A_t that sum to 1, so that means and affine maps commute:
+    K_t = A_(t-1) ... A_2 Z_t and R_T = A_T ... A_2 Z_(T+1), where Z_t = (A_1 x) (Wk_t Wv_(t-1) ... Wv_1)^T + bias.
+    """
+    tokens = x.to(compute_dtype(x.dtype))
+    count = len(grids)
+    paper = variant == "paper"
+    alphas = _scalar(alpha, tokens).expand(1 if paper else count)
+    betas = _scalar(beta, tokens).expand(1 if paper else count)
+    maps = [None] * count if projections is None else projections
+    keys = tokens if maps[0] is None else _project(tokens, maps[0][0], maps[0][1])
+    folded = _fold_projections(maps, tokens)
+    values, rounds = tokens, []
+    for t, grid in enumerate(grids):
+        rounds.append(_cluster_round(keys, values, grid, hw, None if paper else (alphas[t], betas[t])))
+        values, hw = rounds[-1].centres, grid
+        if t == 0:
+            values = F.linear(values, torch.cat([m[0] for m in folded]), torch.cat([m[1] for m in folded]))
+        if t + 1 < count:
+            width = len(folded[t][1])
+            keys, values = values[..., :width], values[..., width:]
+    rounds[-1] = rounds[-1]._replace(centres=values)
+    if paper:
+        out = dispatch_densely(values, [found.similarity for found in rounds], alphas, betas)
+    else:
+        out = _masked_dispatch(rounds)
+    return out.to(x.dtype)
+
+
+def _fold_projections(
+    maps: Sequence[Projection | None], like: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weights and biases that make Z_2 ... Z_(T+1) of A_1 x: the keys of rounds 2 to T and the last values."""
+    width = like.size(-1)
+    weight = torch.eye(width, dtype=like.dtype, device=like.device)
+    bias = weight.new_zeros(width)
+    folded = []
+    for t, found in enumerate(maps):
+        if found is None:
+            found = (torch.eye(len(bias), dtype=like.dtype, device=like.device), None) * 2
+        if t > 0:
+            folded.append(_compose(found[0], found[1], weight, bias))
+        weight, bias = _compose(found[2], found[3], weight, bias)
+    return [*folded, (weight, bias)]
+
+
+def _compose(
+    outer: torch.Tensor, shift: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """outer (weight x + bias) + shift as one weight and bias."""
+    outer = outer.to(weight.dtype)
+    moved = outer @ bias
+    return outer @ weight, moved if shift is None else moved + shift.to(bias.dtype)
+
+
 def _masked_dispatch(rounds: list[_Round]) -> torch.Tensor:
     """The authors' code: the product of the similarity matrices, each masked to the assigned centres, times R_T.
 

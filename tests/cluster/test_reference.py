@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import frd_kernels as fk
-from frd_kernels.cluster.reference import pool
+from frd_kernels.cluster.reference import icm, icm_folded, pool
 
 Matrix = list[list[float]]
 Grid = tuple[int, int]
@@ -215,3 +215,39 @@ def test_16_bit_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(
         fk.reference.icm(x, None, **options), fk.reference.icm(x.float(), None, **options).to(dtype)
     )
+
+
+@pytest.mark.parametrize(("hw", "grids"), GRIDS)
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_folded_projections_change_nothing(hw: Grid, grids: list[Grid], variant: str) -> None:
+    x = torch.randn(2, hw[0] * hw[1], 6, dtype=torch.float64, requires_grad=True)
+    count = len(grids) if variant == "released" else 1
+    gates = [torch.tensor(g[:count], dtype=torch.float64, requires_grad=True) for g in RELEASED_GATES]
+    maps = projections(6, len(grids))
+    parameters = [p.requires_grad_() for m in maps if m for p in m if p is not None]
+    results = []
+    for form in (icm, icm_folded):
+        out = form(x, maps, variant=variant, alpha=gates[0], beta=gates[1], grids=grids, hw=hw)
+        generator = torch.Generator().manual_seed(1)
+        weight = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+        results.append((out, *torch.autograd.grad(out, [x, *gates, *parameters], weight, allow_unused=True)))
+    for plain, folded in zip(*results, strict=True):
+        assert (plain is None) == (folded is None)
+        if plain is not None:
+            torch.testing.assert_close(folded, plain, rtol=1e-10, atol=1e-11)
+
+
+def test_folded_projections_may_change_the_width() -> None:
+    """Keys of 3 channels, then values of 5 that the second round's keys [4, 5] and values [2, 5] read."""
+    shapes = [((3, 6), (5, 6)), ((4, 5), (2, 5))]
+    maps = [
+        tuple(
+            torch.randn(*shape, dtype=torch.float64) if shape else None for shape in (key, None, value, None)
+        )
+        for key, value in shapes
+    ]
+    x = torch.randn(2, 30, 6, dtype=torch.float64)
+    options = {"alpha": 0.5, "beta": 0.1, "grids": [(3, 2), (2, 1)], "hw": (6, 5)}
+    plain, folded = (form(x, maps, **options) for form in (icm, icm_folded))
+    assert folded.shape == (2, 30, 2)
+    torch.testing.assert_close(folded, plain, rtol=1e-11, atol=1e-12)
