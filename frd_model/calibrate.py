@@ -12,9 +12,9 @@ from torch import nn
 
 from frd_model.eval_view import eval_view
 from frd_model.labelled import Labelled, Unusable
+from frd_model.logits import has_image_head, logit_map, sigmoid
 from frd_model.map_statistics import HEAD, measure
 from frd_model.output import one_line
-from frd_model.predict import has_image_head, logit_map, sigmoid
 from frd_model.score import ScoreRule, choose_pixel_threshold, fit_rule, pixel_curve
 
 # The size policy of the predictions, which is the default of `predict`.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 import re
-from pathlib import Path
 from typing import Any
 
 # After an entropy-coded scan: any marker but a restart; FF 00 is a data byte.
@@ -12,24 +10,23 @@ _NEXT_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _SOI, _EOI = 0xD8, 0xD9
 
 
-def trailing_bytes(path: Path, format_name: str) -> dict[str, Any] | None:
+def trailing_bytes(data: bytes, format_name: str) -> dict[str, Any] | None:
     """The number of bytes after the end of a JPEG, PNG or WebP image, and what they start with. None if unknown."""
     ends = {"JPEG": _jpeg_end, "MPO": _jpeg_end, "PNG": _png_end, "WEBP": _webp_end}
     if format_name not in ends:
         return None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        end = ends[format_name](data)
-        if end is None:
-            return None
-        start = data[end : end + 16]
-        return {
-            "count": max(0, len(data) - end),
-            "start": start.hex(" "),
-            "looks_like": _kind(start),
-        }
+    end = ends[format_name](data)
+    if end is None:
+        return None
+    start = data[end : end + 16]
+    return {
+        "count": max(0, len(data) - end),
+        "start": start.hex(" "),
+        "looks_like": _kind(start),
+    }
 
 
-def _jpeg_end(data: mmap.mmap) -> int | None:
+def _jpeg_end(data: bytes) -> int | None:
     """The offset after the first EOI marker."""
     at = 2
     while at + 4 <= len(data):
@@ -45,7 +42,7 @@ def _jpeg_end(data: mmap.mmap) -> int | None:
     return None
 
 
-def _png_end(data: mmap.mmap) -> int | None:
+def _png_end(data: bytes) -> int | None:
     at = 8
     while at + 12 <= len(data):
         length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
@@ -55,7 +52,7 @@ def _png_end(data: mmap.mmap) -> int | None:
     return None
 
 
-def _webp_end(data: mmap.mmap) -> int | None:
+def _webp_end(data: bytes) -> int | None:
     size = int.from_bytes(data[4:8], "little")
     # A chunk of odd length is followed by one byte of padding.
     return 8 + size + size % 2

@@ -13,7 +13,7 @@ from PIL import Image
 from frd_model.data.images import from_pillow, read_image
 
 UInt8 = npt.NDArray[np.uint8]
-Picture = str | os.PathLike[str] | npt.NDArray[Any] | Image.Image | torch.Tensor
+Picture = str | os.PathLike[str] | bytes | npt.NDArray[Any] | Image.Image | torch.Tensor
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # Rounding in other programs may leave values this far outside [0, 1].
@@ -21,12 +21,14 @@ _SLACK = 1e-5
 
 
 def as_pixels(image: Any) -> UInt8:
-    """uint8 RGB [H, W, 3] of a file, a NumPy array, a PIL image or a torch tensor; see `frd_model.predict`.
+    """uint8 RGB [H, W, 3] of a file or its bytes, a NumPy array, a PIL image or a tensor; see `frd_model.predict`.
 
     Raises ImageError for a file that cannot be read, TypeError and ValueError for anything that is not an image.
     """
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
+    if isinstance(image, bytes):
+        return read_image("bytes", data=image)
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError(f"image must have at least one pixel, got {image.width} x {image.height}")

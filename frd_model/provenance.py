@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -19,7 +18,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from frd_model.data.files import PathLike
-from frd_model.data.images import open_image
+from frd_model.data.images import open_image, read_file
 
 from . import file_end, jpeg_facts
 from .output import one_line
@@ -77,7 +76,7 @@ _GENERATORS = re.compile(
 _GENERATOR_KEYS = {"parameters", "prompt", "workflow", "dream", "sd-metadata", "invokeai_metadata"}
 
 
-def inspect_photo(path: PathLike, *, coordinates: bool = False) -> dict[str, Any]:
+def inspect_photo(path: PathLike, *, coordinates: bool = False, data: bytes | None = None) -> dict[str, Any]:
     """Facts that a photo's file states about itself, ready for JSON, and `remarks` in words; never a verdict.
 
     A part that is absent is None; one that cannot be read is {"error": reason}. Texts are cut after 1000 characters.
@@ -85,16 +84,18 @@ def inspect_photo(path: PathLike, *, coordinates: bool = False) -> dict[str, Any
 
     Args:
         coordinates: add `coordinates` (degrees) where the photo has any; `gps` says whether it has in any case.
+        data: the file's content where it is in memory already; `path` then only names it.
 
     Raises:
         ImageError: as for `frd_model.predict`, the file cannot be read or is not a complete image of at most 120
             million pixels.
     """
-    with open_image(path) as image:
+    data = read_file(path) if data is None else data
+    with open_image(path, data=data) as image:
         record: dict[str, Any] = {
             "path": str(path),
-            "bytes": os.path.getsize(path),
-            "sha256": _sha256(Path(path)),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
             "format": image.format,
             "size": {"width": image.width, "height": image.height},
             "mode": image.mode,
@@ -112,16 +113,16 @@ def inspect_photo(path: PathLike, *, coordinates: bool = False) -> dict[str, Any
         image.draft(None, (640, 640))
         image.load()
         record["thumbnail"] = _part(lambda: _compare_thumbnail(image, size, embedded.thumbnail))
-    record["trailing"] = _part(lambda: file_end.trailing_bytes(Path(path), str(record["format"])))
-    record["c2pa"] = _read_c2pa(Path(path))
+    record["trailing"] = _part(lambda: file_end.trailing_bytes(data, str(record["format"])))
+    record["c2pa"] = _read_c2pa(data)
     record["remarks"] = list(_remarks(record))
     return record
 
 
-def provenance(path: PathLike) -> dict[str, Any]:
+def provenance(path: PathLike, data: bytes | None = None) -> dict[str, Any]:
     """`inspect_photo` for the record of a prediction: without path and table values, and without errors."""
     try:
-        record = inspect_photo(path)
+        record = inspect_photo(path, data=data)
     # The prediction of a photo stands, whatever its metadata.
     except Exception as error:
         return {"error": one_line(error)}
@@ -141,14 +142,6 @@ def _part(read: Callable[[], Any]) -> Any:
 
 def _is_jpeg(image: Image.Image) -> bool:
     return image.format in ("JPEG", "MPO")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _clean(text: str) -> str:
@@ -420,7 +413,7 @@ def _correlation(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> floa
     return round(float(np.corrcoef(*grey)[0, 1]), 4)
 
 
-def _read_c2pa(path: Path) -> dict[str, Any] | None:
+def _read_c2pa(data: bytes) -> dict[str, Any] | None:
     """What the C2PA manifest states, and how c2pa-python judges its signature; nothing is fetched from a network."""
     try:
         import c2pa
@@ -428,8 +421,8 @@ def _read_c2pa(path: Path) -> dict[str, Any] | None:
         return {"note": "not looked for: needs c2pa-python (pip install 'frd-kernels[c2pa]')"}
     try:
         context = c2pa.Context.from_dict({"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}})
-        with context, path.open("rb") as file:
-            reader = c2pa.Reader.try_create(None, file, context=context)
+        with context:
+            reader = c2pa.Reader.try_create(None, io.BytesIO(data), context=context)
             if reader is None:
                 return None
             with reader:

@@ -107,8 +107,8 @@ def open_checkpoint(
     Args:
         model, preset: see :func:`frd_model.load_model`; not for exported files, which run on the CPU.
     """
+    from frd_model.device import parse_device
     from frd_model.exported import is_exported, load_exported
-    from frd_model.predict import parse_device
     from frd_model.weights import load_model
 
     target = parse_device(device)

@@ -84,7 +84,7 @@ def _net(args: argparse.Namespace) -> tuple[str, nn.Module]:
         raise UsageError("--preset and --set belong to --model, got another net")
     if args.module:
         return args.name or args.module, _load(args.module, args.device)
-    from frd_model.predict import parse_device
+    from frd_model.device import parse_device
 
     device = parse_device(args.device)
     if args.checkpoint:
@@ -103,7 +103,7 @@ def _net(args: argparse.Namespace) -> tuple[str, nn.Module]:
 def _load(target: str, device: str) -> nn.Module:
     from torch import nn
 
-    from frd_model.predict import parse_device
+    from frd_model.device import parse_device
 
     module, colon, name = target.partition(":")
     if not (module and colon and name):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import io
 import json
 import os
+import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,49 +28,81 @@ UInt8 = npt.NDArray[np.uint8]
 T = TypeVar("T", bound=np.generic)
 
 MAX_PIXELS = 120_000_000
-_PARTS = itertools.count()
+# As many as 120 megapixels of four 16-bit samples take uncompressed, and metadata.
+MAX_BYTES = 1 << 30
 
 
-def read_image(path: PathLike, *, background: int = 255, max_pixels: int = MAX_PIXELS) -> UInt8:
+def read_image(
+    path: PathLike, *, background: int = 255, max_pixels: int = MAX_PIXELS, data: bytes | None = None
+) -> UInt8:
     """Decode a photo to uint8 RGB [H,W,3].
 
     The EXIF rotation is applied. Grey, palette and CMYK images are converted, 16-bit samples are scaled to 8,
     alpha is composited over a uniform `background` (white), and of an animation or a
     multi-page file the first image is read.
 
+    Args:
+        data: the file's content where it is in memory already; `path` then only names it in messages.
+
     Raises:
-        ImageError: the path cannot be read, is not a complete image, or has more than `max_pixels` pixels.
+        ImageError: the path cannot be read, is not a complete image, or has more than `max_pixels` pixels or more
+            than MAX_BYTES bytes, which is found before memory is taken for them.
     """
-    return _decode(path, max_pixels, lambda image, _: from_pillow(image, background))
+    return _decode(path, max_pixels, lambda image, _: from_pillow(image, background), data)
+
+
+def read_file(path: PathLike) -> bytes:
+    """A photo's file as it is. ImageError if it cannot be read, is empty or has more than MAX_BYTES bytes."""
+    check_readable(path)
+    with open(path, "rb") as file:
+        return read_stream(file, path)
+
+
+def read_stream(file: BinaryIO, name: PathLike) -> bytes:
+    """The rest of a file or pipe. ImageError if it has more than MAX_BYTES bytes, of which no more are then read."""
+    try:
+        data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ImageError(f"image {os.fspath(name)!r} must be readable, got: {error.strerror}") from None
+    _check_bytes(name, len(data))
+    return data
 
 
 def _decode(
-    path: PathLike, max_pixels: int, convert: Callable[[Image.Image, str], npt.NDArray[T]]
+    path: PathLike,
+    max_pixels: int,
+    convert: Callable[[Image.Image, str], npt.NDArray[T]],
+    data: bytes | None = None,
 ) -> npt.NDArray[T]:
     """`convert`, called with the loaded image and Pillow's name for the file's samples; ImageError for a bad file."""
-    with open_image(path, max_pixels) as image:
+    with open_image(path, max_pixels, data) as image:
         raw_mode = _raw_mode(image)
         image.load()
+        # An icon's file states one size and may hold another.
+        _check_size(path, image.size, max_pixels)
         return convert(image, raw_mode)
 
 
 @contextlib.contextmanager
-def open_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """A photo's file, opened and not yet decoded. Errors in the block, such as those of `load`, become ImageError."""
+def open_image(
+    path: PathLike, max_pixels: int = MAX_PIXELS, data: bytes | BinaryIO | None = None
+) -> Iterator[Image.Image]:
+    """A photo's file, opened and not yet decoded. Errors in the block, such as those of `load`, become ImageError.
+
+    `data` is the file's content where it is in memory already, or the file where it is open.
+    """
     name = os.fspath(path)
-    _check_readable(path)
+    if data is None:
+        check_readable(path)
+    elif isinstance(data, bytes):
+        _check_bytes(path, len(data))
     # Registers the optional formats.
     image_extensions()
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(
-                    f"image {name!r} must have at most {max_pixels} pixels, "
-                    f"got {width} x {height} = {width * height}"
-                )
-            if width * height == 0:
-                raise ImageError(f"image {name!r} must not be empty, got {width} x {height}")
+        with Image.open(
+            path if data is None else io.BytesIO(data) if isinstance(data, bytes) else data
+        ) as image:
+            _check_size(path, image.size, max_pixels)
             yield image
     except ImageError:
         raise
@@ -79,12 +112,31 @@ def open_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> Iterator[Image.I
         raise ImageError(f"image {name!r} must have at most {max_pixels} pixels, got far more") from None
     except UnidentifiedImageError:
         raise ImageError(
-            f"image {name!r} must be an image file Pillow can read, got {_describe(path)}"
+            f"image {name!r} must be an image file Pillow can read, got {_describe(path, data)}"
         ) from None
     # Decoders raise anything from OSError to struct.error for a damaged file.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"image {name!r} must be a complete image, got: {reason}") from None
+
+
+def _check_size(path: PathLike, size: tuple[int, int], max_pixels: int) -> None:
+    name, (width, height) = os.fspath(path), size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"image {name!r} must have at most {max_pixels} pixels, got {width} x {height} = {width * height}"
+        )
+    if width * height == 0:
+        raise ImageError(f"image {name!r} must not be empty, got {width} x {height}")
+
+
+def _check_bytes(path: PathLike, count: int) -> None:
+    if count == 0:
+        raise ImageError(f"image {os.fspath(path)!r} must not be empty, got 0 bytes")
+    if count > MAX_BYTES:
+        raise ImageError(
+            f"image {os.fspath(path)!r} must have at most {MAX_BYTES} bytes, got {count} or more"
+        )
 
 
 def from_pillow(image: Image.Image, background: int = 255) -> UInt8:
@@ -100,7 +152,8 @@ def _raw_mode(image: Image.Image) -> str:
     return first if isinstance(first, str) else ""
 
 
-def _check_readable(path: PathLike) -> None:
+def check_readable(path: PathLike) -> None:
+    """ImageError unless the path is a regular file of 1 to MAX_BYTES bytes that can be opened."""
     name = repr(os.fspath(path))
     try:
         info = os.stat(path)
@@ -109,8 +162,7 @@ def _check_readable(path: PathLike) -> None:
         # Opening a pipe would wait for a writer.
         if not stat.S_ISREG(info.st_mode):
             raise ImageError(f"image {name} must be a file, got a device, pipe or socket")
-        if info.st_size == 0:
-            raise ImageError(f"image {name} must not be empty, got 0 bytes")
+        _check_bytes(path, info.st_size)
         with open(path, "rb"):
             pass
     except OSError as error:
@@ -122,7 +174,9 @@ def _check_readable(path: PathLike) -> None:
         raise ImageError(f"image {name} must be a readable file, got: {error}") from None
 
 
-def _describe(path: PathLike) -> str:
+def _describe(path: PathLike, data: bytes | BinaryIO | None) -> str:
+    if isinstance(data, bytes):
+        return f"{len(data)} bytes that start with {data[:8]!r}"
     with open(path, "rb") as file:
         head = file.read(8)
     return f"{os.path.getsize(path)} bytes that start with {head!r}"
@@ -219,10 +273,11 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when the block ends without an error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not made from the target's name, which may already have the maximum length.
-    part = target.with_name(f".{os.getpid()}-{next(_PARTS)}.part")
+    # Not made from the target's name, which may already have the maximum length, nor from the process's number,
+    # which is no number of its own on a disk that several machines share.
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             yield file
         os.replace(part, target)
     except BaseException:

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from frd_model.device import parse_device
 from frd_model.output import one_line
-from frd_model.predict import parse_device
 
 from .config import ConfigError
 
@@ -23,10 +23,10 @@ BROKEN = re.compile(r"Connection (closed|reset|refused)|Broken pipe|gloo/transpo
 def join(device: str) -> None:
     """Join the group that torchrun's environment describes; NCCL for tensors on GPUs, gloo for everything else."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        parse_device(device)
+        target = parse_device(device)
         # The strides of a depthwise weight [C, 1, k, k] are ambiguous; the gradient is right either way.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo")
 
 
 def leave() -> None:

@@ -1,14 +1,18 @@
 import errno
 import json
 import os
+import struct
+import warnings
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from frd_model import inspect_photo
 from frd_model.data import images
-from frd_model.data.images import ImageError, read_image, read_mask
+from frd_model.data.images import ImageError, read_file, read_image, read_mask, write_png
 
 
 def photo(height=20, width=30, seed=0):
@@ -193,3 +197,33 @@ def test_overlay_marks_the_region():
     assert (got[5:] == 100).all() and (got[:5, :, 1] > 120).all() and (got[:5, :, 0] < 100).all()
     with pytest.raises(ValueError, match=r"the image's size \(10, 10\), got \(9, 10\)"):
         images.overlay(image, probability[1:])
+
+
+def test_bytes_are_read_as_the_file(tmp_path: Path) -> None:
+    path = write_png(tmp_path / "a.png", np.arange(60, dtype=np.uint8).reshape(4, 5, 3))
+    data = read_file(path)
+    np.testing.assert_array_equal(read_image("elsewhere", data=data), read_image(path))
+    with pytest.raises(ImageError, match="image 'elsewhere' must be a complete image"):
+        read_image("elsewhere", data=data[:60])
+
+
+@pytest.mark.parametrize("head", [b"", b"RIFF\xff\xff\xff\x7fWEBPVP8X", b"\xff\xd8\xff\xe0"])
+def test_a_file_that_is_too_large_is_refused_unread(head: bytes, tmp_path: Path) -> None:
+    """A sparse file of 64 GB: reading it would end the process."""
+    path = tmp_path / "a.webp"
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(64 << 30)
+    for read in (read_image, read_file, inspect_photo):
+        with pytest.raises(ImageError, match="must have at most 1073741824 bytes, got 68719476736"):
+            read(path)
+
+
+def test_an_icon_that_holds_a_larger_image_than_it_states(tmp_path: Path) -> None:
+    Image.new("L", (2000, 1000)).save(tmp_path / "a.png")
+    png = (tmp_path / "a.png").read_bytes()
+    header = struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22)
+    (tmp_path / "a.ico").write_bytes(header + png)
+    with pytest.raises(ImageError, match="at most 1000 pixels, got 2000 x 1000"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_image(tmp_path / "a.ico", max_pixels=1000)

@@ -16,6 +16,7 @@ from frd_model import create_model, predict, save_model
 from frd_model.cli import main
 from frd_model.cli.predict import name_jobs
 from frd_model.data.images import ImageError, read_image, write_png
+from frd_model.device import available_devices, parse_device
 from frd_model.predict import PredictionError, blend_windows, probability_map, tile_starts
 
 TINY = {"stages": (1, 2), "blocks": 1, "pyramid_width": 8, "trace_widths": (8, 8)}
@@ -102,7 +103,7 @@ def test_model_stays_in_its_mode_and_is_deterministic(model: nn.Module) -> None:
         ({"tile": 64, "overlap": 40}, "overlap must lie"),
         ({"threshold": 1.5}, "threshold must lie"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "gpu"}, "device must be auto, cpu, mps, cuda or cuda:N, got 'gpu'"),
         ({"device": "meta"}, "device must be one that torch can use here, got 'meta'"),
         ({"threshold": float("nan")}, "threshold must lie"),
     ],
@@ -145,12 +146,65 @@ def test_pictures_that_hold_their_values_otherwise() -> None:
         (torch.zeros(3, 40, 40, dtype=torch.int64), TypeError),
         (torch.full((3, 40, 40), 2.0), ValueError),
         (12, TypeError),
-        (b"photo.png", TypeError),
+        (b"photo.png", ImageError),
+        (b"", ImageError),
     ],
 )
 def test_bad_arrays(image: object, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match=r"^image (of floats )?must"):
+    with pytest.raises(kind, match=r"^image (of floats |'bytes' )?must"):
         predict(image, Brightness())  # type: ignore[arg-type]
+
+
+def test_photos_in_one_batch_are_those_alone(model: nn.Module) -> None:
+    """Of several sizes, whole and in tiles, with one that fills a batch by itself."""
+    photos = [photo(*shape, seed=n) for n, shape in enumerate([(64, 96), (40, 40), (64, 96), (200, 150)] * 2)]
+    for options in ({"size": "whole"}, {"size": "tiles", "tile": 64, "overlap": 8}, {"size": "resize"}):
+        together = predict(photos, model, batch_size=5, **options)
+        for image, found in zip(photos, together, strict=True):
+            alone = predict(image, model, **options)
+            np.testing.assert_allclose(found.probability, alone.probability, atol=1e-5)
+            assert found.size == image.shape[:2] and found.score == pytest.approx(alone.score, abs=1e-5)
+
+
+def test_photos_of_one_size_share_a_forward_pass() -> None:
+    batches: list[tuple[int, ...]] = []
+
+    class Noting(Brightness):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batches.append(tuple(x.shape))
+            return super().forward(x)
+
+    photos = [photo(40, 50), photo(60, 50), photo(40, 50), photo(40, 50)]
+    predict(photos, Noting(), batch_size=3)
+    assert batches == [(2, 3, 40, 50), (1, 3, 60, 50), (1, 3, 40, 50)]
+    batches.clear()
+    predict([photo(64, 120), photo(70, 64)], Noting(), batch_size=4, size="tiles", tile=64, overlap=8)
+    assert batches == [(4, 3, 64, 64)], "tiles of both photos"
+
+
+def test_a_batch_that_does_not_fit_is_halved() -> None:
+    class Small(Brightness):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    image = photo(200, 200)
+    found = predict(image, Small(), size="tiles", tile=64, overlap=8, batch_size=8)
+    np.testing.assert_allclose(found.probability, predict(image, Brightness()).probability, atol=2e-6)
+
+
+def test_device_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(cuda: int, mps: bool) -> list[str]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        return [str(device) for device in available_devices()]
+
+    assert found(0, False) == ["cpu"] and str(parse_device("auto")) == "cpu"
+    assert found(0, True) == ["mps", "cpu"] and found(2, False) == ["cuda:0", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert found(8, False)[0] == "cuda:3" and found(2, False)[0] == "cuda:1"
 
 
 def as_pillow(image: np.ndarray) -> Image.Image:
