@@ -3,7 +3,7 @@
 #            options of pytest go into PYTEST_ARGS, -n 0 for one process
 # make test-all: also the tiers `slow` and `build` (make slow) and the documents: everything that runs without a GPU
 # make docs: the guides and the API reference as HTML; a warning is an error
-# make lint: ruff, mypy, clang-format, the pre-commit configuration
+# make lint: ruff, mypy, clang-format, hadolint, the pre-commit configuration
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,6 +37,7 @@ lint: $(VENV)/lint.stamp
 	@$(STEP) "ruff format" $(BIN)/ruff format --check .
 	@$(STEP) "mypy" $(BIN)/mypy
 	@$(STEP) "clang-format" $(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@$(STEP) "hadolint" $(BIN)/hadolint Dockerfile
 	@$(STEP) "pre-commit configuration" $(BIN)/pre-commit validate-config
 
 setup: $(VENV)/install.stamp
