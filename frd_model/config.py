@@ -14,6 +14,9 @@ NORMS = ("group", "batch", "none")
 DECODERS = ("deconv", "pyramid")
 STEMS = ("none", "pdc")
 ENCODER_INPUTS = ("planes", "trace")
+# What runs a net for prediction, and in which precision (frd_model/engines.py).
+ENGINES = ("auto", "torch")
+PRECISIONS = ("auto", "float32", "bf16")
 CHOICES = (
     ("variant", VARIANTS),
     ("icm_centres", CENTRES),

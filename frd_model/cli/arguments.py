@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from frd_model.config import NAME_PREFIX, PRESETS
+from frd_model.config import ENGINES, NAME_PREFIX, PRECISIONS, PRESETS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -125,6 +125,30 @@ def open_checkpoint(
             raise UsageError(f"{label}: an exported file runs on the CPU; --device must be cpu, got {device}")
         return Checkpoint(load_exported(label), label)
     return Checkpoint(load_model(label, target, model=model, preset=preset), label)
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser, precision: str = "auto") -> None:
+    """--engine and --precision, which `prepared` reads."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what runs the network (default auto: docs/predict.md)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=precision,
+        help=f"of the network; auto: bf16 where the hardware has it and the checkpoint says what it changes "
+        f"(default {precision})",
+    )
+
+
+def prepared(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint in the engine and precision that the arguments ask for."""
+    from frd_model.engines import prepare
+
+    return Checkpoint(prepare(checkpoint.model, args.engine, args.precision), checkpoint.label)
 
 
 class UsageError(ValueError):

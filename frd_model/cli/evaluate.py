@@ -20,12 +20,14 @@ from .arguments import (
     UsageError,
     add_checkpoint_argument,
     add_data_arguments,
+    add_engine_arguments,
     add_photos_dir,
     at_least,
     fraction,
     open_checkpoint,
     open_data_arguments,
     path,
+    prepared,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", choices=POLICIES, help="see `frd predict`; default: the preset's, auto for original"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add_engine_arguments(parser, precision="float32")
     parser.add_argument(
         "--method", help="name in the results (default: the checkpoint or DIR of --predictions)"
     )
@@ -183,7 +186,8 @@ def _scorer(
         options = {"preset": args.preset, "threshold": args.threshold}
         name = args.predictions.resolve().name
         return name, lambda name: partial(evaluate_saved, maps=maps[name], **options), None
-    checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.model_preset)
+    opened = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.model_preset)
+    checkpoint = prepared(opened, args)
     score = partial(
         evaluate,
         model=checkpoint.model,

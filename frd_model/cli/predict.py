@@ -24,10 +24,12 @@ from .arguments import (
     Checkpoint,
     UsageError,
     add_checkpoint_argument,
+    add_engine_arguments,
     at_least,
     fraction,
     open_checkpoint,
     path,
+    prepared,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ COLUMNS = (
     *("path", "name", "score", "verdict", "false_alarm_rate", "edited_fraction", "raw_edited_fraction"),
     *("width", "height", "threshold", "seconds", "error"),
 )
+# Settings that a record has only where they are not the default.
+OPTIONAL = ("model", "preset", "raw", "colour_map", "precision")
 # Bytes for the longest ending and for the number that distinguishes equal names.
 NAME_MARGIN = 20
 
@@ -100,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mark pixels and show the heat map where the verdict is `no trace found` too",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add_engine_arguments(parser)
     parser.add_argument(
         "--size",
         choices=POLICIES,
@@ -217,9 +222,10 @@ def _progress(photos: int, as_json: bool) -> Any:
 
 
 def _open(args: argparse.Namespace) -> Checkpoint:
-    return open_checkpoint(
+    checkpoint = open_checkpoint(
         args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
     )
+    return prepared(checkpoint, args)
 
 
 def collect(paths: list[str], out: Path, recursive: bool = False) -> Collected:
@@ -282,7 +288,7 @@ def _do(job: Job, checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str,
         _remove(job, args.out)
         pixels = read_image(job.path)
         # Decodes the file again, so that it comes before the maps take their memory.
-        settings = {**_settings(args), "provenance": provenance(job.path)}
+        settings = {**_settings(args), **_runs_in(checkpoint), "provenance": provenance(job.path)}
         result = predict(
             pixels,
             checkpoint.model,
@@ -332,7 +338,15 @@ def _all_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
         "score_thresholds": None if rule is None else rule.thresholds,
         "checkpoint": checkpoint.label,
         **_settings(args),
+        # Engines differ by rounding alone, and a photo more or less may change which one is the default.
+        **{name: value for name, value in _runs_in(checkpoint).items() if name == "precision"},
     }
+
+
+def _runs_in(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The engine, and the precision where it is not float32."""
+    engine, precision = checkpoint.model.engine, checkpoint.model.precision
+    return {"engine": engine} | ({} if precision == "float32" else {"precision": precision})
 
 
 def _refuse_to_destroy(jobs: list[Job], out: Path, table: Path | None) -> None:
@@ -369,7 +383,7 @@ def _is_done(job: Job, out: Path, kinds: tuple[str, ...], wanted: dict[str, Any]
         raise ValueError(f"cannot go on: {str(file)!r} is of the photo {saved!r}, not of {str(job.path)!r}")
     for name in (
         *wanted,
-        *(n for n in ("model", "preset", "raw", "colour_map") if n in record and n not in wanted),
+        *(n for n in OPTIONAL if n in record and n not in wanted),
     ):
         if record.get(name) != wanted.get(name):
             raise ValueError(

@@ -1,0 +1,119 @@
+"""What runs a network for prediction: PyTorch, torch.compile, or an exported copy in onnxruntime or OpenVINO."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ENGINES, PRECISIONS
+from .eval_view import device_of, unwrap
+from .predict import has_image_head, parse_device
+
+__all__ = ["Prepared", "has_bf16", "prepare"]
+
+
+class Prepared(nn.Module):
+    """A network that `prepare` has made ready, for :func:`frd_model.predict`; always in eval mode.
+
+    Attributes:
+        engine, precision: what runs, without "auto".
+        config, score_rule: those of the network; None if it has none.
+    """
+
+    def __init__(self, net: nn.Module, engine: str, precision: str, source: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.engine = engine
+        self.precision = precision
+        self.config = getattr(source, "config", None)
+        self.score_rule = getattr(source, "score_rule", None)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Prepared:
+        if mode:
+            raise NotImplementedError(
+                "train: a prepared network has no gradients; train the one it was made of"
+            )
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, H, W] of any floating dtype -> float32 logits [B, 1, H, W]."""
+        logits: Tensor = self.net(self._input(images))
+        return logits.float()
+
+    def with_score(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and image-level logits [B]. ValueError where the network has no image-level head."""
+        if not has_image_head(self):
+            raise ValueError("image_head: must be true in the configuration for a score, got False")
+        with_score: Any = self.net.with_score
+        logits, scores = with_score(self._input(images))
+        return logits.float(), scores.float()
+
+    def _input(self, images: Tensor) -> Tensor:
+        if images.device.type != "cpu":
+            return images.to(_dtype(self.precision))
+        return images.to(_dtype(self.precision), memory_format=torch.channels_last)
+
+
+def prepare(
+    model: nn.Module,
+    engine: str = "auto",
+    precision: str = "auto",
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """A copy of a network for prediction, in the engine and precision that suit it. `model` is not changed.
+
+    Args:
+        model: an FRDNet or another network of its shapes. One that `prepare` gave is returned as it is.
+        engine: "torch" (on a CPU in the channels_last layout), or "auto".
+        precision: "float32"; "bf16", weights and activations in bfloat16; "auto": bf16 where the hardware multiplies
+            it and the network's `score_rule` states what it changes, else float32.
+        device: where to run; None takes the model's.
+
+    Returns:
+        A module that :func:`frd_model.predict` takes like an FRDNet, with the attributes of `Prepared`.
+
+    Raises:
+        ValueError: an unknown name, a device or engine that cannot be used here.
+        TypeError: no module.
+    """
+    for name, value, known in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}; see create_model")
+    if isinstance(model, Prepared):
+        return model
+    model = unwrap(model)
+    target = device_of(model) if device is None else parse_device(device)
+    if precision == "auto":
+        precision = "bf16" if states_bf16(model) and has_bf16(target) else "float32"
+    return Prepared(_in_torch(model, precision, target), "torch", precision, model)
+
+
+def has_bf16(device: str | torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware: AVX512-BF16, AMX or Arm's BF16 on a CPU."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older versions of torch do not tell.
+    flags: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())
+    return kind == "cpu" and any(on for flag, on in flags.items() if flag.endswith("bf16"))
+
+
+def states_bf16(model: nn.Module) -> bool:
+    """Whether the network's score rule says how maps and scores of bf16 differ from those of float32."""
+    rule = getattr(model, "score_rule", None)
+    return rule is not None and "bf16" in rule.validation
+
+
+def _in_torch(model: nn.Module, precision: str, device: torch.device) -> nn.Module:
+    net = copy.deepcopy(model).eval().requires_grad_(False).to(device, _dtype(precision))
+    return net.to(memory_format=torch.channels_last) if device.type == "cpu" else net
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if precision == "bf16" else torch.float32
