@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from .config import ENGINES, PRECISIONS
 from .eval_view import device_of, unwrap
+from .exported import ExportedNet
 from .predict import has_image_head, parse_device
 
 __all__ = ["Prepared", "has_bf16", "prepare"]
+
+# Engines that run the network itself, and not a copy in a file.
+IN_TORCH = ("torch",)
 
 
 class Prepared(nn.Module):
@@ -53,7 +57,7 @@ class Prepared(nn.Module):
         return logits.float(), scores.float()
 
     def _input(self, images: Tensor) -> Tensor:
-        if images.device.type != "cpu":
+        if images.device.type != "cpu" or self.engine not in IN_TORCH:
             return images.to(_dtype(self.precision))
         return images.to(_dtype(self.precision), memory_format=torch.channels_last)
 
@@ -67,7 +71,8 @@ def prepare(
     """A copy of a network for prediction, in the engine and precision that suit it. `model` is not changed.
 
     Args:
-        model: an FRDNet or another network of its shapes. One that `prepare` gave is returned as it is.
+        model: an FRDNet or another network of its shapes. One that `prepare` gave is returned as it is, and one of
+            `load_exported` stays in its file's engine, "exported".
         engine: "torch" (on a CPU in the channels_last layout), or "auto".
         precision: "float32"; "bf16", weights and activations in bfloat16; "auto": bf16 where the hardware multiplies
             it and the network's `score_rule` states what it changes, else float32.
@@ -87,11 +92,21 @@ def prepare(
         raise TypeError(f"model must be a torch module, got {type(model).__name__}; see create_model")
     if isinstance(model, Prepared):
         return model
+    if isinstance(model, ExportedNet):
+        return _exported(model, engine, precision)
     model = unwrap(model)
     target = device_of(model) if device is None else parse_device(device)
     if precision == "auto":
         precision = "bf16" if states_bf16(model) and has_bf16(target) else "float32"
     return Prepared(_in_torch(model, precision, target), "torch", precision, model)
+
+
+def _exported(net: ExportedNet, engine: str, precision: str) -> Prepared:
+    if engine != "auto":
+        raise ValueError(f"engine must be auto for an exported file, whose format decides, got {engine!r}")
+    if precision == "bf16":
+        raise ValueError("precision must be float32 or auto for an exported file, got 'bf16'")
+    return Prepared(net, "exported", "float32", net)
 
 
 def has_bf16(device: str | torch.device) -> bool:

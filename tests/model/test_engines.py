@@ -16,6 +16,7 @@ from frd_model import create_model, predict, save_model
 from frd_model.cli import main
 from frd_model.data.images import write_png
 from frd_model.engines import has_bf16, prepare
+from frd_model.exported import ExportedNet, Opened
 from frd_model.score import TARGETS, ScoreRule
 
 SMALL: dict[str, Any] = {
@@ -131,3 +132,15 @@ def test_the_command_records_what_ran(tmp_path: Path, capsys: pytest.CaptureFixt
     assert record()["precision"] == "bf16"
     assert run("--skip-existing") == 1
     assert "precision was 'bf16'" in capsys.readouterr().err
+
+
+def test_an_exported_file_stays_in_its_engine() -> None:
+    net = ExportedNet(Opened(lambda images: [images[:, :1]], (None, 3, None, None), 1, {}), None, None, {})
+    ready = prepare(net)
+    assert ready.engine == "exported" and ready.precision == "float32"
+    x = torch.randn(2, 3, 32, 40)
+    torch.testing.assert_close(ready(x), x[:, :1])
+    with pytest.raises(ValueError, match=r"^engine must be auto for an exported file"):
+        prepare(net, "torch")
+    with pytest.raises(ValueError, match=r"^precision must be float32 or auto"):
+        prepare(net, precision="bf16")
