@@ -94,20 +94,24 @@ def _photo(path: Path, record: dict[str, Any], size: tuple[int, int]) -> tuple[U
 
 
 def _levels(path: Path, size: tuple[int, int], shape: tuple[int, ...]) -> tuple[UInt8, bool]:
-    """The highest level of the map under each pixel of a thumbnail, and whether only the mask was there.
-
-    So a pixel of the thumbnail is marked where any pixel of the photo under it is, and no small region is lost.
-    """
+    """The highest level of the map under each pixel of a thumbnail, and whether only the mask was there."""
     stem = path.name.removesuffix(".json")
     files = [path.with_name(stem + KINDS[kind]) for kind in ("npz", "map", "mask")]
     file = next((file for file in files if file.exists()), None)
     if file is None:
         return np.zeros(shape, np.uint8), True
-    probability = read_map(file, size).probability
+    return _level(highest(read_map(file, size).probability, shape)), file == files[2]
+
+
+def highest(probability: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """The highest probability under each pixel of a smaller map of `shape`.
+
+    So a pixel of it is marked where any pixel of the photo under it is, and no small region is lost.
+    """
     for axis in (0, 1):
-        starts = np.arange(shape[axis]) * size[axis] // shape[axis]
+        starts = np.arange(shape[axis]) * probability.shape[axis] // shape[axis]
         probability = np.maximum.reduceat(probability, starts, axis=axis)
-    return _level(probability), file == files[2]
+    return probability
 
 
 def _level(probability: Any) -> UInt8:
@@ -140,7 +144,7 @@ def _head(photos: int, threshold: float, calibrated: bool) -> str:
         allowed=allowed,
         style=_STYLE,
         photos=photos,
-        meaning=_MEANING[calibrated],
+        meaning=MEANING[calibrated],
         plain="" if calibrated else ' class="plain"',
         level=int(_level(threshold)),
         threshold=f"{threshold:g}",
@@ -149,7 +153,7 @@ def _head(photos: int, threshold: float, calibrated: bool) -> str:
     )
 
 
-_MEANING = {
+MEANING = {
     True: """The verdict compares the score with those of photos that were known to be untouched: the explanation
 beside it says how many of them scored as high or as low. That rate holds for photos like those; other cameras, sizes,
 edits and compression have other ones. <b>Edited</b> is no proof of an edit: some untouched photos score as high.

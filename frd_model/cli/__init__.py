@@ -22,6 +22,7 @@ from .arguments import UsageError, path
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("frd_model.cli.predict", "find the edited pixels of photos"),
     "inspect": ("frd_model.cli.inspect", "print what the files of photos say of their origin"),
+    "web": ("frd_model.cli.web", "open a page that finds the edited pixels of photos, for the browser"),
     "report": ("frd_model.cli.report", "make one HTML page of the results of `frd predict`"),
     "train": ("frd_model.cli.train", "train a network from a configuration file"),
     "evaluate": (
