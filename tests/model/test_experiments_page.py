@@ -1,17 +1,12 @@
-"""docs/experiments.md: its tables are those of the result files, and its commands are commands."""
+"""docs/experiments.md: its tables are those of the result files."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import pathlib
 import re
-import shlex
 from typing import Any
 
-import pytest
-
-from frd_model import cli
 from frd_model.ablate import table3
 from frd_model.complexity import table2
 from frd_model.evaluate_table import table1
@@ -75,15 +70,3 @@ def test_every_figure_in_the_text_stands_in_a_file() -> None:
     known = set(re.findall(r"\d+\.\d+", log + expected()))
     assert len(figures) > 10
     assert [figure for figure in figures if figure not in known] == []
-
-
-COMMANDS = re.findall(r"^ *(frd (?:.*\\\n)*.*)", PAGE, flags=re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_accepted(command: str) -> None:
-    filled = command.replace("$preset", "original").replace("$seed", "1")
-    name, *arguments = shlex.split(filled.replace("\\\n", ""), comments=True)[1:]
-    parser = cli.Parser()
-    importlib.import_module(cli.COMMANDS[name][0]).add_arguments(parser)
-    parser.parse_args(arguments)

@@ -1,12 +1,10 @@
-"""`frd train` on a user's own files: folders and lists of mixed photos, bad files, one-class sets, outputs, README."""
+"""`frd train` on a user's own files: folders and lists of mixed photos, bad files, one-class sets, outputs."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from frd_model.train import Trainer, TrainingError
 from frd_model.train.config import from_dict
 from frd_model.train.data import TrainingPairs, collate, split
 
-README = Path(__file__).parents[2] / "README.md"
 TINY = {"stages": [1, 2], "blocks": 1, "pyramid_width": 8, "trace_widths": [8, 8]}
 SMALL = [
     *("--set", f"model.options={json.dumps(TINY)}"),
@@ -577,16 +574,3 @@ def test_wrong_settings_are_one_line(
     assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_the_lines_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_plain(tmp_path / "data", 4)
-    make_plain(tmp_path / "test", 2)
-    blocks = re.findall(r"```\n((?:frd .*\n)+)```", README.read_text(encoding="utf-8"))
-    block = next(block for block in blocks if "frd train" in block)
-    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert [line[:2] for line in lines] == [["frd", "data"], ["frd", "train"], ["frd", "evaluate"]]
-    for line in lines:
-        assert main([*line[1:], *(SMALL if line[1] == "train" else [])]) == 0
-    assert (tmp_path / "runs" / "mine" / "best.safetensors").is_file()
