@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -168,8 +169,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image = next(images)
         Image.open(image).convert("RGB").save(root / folder / f"{image.stem}.jpg", quality=90)
     shutil.copy(image, root / "photo.jpg")
+    shutil.copytree(root / "photos", root / "data" / "compRAISE")
+    (root / "maps").mkdir()
+    for image in (root / "test" / "images").iterdir():
+        np.save(root / "maps" / f"{image.stem}.npy", np.random.default_rng(0).random((96, 96), np.float32))
     pairs = [[f"data/images/{p.name}", f"data/masks/{p.name}"] for p in (root / "data" / "images").iterdir()]
     (root / "list.json").write_text(json.dumps(pairs))
+    (root / "data" / "list.txt").write_text("".join(f"../{photo} ../{mask}\n" for photo, mask in pairs))
     (root / "runs" / "mine").mkdir(parents=True)
     shutil.copy(demo_path(), root / "runs" / "mine" / "best.safetensors")
     for name, folder in (
@@ -248,7 +254,7 @@ def test_the_commands_of_a_page_run(
     page: Path, inputs: Path, programs: Path, hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(shutil.copytree(inputs, tmp_path / "work"))
-    names = given(page.stem)
+    threads, names = torch.get_num_threads(), given(page.stem)
     for block in blocks(page):
         if block.exempt or block.language in SHOWN:
             continue
@@ -256,6 +262,7 @@ def test_the_commands_of_a_page_run(
             run_python(block, names)
         else:
             run_shell(block, programs, monkeypatch)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
