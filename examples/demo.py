@@ -17,11 +17,11 @@ import numpy as np
 
 from frd_model.cli import bench
 from frd_model.cli.arguments import Checkpoint, open_checkpoint
-from frd_model.cli.predict import Job, save_prediction
 from frd_model.data import read_image, write_jpeg, write_png
 from frd_model.labelled import Labelled, forged_samples
 from frd_model.metrics import image_metrics
 from frd_model.predict import Prediction, predict
+from frd_model.results import Job, save_prediction
 
 PANEL_WIDTH = 320
 # The README's rows, fixed before any network was looked at: every photo, three kinds of edit, one photo untouched.

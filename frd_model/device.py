@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
+import numpy as np
 import torch
+from torch import nn
+
+from frd_model.output import one_line, say
 
 
 def parse_device(name: str | torch.device) -> torch.device:
@@ -40,3 +45,22 @@ def available_devices() -> list[torch.device]:
     if torch.backends.mps.is_available():
         found.append(torch.device("mps"))
     return [*found, torch.device("cpu")]
+
+
+def to_first_device(model: nn.Module) -> nn.Module:
+    """Move a network to the first of `available_devices` that it works on; stderr names those that it does not."""
+    from frd_model.logits import logit_map
+
+    *found, cpu = available_devices()
+    for device in found:
+        try:
+            logit_map(np.zeros((64, 64, 3), np.uint8), model.to(device))
+        # A GPU that this build of torch has no code for, or a backend that lacks an operator.
+        except (RuntimeError, NotImplementedError) as error:
+            say(
+                f"frd: the network does not work on {device}, the next device is taken: {one_line(error)}",
+                sys.stderr,
+            )
+        else:
+            return model
+    return model.to(cpu)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,20 @@ ZERO, STEPS = 128, 12
 _ORDER = {NO_TRACE: 0, UNCLEAR: 1, EDITED: 2}
 
 
-def write_report(folder: Path, file: Path) -> tuple[int, list[tuple[str, str]]]:
-    """Write a page of all results in `folder`, the highest score first; returns their number and what failed.
+def write_report(
+    folder: Path, file: Path, names: Iterable[str] | None = None
+) -> tuple[int, list[tuple[str, str]]]:
+    """Write a page of the results in `folder`, the highest score first; returns their number and what failed.
+
+    `names` are those of the results to show; None takes all.
 
     A thumbnail is of the photo where it still lies at its path, else of the overlay. The slider needs maps
     (`--save map` or `npz`); without one a photo shows its mask.
 
     Raises ValueError where the folder holds no results.
     """
-    records = {name: record for name in sorted(folder.glob("*.json")) if (record := record_of(name))}
+    files = folder.glob("*.json") if names is None else (folder / f"{name}.json" for name in names)
+    records = {path: record for path in sorted(files) if (record := record_of(path))}
     if not records:
         raise ValueError(f"DIR must hold results of `frd predict`, got none in {str(folder)!r}")
     ranked = sorted(records.items(), key=lambda item: -float(item[1]["score"]))

@@ -32,10 +32,11 @@ COLOUR_MAPS = ("viridis", "cividis")
 
 @dataclass(frozen=True)
 class Job:
-    """One photo, and the name of its results without their endings."""
+    """One photo, and the name of its results without their endings. `path` is "-" for one from standard input."""
 
     path: Path
     name: str
+    standard_input: bool = False
 
 
 def files_of(out: Path, name: str, endings: tuple[str, ...] = ENDINGS) -> list[Path]:

@@ -107,11 +107,12 @@ def open_checkpoint(
     Args:
         model, preset: see :func:`frd_model.load_model`; not for exported files, which run on the CPU.
     """
-    from frd_model.device import parse_device
+    from frd_model.device import parse_device, to_first_device
     from frd_model.exported import is_exported, load_exported
     from frd_model.weights import load_model
 
-    target = parse_device(device)
+    automatic = device == "auto"
+    target = parse_device("cpu" if automatic else device)
     if name is None and not quiet:
         print(
             "Using the demo checkpoint: a small network trained on forgeries of 43 photos, no forensic proof.",
@@ -124,7 +125,8 @@ def open_checkpoint(
         if target.type != "cpu":
             raise UsageError(f"{label}: an exported file runs on the CPU; --device must be cpu, got {device}")
         return Checkpoint(load_exported(label), label)
-    return Checkpoint(load_model(label, target, model=model, preset=preset), label)
+    net = load_model(label, target, model=model, preset=preset)
+    return Checkpoint(to_first_device(net) if automatic else net, label)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, precision: str = "auto") -> None:

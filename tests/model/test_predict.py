@@ -14,7 +14,7 @@ from torch import nn
 
 from frd_model import create_model, predict, save_model
 from frd_model.cli import main
-from frd_model.cli.predict import name_jobs
+from frd_model.cli.predict_jobs import name_jobs
 from frd_model.data.images import ImageError, read_image, write_png
 from frd_model.device import available_devices, parse_device
 from frd_model.predict import PredictionError, blend_windows, probability_map, tile_starts

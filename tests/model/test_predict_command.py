@@ -20,7 +20,7 @@ from torch import nn
 from frd_model import predict as predict_function
 from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint, path
-from frd_model.cli.predict import name_jobs
+from frd_model.cli.predict_jobs import name_jobs
 from frd_model.data.images import read_image, write_png
 from frd_model.output import check_output_file, say
 
@@ -299,10 +299,12 @@ def test_large_photo_in_bounded_memory(tmp_path: Path) -> None:
     write_png(tmp_path / "small.png", photo(1200, 1000))
     del canvas
     code = """
-import argparse, re, sys
+import re, sys
 from pathlib import Path
 from torch import nn
-from frd_model.cli.predict import Job, _do
+import frd_model.cli.predict
+from frd_model.cli import main
+from frd_model.cli.arguments import Checkpoint
 
 class Net(nn.Module):
     def forward(self, x):
@@ -311,21 +313,20 @@ class Net(nn.Module):
 def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
-out = Path(sys.argv[1])
-args = argparse.Namespace(
-    out=out, size="auto", tile=512, threshold=None, raw=False, device="cpu", json=True, model=None, preset=None,
-    save=("mask", "overlay", "map", "npz", "contour", "sheet"), colour_map="viridis",
-)
-checkpoint = argparse.Namespace(model=Net(), label="")
-assert _do(Job(out / "small.png", "first"), checkpoint, args)  # loads libraries and takes what stays
+def run(name):
+    save = "--save=mask,overlay,map,npz,contour,sheet"
+    assert main(["predict", name, "--out", f"{sys.argv[1]}/{Path(name).stem}", save, "--json"]) == 0
+
+sys.modules["frd_model.cli.predict"].open_checkpoint = lambda *_, **__: Checkpoint(Net(), "")
+run(f"{sys.argv[1]}/small.png")  # loads libraries and takes what stays
 before = kilobytes("VmRSS")
-assert _do(Job(out / "big.png", "result"), checkpoint, args)
+run(f"{sys.argv[1]}/big.png")
 print("peak", (kilobytes("VmHWM") - before) * 1024 - 6000 * 4000 * 3)
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert int(done.stdout.split("peak")[1]) < 9 * 6000 * 4000
     assert "tiles:" in done.stderr  # a log of a large photo shows how far the work is
-    with Image.open(tmp_path / "result_overlay.png") as overlay:
+    with Image.open(tmp_path / "big" / "big_overlay.png") as overlay:
         assert overlay.size == (6000, 4000)
 
 
