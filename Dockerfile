@@ -6,7 +6,6 @@ ARG BASE=python:3.12-slim-bookworm
 
 # torch alone, so that a change of the code does not install it again.
 FROM ${BASE} AS torch
-SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 ENV PATH=/opt/frd/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG TORCH_INDEX=""
 COPY constraints.txt /opt/frd/

@@ -108,7 +108,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the report, with `--json` as JSON. Returns the exit status, always 0."""
-    parser = _Parser(prog="frd info", description="versions, backends with reasons, build")
+    parser = _Parser(
+        prog="frd info",
+        description="Print versions, backends with the reason where one is missing, and build facts.",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     facts = collect()

@@ -48,6 +48,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("frd_model.cli.data", "check data sets before a training run, and convert them"),
 }
 
+# Shown by `frd COMMAND --help`.
+EXAMPLES = {
+    "predict": "frd predict photo.jpg --out results",
+    "inspect": "frd inspect photo.jpg",
+    "report": "frd report results --out report.html",
+    "train": "frd train --images data/images --masks data/masks --output runs/mine",
+    "evaluate": "frd evaluate --images test/images --masks test/masks --checkpoint best.safetensors",
+    "calibrate": "frd calibrate --images photos --masks masks --checkpoint best.safetensors --out mine.safetensors",
+    "table1": "frd table1 casia.json nist16.json --out table1.md",
+    "robustness": "frd robustness --sample heldout --out robustness",
+    "ablate": "frd ablate --sample heldout --out ablation",
+    "complexity": "frd complexity --model frdnet_mit_b2",
+    "export": "frd export demo --out demo.onnx",
+    "forge": "frd forge photos --out forged --count 100",
+    "data": "frd data check --images data/images --masks data/masks",
+}
+
 # Commands of frd_kernels that parse their own arguments: main(argv) -> exit status.
 PASSED_ON: dict[str, tuple[str, str]] = {
     "bench": ("frd_model.cli.bench", "measure the kernels against plain PyTorch, in a source checkout"),
@@ -86,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen: Any = None
     for name, (module, summary) in (COMMANDS | PASSED_ON).items():
-        sub = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        about = f"{summary[0].upper()}{summary[1:]}."
+        example = f" Example: {EXAMPLES[name]}" if name in EXAMPLES else ""
+        sub = subparsers.add_parser(name, help=summary, description=about + example)
         if name in arguments[:1]:
             chosen = importlib.import_module(module)
             chosen.add_arguments(sub)

@@ -22,8 +22,9 @@ SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The sub-commands of `frd data`."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    about = "missing and unreadable files, sizes, masks, duplicates, photos shared with test sets"
     check = actions.add_parser(
-        "check", help="missing and unreadable files, sizes, masks, duplicates, photos shared with test sets"
+        "check", help=about, description=f"Report {about}. Status 1 where there are any."
     )
     add_data_arguments(check)
     check.add_argument("--allow-authentic", action="store_true", help="photos without a mask are untouched")
@@ -37,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--workers", type=at_least(1), default=4, help="threads that read files (default 4)")
     check.add_argument("--json-out", type=path, metavar="FILE", help="write every finding")
     check.add_argument("--overwrite", action="store_true", help="replace FILE of --json-out")
-    convert = actions.add_parser("convert", help="write data sets as Tp and Gt, as a JSON list, or decoded")
+    about = "write data sets as Tp and Gt, as a JSON list, or decoded"
+    convert = actions.add_parser("convert", help=about, description=f"{about.capitalize()}.")
     add_data_arguments(convert)
     convert.add_argument(
         "--to",

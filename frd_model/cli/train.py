@@ -98,7 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file; without it and --preset the defaults hold, or those of the run that --resume continues",
     )
     for flag, (key, kind, text) in FLAGS.items():
-        parser.add_argument(flag, dest=key, type=kind, default=None, help=text)
+        name = flag[2:].upper().replace("-", "_")
+        parser.add_argument(flag, dest=key, type=kind, metavar=name, default=None, help=text)
     for flag, (key, text) in SETS.items():
         parser.add_argument(
             flag, dest=key, action="append", metavar="[NAME=]LAYOUT:PATH", help=f"{text}; may be repeated"
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override any key of the configuration, for example --set data.crop=320",
+        help="override any key of the configuration (config.yaml in the output has all), as --set data.crop=320",
     )
     parser.add_argument(
         "--recursive", action="store_true", default=None, help="search the folders with their sub-folders"

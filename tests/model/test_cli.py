@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from frd_model import cli, create_model
-from frd_model.cli import COMMANDS, PASSED_ON, Parser, main
+from frd_model.cli import COMMANDS, EXAMPLES, PASSED_ON, Parser, main
 from frd_model.data.images import write_png
 
 
@@ -32,6 +33,17 @@ def test_help_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> 
         main([name, "--help"])
     assert stop.value.code == 0
     assert f"usage: frd {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_example_of_each_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = EXAMPLES[name].split()
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert " ".join(words) in " ".join(capsys.readouterr().out.split())
+    parser = Parser(prog=f"frd {name}")
+    importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+    assert words[:2] == ["frd", name] and parser.parse_args(words[2:])
 
 
 @pytest.mark.parametrize("argv", [[], ["fly"], ["predict"], ["evaluate"], ["train", "--epochs", "many"]])
