@@ -45,11 +45,11 @@ RUN --mount=type=bind,from=wheel-cpu,source=/wheels,target=/wheels \
     pip install --no-deps /wheels/*.whl && frd info
 USER 1000
 
-# The compiler comes as a package, of the CUDA version that torch was built with.
+# nvcc comes as a package too: torch pins the version of cuda-toolkit. It looks for what it links in lib64.
 FROM compilers AS wheel-cuda
-ARG CUDA=13.0
-RUN pip install "nvidia-cuda-nvcc==${CUDA}.*" "nvidia-cuda-cccl==${CUDA}.*" \
-    && ln -s "$(python -c 'import nvidia.cu13 as cuda; print(*cuda.__path__)')" /usr/local/cuda \
+RUN pip install -c /opt/frd/constraints.txt "cuda-toolkit[cccl,crt,cudart,nvcc,nvvm]" \
+    && ln -s /opt/frd/lib/python3*/site-packages/nvidia/cu13 /usr/local/cuda \
+    && ln -s lib /usr/local/cuda/lib64 \
     && ln -s libcudart.so.13 /usr/local/cuda/lib/libcudart.so
 COPY . .
 ARG TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0;12.0"
