@@ -52,6 +52,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 EXAMPLES = {
     "predict": "frd predict photo.jpg --out results",
     "inspect": "frd inspect photo.jpg",
+    "web": "frd web",
     "report": "frd report results --out report.html",
     "train": "frd train --images data/images --masks data/masks --output runs/mine",
     "evaluate": "frd evaluate --images test/images --masks test/masks --checkpoint best.safetensors",
