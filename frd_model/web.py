@@ -9,6 +9,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from frd_model.provenance import provenance
 from frd_model.report import highest
 from frd_model.results import Job, save_prediction
 from frd_model.score import NO_TRACE
+from frd_model.tiling import TILE
 
 UInt8 = npt.NDArray[np.uint8]
 
 # Longest side, in pixels, of the images on the page.
 SIDE = 1024
-# Results that are kept for the slider and the download; the oldest one goes.
-KEPT = 64
+# Bytes of the results that are kept for the slider and the download; the oldest one goes.
+KEPT_BYTES = 2 << 30
 
 
 class LimitError(ValueError):
@@ -52,6 +54,7 @@ class Result:
         photo: the copy, in a folder of its own.
         found: the prediction, without a mask, which is made anew for each threshold.
         provenance: what `frd_model.provenance.provenance` says of the file.
+        bytes: of all these files.
     """
 
     def __init__(self, photo: Path, pixels: UInt8, found: Prediction, provenance: dict[str, Any]) -> None:
@@ -62,6 +65,7 @@ class Result:
         self._highest = _on_disk(folder / "highest.npy", highest(found.probability, self._small.shape[:2]))
         probability = _on_disk(folder / "probability.npy", found.probability)
         self.found = replace(found, probability=probability, mask=np.zeros((0, 0), bool))
+        self.bytes = sum(file.stat().st_size for file in (photo, *folder.iterdir()))
 
     def at(self, threshold: float, raw: bool) -> Prediction:
         """The prediction with the mask of another threshold; `raw` as in `predict`."""
@@ -91,10 +95,21 @@ class Result:
 
 
 class Service:
-    """Examines photos with one network and keeps the newest results below `folder`, each under an unguessable key."""
+    """Examines photos with one network and keeps the newest results below `folder`, each under an unguessable key.
 
-    def __init__(self, model: nn.Module, label: str, folder: Path, limits: Limits) -> None:
+    `settings` go into the records of downloads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        label: str,
+        folder: Path,
+        limits: Limits,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
         self.model, self.label, self.folder, self.limits = _Timed(model), label, folder, limits
+        self.settings = {"size_policy": "auto", "tile": TILE, **(settings or {})}
         self._results: OrderedDict[str, Result] = OrderedDict()
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -116,9 +131,9 @@ class Service:
         key = secrets.token_urlsafe(16)
         with self._lock:
             self._results[key] = result
-            old = self._results.popitem(last=False)[1] if len(self._results) > KEPT else None
-        if old is not None:
-            shutil.rmtree(old.photo.parent, ignore_errors=True)
+            while len(self._results) > 1 and sum(kept.bytes for kept in self._results.values()) > KEPT_BYTES:
+                _, old = self._results.popitem(last=False)
+                shutil.rmtree(old.photo.parent, ignore_errors=True)
         return key
 
     def _result(self, photo: Path) -> Result:

@@ -36,7 +36,7 @@ COPIES_AGE = 3600
 FORM_BYTES = 1 << 16
 # Below it no upload is taken, so that the page cannot fill the disk.
 FREE_BYTES = 1 << 30
-LOCAL = ("127.0.0.1", "localhost")
+LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _ROUTES = re.compile(
     r"(GET|HEAD) /(config|theme\.css|favicon\.ico|manifest\.json|(assets|static|svelte)/.*|result/[\w-]+\.zip|"
@@ -295,7 +295,7 @@ def make_app(service: Service, host: str) -> fastapi.FastAPI:
     )
     app.add_middleware(Guard, folder=served, file_bytes=service.limits.file_bytes)
     # Another site's name that leads to this address must not reach the page.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL) if host in LOCAL else ["*"])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"] if host in LOCAL else ["*"])
     return app
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -12,12 +13,13 @@ from pathlib import Path
 
 from frd_model.output import say
 
-from .arguments import add_checkpoint_argument, at_least, open_checkpoint
+from .arguments import add_checkpoint_argument, add_engine_arguments, at_least, open_checkpoint, prepared
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    add_engine_arguments(parser)
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -40,18 +42,24 @@ def run(args: argparse.Namespace) -> int:
     if find_spec("gradio") is None:
         raise ValueError("frd web needs gradio; pip install 'frd-kernels[web]'")
     from frd_model.web import Limits, Service
-    from frd_model.web_page import serve
+    from frd_model.web_page import LOCAL, serve
 
-    sock = _listen(args.host, args.port)
-    checkpoint = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
     limits = Limits(args.max_megabytes * 1_000_000, args.max_megapixels * 1_000_000, args.time_limit)
-    with sock, tempfile.TemporaryDirectory(prefix="frd-web-", ignore_cleanup_errors=True) as folder:
+    # The server has it end the process; photos that were uploaded must not stay behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with (
+        _listen(args.host, args.port) as sock,
+        tempfile.TemporaryDirectory(prefix="frd-web-", ignore_cleanup_errors=True) as folder,
+    ):
+        opened = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
+        checkpoint = prepared(opened, args)
         # The name of a file alone: folders of this machine are not shown.
         label = Path(checkpoint.label).name if os.path.exists(checkpoint.label) else checkpoint.label
-        service = Service(checkpoint.model, label, Path(folder), limits)
+        runs_in = {"engine": checkpoint.model.engine, "precision": checkpoint.model.precision}
+        service = Service(checkpoint.model, label, Path(folder), limits, runs_in)
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"http://{host}:{sock.getsockname()[1]} (Ctrl+C ends it)")
-        if args.host not in ("127.0.0.1", "localhost", "::1"):
+        if args.host not in LOCAL:
             say("Everybody who reaches this address can use the page; it asks for no password.", sys.stderr)
         serve(service, sock, args.host)
     return 0
