@@ -39,7 +39,7 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONT
 SHELL, PYTHON = ("", "sh"), ("python",)
 SHOWN = ("text", "bibtex", "{toctree}", "{eval-rst}", "json", "yaml", "dockerfile")
 SLOW = ("convert", "data", "evaluation", "experiments", "forging", "frdnet", "photos", "training")
-FENCED = re.compile(r"(?:^<!-- not run: (.+) -->\n)?^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 TINY = {"stages": [1, 2], "blocks": 1, "pyramid_width": 8, "trace_widths": [8, 8]}
 TRAINING = f"--model frdnet_mit_b0 --model-preset lite --set 'model.options={json.dumps(TINY)}'"
@@ -278,3 +278,55 @@ def test_the_commands_of_a_page_are_commands(page: Path, monkeypatch: pytest.Mon
                     check_line(line)
                 except (Exception, SystemExit) as error:
                     raise AssertionError(f"{block.place}: {line}: {error}") from error
+
+
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub makes of the headings, and MyST likewise."""
+    titles = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+# Options in the text that are not of `frd` and not of the benchmarks.
+FOREIGN = {
+    *(
+        "--network",
+        "--read-only",
+        "--tmpfs",
+        "--cap-drop",
+        "--security-opt",
+        "--memory",
+        "--pids-limit",
+    ),  # Docker's
+    *("--if_padding", "--if_resizing", "--image_size"),  # IMDL-BenCo's
+    *("--nproc-per-node", "--nproc_per_node", "--standalone"),  # torchrun's
+    *("--picture", "--photos", "--no-build-isolation", "--profile-from-start"),  # demo.py, place.py, pip, ncu
+}
+
+
+def options(module: str) -> set[str]:
+    parser = cli.Parser()
+    importlib.import_module(module).add_arguments(parser)
+    text = parser.format_help()
+    for action in parser._subparsers._group_actions if parser._subparsers else ():
+        text += "".join(sub.format_help() for sub in action.choices.values())  # type: ignore[union-attr]
+    return set(re.findall(r"--[a-z][\w-]*", text))
+
+
+def test_options_in_the_text_exist() -> None:
+    benchmarks = importlib.import_module("benchmarks.__main__").COMMANDS
+    known = set().union(*(options(module) for module, _ in [*cli.COMMANDS.values(), *benchmarks.values()]))
+    for page in PAGES:
+        for code in re.findall(r"`([^`\n]+)`", FENCED.sub("", page.read_text(encoding="utf-8"))):
+            found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
+            assert found <= known | FOREIGN, f"{page.name}: {code}"
