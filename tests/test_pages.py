@@ -49,6 +49,7 @@ SMALLER = {
     ),
     "forge": ["--count", "4"],
     "calibrate": ["--resamples", "10"],
+    "complexity": ["--size", "64", "--repeats", "1"],
 }
 # `frd` and `python` are this interpreter and these packages; what installs is checked by `check_command` alone.
 PROGRAMS = {
