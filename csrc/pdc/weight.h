@@ -105,12 +105,14 @@ FRD_HD inline void round_to_sum(const float* v, double target, T* out) {
 template <PdcKind kind, typename T>
 FRD_HD inline void round_taps(const compute_t<T>* v, double theta, T* out) {
   constexpr int n = kernel_side(kind) * kernel_side(kind);
-  if constexpr (sizeof(T) == 2 && kind != PdcKind::vanilla) {
+  // The taps of a pure radial difference are opposite pairs, whose sum stays 0.
+  const bool keeps_sum = kind == PdcKind::vanilla || (kind == PdcKind::radial && theta == 1);
+  if (sizeof(T) == 2 && !keeps_sum) {
     // A pure difference sums to exactly zero, whatever float32 arithmetic made of it.
     double target = 0;
     if (theta != 1)
       for (int i = 0; i < n; ++i) target += v[i];
-    round_to_sum<n>(v, target, out);
+    if constexpr (sizeof(T) == 2) round_to_sum<n>(v, target, out);
   } else {
     for (int i = 0; i < n; ++i) store(out[i], v[i]);
   }

@@ -89,6 +89,40 @@ def test_rounding_keeps_the_sum(ops: Any, kind: Kind, dtype: torch.dtype, ulp: f
     assert ((balanced - exact).abs() <= 3.01 * ulp * largest).all()
 
 
+def weights_to_round(pairs: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights [1, pairs, 3, 3] of a trained layer's size, and those that are hard to round to `dtype`."""
+    normal, shift = torch.randn(8, pairs, 3, 3), torch.randint(-20, 20, (pairs, 3, 3))
+    half = torch.finfo(dtype).eps / 2
+    ties = 1 + half * torch.randint(0, 64, (pairs, 3, 3)) + 2.0**-23 * torch.randint(-2, 3, (pairs, 3, 3))
+    special = torch.tensor([0.0, -0.0, 1.0, 2.0**-20, torch.inf, torch.nan])
+    found = {
+        "trained": 0.04 * normal[0],
+        "16 bit": (0.04 * normal[1]).to(dtype).float(),
+        "few bits": torch.randint(-16, 17, (pairs, 3, 3)) / 16,
+        "ties": ties * torch.randn(pairs, 3, 3).sign(),
+        "scales": normal[2] * 2.0 ** (shift // 3),
+        "far scales": normal[3] * 2.0**shift,
+        "small": normal[4] * torch.finfo(dtype).tiny * 2.0**6,
+        "smallest": normal[5] * torch.finfo(dtype).tiny,
+        "large": normal[6] * torch.finfo(dtype).max / 4,
+        "special": torch.where(shift > 5, special[shift % 6], normal[7]),
+    }
+    return {name: weight[None] for name, weight in found.items()}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("kind", [Kind.CENTRAL, Kind.ANGULAR, Kind.RADIAL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_to_the_bits_of_the_cpu(backend: str, ops: Any, kind: Kind, dtype: torch.dtype) -> None:
+    """On CUDA in float where that is exact; on the CPU in double."""
+    for name, weight in weights_to_round(512 if is_slow(backend) else 8192, dtype).items():
+        found = ops.pdc_weight(weight, kind, 1.0, dtype).cpu()
+        wanted = torch.ops.frd.pdc_weight(weight.cpu(), kind, 1.0, dtype)
+        same = (found.view(torch.int16) == wanted.view(torch.int16)) | (found.isnan() & wanted.isnan())
+        different = (~same).flatten(2).any(-1).sum()
+        assert not different, f"{name}: {different} pairs differ"
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])
 def test_special_values_pass(ops: Any, special: float) -> None:

@@ -155,11 +155,13 @@ def pdc_weight(weight: torch.Tensor, kind: int, theta: float, dtype: torch.dtype
     if count == 0:
         return plain
     options = _options(kind, theta, count, side * side)
+    # The taps of a pure radial difference are opposite pairs, whose sum stays 0.
+    keeps_sum = kind == Kind.VANILLA or (kind == Kind.RADIAL and theta == 1)
     transform[(triton.cdiv(count, options["PAIRS"]),)](
         weight,
         plain,
         count,
-        BALANCED=plain.element_size() == 2 and kind != Kind.VANILLA,
+        BALANCED=plain.element_size() == 2 and not keeps_sum,
         **options,
     )
     return plain
