@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="predict in bfloat16 too and state what it changes, so that `--precision auto` may use it",
+    )
+    parser.add_argument(
         "--resamples",
         type=at_least(0),
         default=1000,
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         statistic=args.statistic,
         device=args.device,
+        bf16=args.bf16,
         resamples=args.resamples,
     )
     for failed in found.failed:
@@ -162,6 +168,13 @@ def describe(rule: ScoreRule) -> list[str]:
         f"pixels above {rule.pixel_threshold:g}: mean F1 of the forged {v['pixel_f1']:.4f}, "
         f"marked in untouched {100 * v['pixel_false_alarm']:.2f} %"
     )
+    if "bf16" in v:
+        b = v["bf16"]
+        lines.append(
+            f"in bfloat16: AUC of the score {b['auc']:.4f}, mean F1 {b['pixel_f1']:.4f}, marked in untouched "
+            f"{100 * b['pixel_false_alarm']:.2f} %; other than in float32: the score by {b['score_difference']:.4f}, "
+            f"{100 * b['pixel_difference']:.2f} % of the pixels, {100 * b['verdict_difference']:.1f} % of the verdicts"
+        )
     if not rule.scale:
         lines.append(f"note: {rule.statistic} does not rank forged images higher: all photos get one score")
     if v["untouched"] < 100:

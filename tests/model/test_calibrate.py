@@ -23,12 +23,13 @@ from frd_model.cli.calibrate import describe
 from frd_model.data import forge_folder
 from frd_model.data.images import read_image, write_json, write_png
 from frd_model.data.transforms import to_tensor
+from frd_model.engines import prepare
 from frd_model.eval_view import eval_view
 from frd_model.evaluate import evaluate
 from frd_model.evaluate_output import format_summary
 from frd_model.labelled import Labelled, Unusable
 from frd_model.map_statistics import measure
-from frd_model.metrics import image_score
+from frd_model.metrics import auc, f1, image_score
 from frd_model.predict import logit_map
 from frd_model.score import ScoreRule
 from frd_model.state_files import read_safetensors
@@ -487,8 +488,9 @@ def test_from_a_forged_folder_to_a_verdict(
     assert run("predict", *images, "--checkpoint", made, "--out", tmp_path / "out", "--json") == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(records) == 18
+    ready = prepare(net)
     for image, record in zip(images, records, strict=True):
-        result = predict(image, net)
+        result = predict(image, ready)
         assert record == json.loads((tmp_path / "out" / f"{record['name']}.json").read_text())
         assert record["verdict"] == result.verdict and record["score"] == pytest.approx(
             result.score, abs=1e-6
@@ -503,6 +505,47 @@ def test_from_a_forged_folder_to_a_verdict(
     by_name = {item["name"]: item["kind"] for item in manifest}
     verdicts = [r["verdict"] for r in records if by_name[r["name"]] == "authentic"]
     assert sum(v == "edited" for v in verdicts) == 0, "a threshold of so few photos lies above all of them"
+
+
+def test_what_bfloat16_changes_is_stated_and_lets_auto_use_it(
+    forged: Path,
+    plain: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = ["--images", forged / "images", "--masks", forged / "masks"]
+    made = tmp_path / "made.safetensors"
+    assert run("calibrate", *data, "--checkpoint", plain, "--out", made, "--bf16") == 0
+    printed = capsys.readouterr().out
+    net = load_model(made)
+    assert net.score_rule is not None
+    stated = net.score_rule.validation["bf16"]
+    assert f"in bfloat16: AUC of the score {stated['auc']:.4f}" in printed
+    half = prepare(net, "torch", "bf16")
+    scores, truth, verdicts, pixels, f1s, alarms = [], [], [], [], [], []
+    for image in sorted((forged / "images").iterdir()):
+        mask = read_image(forged / "masks" / f"{image.stem}.png")[..., 0] > 127
+        one, other = predict(image, net, raw=True), predict(image, half, raw=True)
+        scores.append((one.score, other.score))
+        truth.append(bool(mask.any()))
+        verdicts.append(one.verdict != other.verdict)
+        pixels.append((one.mask != other.mask).mean())
+        (f1s if mask.any() else alarms).append(
+            f1(other.mask.astype(float), mask) if mask.any() else other.mask.mean()
+        )
+    wanted = {
+        "auc": auc(np.array(scores)[:, 1], np.array(truth)),
+        "pixel_f1": np.mean(f1s),
+        "pixel_false_alarm": np.mean(alarms),
+        "score_difference": np.abs(np.diff(scores, axis=1)).mean(),
+        "pixel_difference": np.mean(pixels),
+        "verdict_difference": np.mean(verdicts),
+    }
+    assert stated == pytest.approx(wanted, abs=1e-6)
+    assert 0 < stated["score_difference"] < 0.05
+    monkeypatch.setattr("frd_model.engines.has_bf16", lambda device: True)
+    assert prepare(net).precision == "bf16" and prepare(load_model(plain)).precision == "float32"
 
 
 def test_calibrate_a_state_dict(forged: Path, tmp_path: Path) -> None:
