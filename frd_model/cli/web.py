@@ -18,7 +18,9 @@ from .arguments import add_checkpoint_argument, add_engine_arguments, at_least, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument(
+        "--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:N or mps"
+    )
     add_engine_arguments(parser)
     parser.add_argument(
         "--host",
