@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from PIL.ExifTags import Base
 
-from frd_model.data.files import PathLike
+from frd_model.data.files import PathLike, photo_formats
 from frd_model.data.images import open_image, read_file
 
 from . import file_end, jpeg_facts
@@ -332,7 +332,7 @@ def _compare_thumbnail(
     if not data:
         return None
     try:
-        opened = Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data), formats=photo_formats())
     except UnidentifiedImageError:
         raise ValueError(f"thumbnail must be an image Pillow can read, got {data[:8]!r}") from None
     with opened:

@@ -51,7 +51,15 @@ class Found(NamedTuple):
 
 @lru_cache(maxsize=1)
 def image_extensions() -> frozenset[str]:
-    """Lower-case extensions of the raster formats that the installed Pillow opens.
+    """Lower-case extensions of the formats of `photo_formats`."""
+    formats = photo_formats()
+    extensions = Image.registered_extensions().items()
+    return frozenset(extension.lower() for extension, name in extensions if name in formats)
+
+
+@lru_cache(maxsize=1)
+def photo_formats() -> tuple[str, ...]:
+    """Pillow's names of the raster formats that the installed Pillow opens, for the `formats` of `Image.open`.
 
     HEIC and related formats are included if pillow-heif is installed (`pip install frd-kernels[heif]`).
     """
@@ -61,8 +69,8 @@ def image_extensions() -> frozenset[str]:
         pass
     else:
         pillow_heif.register_heif_opener()
-    extensions = Image.registered_extensions().items()
-    return frozenset(extension.lower() for extension, name in extensions if _opens(name))
+    Image.init()
+    return tuple(name for name in Image.ID if _opens(name))
 
 
 def _opens(name: str) -> bool:

@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from frd_model.results import COLOUR_MAPS
 
-from .files import ImageError, PathLike, image_extensions
+from .files import ImageError, PathLike, photo_formats
 from .files import find_images as find_images
 from .masks import MaskError, marked_pixels, widen
 from .png import write_bands
@@ -96,12 +96,9 @@ def open_image(
         check_readable(path)
     elif isinstance(data, bytes):
         _check_bytes(path, len(data))
-    # Registers the optional formats.
-    image_extensions()
+    file = path if data is None else io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        with Image.open(
-            path if data is None else io.BytesIO(data) if isinstance(data, bytes) else data
-        ) as image:
+        with Image.open(file, formats=photo_formats()) as image:
             _check_size(path, image.size, max_pixels)
             yield image
     except ImageError:

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from frd_model import inspect_photo
 from frd_model.data import images
@@ -217,6 +217,24 @@ def test_a_file_that_is_too_large_is_refused_unread(head: bytes, tmp_path: Path)
     for read in (read_image, read_file, inspect_photo):
         with pytest.raises(ImageError, match="must have at most 1073741824 bytes, got 68719476736"):
             read(path)
+
+
+def test_a_page_description_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one of a photo's thumbnail, which `test_inspect` has."""
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", fake_ghostscript(tmp_path))
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.eps")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.eps").read_bytes())
+    for name in ("a.eps", "a.png"):
+        with pytest.raises(ImageError, match="must be an image file Pillow can read"):
+            read_image(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def fake_ghostscript(folder: Path) -> str:
+    """A program that leaves a file `ran` where it is called."""
+    (folder / "gs").write_text(f"#!/bin/sh\ntouch '{folder / 'ran'}'\n")
+    (folder / "gs").chmod(0o755)
+    return str(folder / "gs")
 
 
 def test_an_icon_that_holds_a_larger_image_than_it_states(tmp_path: Path) -> None:

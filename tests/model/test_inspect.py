@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import EpsImagePlugin, Image, ImageCms, PngImagePlugin
 from PIL.ExifTags import GPS, IFD, Base
 from torch import nn
 
@@ -23,6 +23,8 @@ from frd_model.cli.arguments import Checkpoint
 from frd_model.data.files import ImageError
 from frd_model.jpeg_facts import nearest_quality
 from frd_model.provenance import provenance
+
+from .test_images import fake_ghostscript
 
 ASCII, SHORT, LONG, RATIONAL, UNDEFINED = 2, 3, 4, 5, 7
 
@@ -245,6 +247,16 @@ def test_a_thumbnail_of_the_image_and_of_another(tmp_path: Path) -> None:
     assert record["remarks"] == [
         f"the thumbnail shows another picture than the image (mean difference {want:.0f} of 255)"
     ]
+
+
+def test_a_thumbnail_that_is_a_page_description_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", fake_ghostscript(tmp_path))
+    page = io.BytesIO()
+    picture(20, 20).save(page, "EPS")
+    record = inspected(tmp_path, jpeg(picture(600, 400), exif=exif_with(page.getvalue())))
+    assert "thumbnail must be an image" in record["thumbnail"]["error"] and not (tmp_path / "ran").exists()
 
 
 def test_a_thumbnail_of_other_tones_turned_cropped_or_with_bars(tmp_path: Path) -> None:
