@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 SHELL, PYTHON = ("", "sh"), ("python",)
 SHOWN = ("text", "bibtex", "{toctree}", "{eval-rst}", "json", "yaml", "dockerfile")
-SLOW = ("convert", "data", "evaluation", "experiments", "forging", "frdnet", "photos", "training")
+SLOW = ("convert", "data", "evaluation", "experiments", "export", "forging", "frdnet", "photos", "training")
 FENCED = re.compile(r"(?:^<!-- not run: ([^\n]+) -->\n)?^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 TINY = {"stages": [1, 2], "blocks": 1, "pyramid_width": 8, "trace_widths": [8, 8]}
@@ -244,7 +244,11 @@ def given(page: str) -> dict[str, Any]:
 
 def cases() -> list[Any]:
     return [
-        pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in SLOW else ())
+        pytest.param(
+            page,
+            id=page.stem,
+            marks=(pytest.mark.slow, pytest.mark.timeout(900)) if page.stem in SLOW else (),
+        )
         for page in PAGES
         if any(block.language in SHELL + PYTHON and not block.exempt for block in blocks(page))
     ]
