@@ -24,7 +24,7 @@ COPY . .
 RUN FRD_CUDA=OFF pip wheel --no-deps --no-build-isolation -w /wheels .
 
 FROM torch AS runtime
-ARG EXTRAS="heif c2pa"
+ARG EXTRAS="heif c2pa web"
 WORKDIR /opt/frd
 COPY pyproject.toml tools/dependencies.py ./
 # shellcheck disable=SC2086
