@@ -12,10 +12,15 @@ from typing import Any
 
 from frd_model.output import one_line, say
 
+from .predict_jobs import STANDARD_INPUT
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="photo, directory of photos, or glob pattern"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="photo, directory of photos, or glob pattern; - is a photo at standard input",
     )
     parser.add_argument(
         "--recursive", action="store_true", help="read the directories inside directories too"
@@ -32,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Inspect every photo. A bad one is reported and the others are still done; the status is then 1."""
+    from frd_model.data.images import read_stream
     from frd_model.provenance import inspect_photo
 
     photos, failed = _collect(args)
     for photo in photos:
         try:
-            record = inspect_photo(photo, coordinates=args.coordinates)
+            data = read_stream(sys.stdin.buffer, photo) if photo == STANDARD_INPUT else None
+            record = inspect_photo(photo, coordinates=args.coordinates, data=data)
         # Decoders and file systems raise errors of any type.
         except Exception as error:
             _complain(photo, error, as_json=args.json)
@@ -51,13 +58,16 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _collect(args: argparse.Namespace) -> tuple[list[Path], int]:
+def _collect(args: argparse.Namespace) -> tuple[list[Path | str], int]:
     """The photos that the arguments name, each once, and the number of arguments that failed."""
     from frd_model.data.files import describe_skipped, scan_images
 
-    photos: dict[str, Path] = {}
+    photos: dict[str, Path | str] = {}
     failed = 0
     for name in args.paths:
+        if name == STANDARD_INPUT:
+            photos[name] = name
+            continue
         try:
             found = scan_images([name], recursive=args.recursive)
         # Any error of one argument must not stop the others.
