@@ -195,6 +195,7 @@ def make_page(service: Service) -> gr.Blocks:
             examine,
             photo,
             [key, facts, slider, raw, small, *shown],
+            show_progress_on=[facts, small, heat, mask],
             concurrency_limit=1,
             api_visibility="private",
         )
@@ -252,8 +253,7 @@ def _marked(result: Result, key: str, threshold: float, raw: bool) -> str:
     reason = ", since no trace was found" if result.emptied(raw) else ""
     address = f"result/{key}.zip?threshold={threshold}&amp;raw={int(raw)}"
     return f"""<p>{100 * share:.1f} % of the pixels are marked{reason}.
-<a id="download" href="{address}" download="{_text(result.photo.stem)}.zip">Download mask, heat map, map and JSON\
-</a></p>"""
+<a id="download" href="{address}" download="{_text(result.photo.stem)}.zip">Download (zip)</a></p>"""
 
 
 def _text(value: object) -> str:
