@@ -111,7 +111,7 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None or value in ([], {}):
+    if value in (None, "", [], {}):
         return "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(part)}" for name, part in value.items())

@@ -378,10 +378,10 @@ def _report(record: dict[str, Any], *, as_json: bool) -> None:
         return
     size = f"{record['size']['width']}x{record['size']['height']}"
     share = f"{100 * record['edited_fraction']:5.1f} %"
-    found = f"score {record['score']:.3f}  edited {share}"
+    found = f"score {record['score']:.3f} (not calibrated: no verdict)"
     if "verdict" in record:
-        found = f"{record['explanation']}  marked {share}"
-    _say(f"{record['name']:<32} {size:>11}  {found}  {record['seconds']:.2f} s")
+        found = record["explanation"]
+    _say(f"{record['name']:<32} {size:>11}  {found}  marked {share}  {record['seconds']:.2f} s")
 
 
 def _complain(name: object, reason: str, *, as_json: bool) -> None:
