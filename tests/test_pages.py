@@ -90,6 +90,7 @@ def blocks(page: Path) -> list[Block]:
 def check_line(line: str) -> None:
     """That the commands of a line are ones that the programs take; of other programs nothing is known."""
     for command in re.split(r" (?:\||&&|\|\|) ", line):
+        command = re.sub(r"^(torchrun .*?|python) -m frd_model ", "frd ", command)
         if command.startswith(("frd ", "python -m benchmarks ", "pip ", "make ")):
             check_command(shlex.split(re.sub(r" [<>] .*", "", command), comments=True))
 
@@ -310,6 +311,7 @@ FOREIGN = {
     "--profile-from-start",
     "--nproc-per-node",
     "--nproc_per_node",
+    "--max-restarts",
 }
 
 
