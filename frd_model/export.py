@@ -1,4 +1,4 @@
-"""Export a network to ONNX, run the file and compare it with PyTorch."""
+"""Export a network to ONNX, OpenVINO, torch.export or AOTInductor, run the file and compare it with PyTorch."""
 
 from __future__ import annotations
 
@@ -16,90 +16,124 @@ from torch import Tensor, nn
 
 from frd_kernels.convert import fold
 
-from .exported import INPUT, OUTPUTS, ExportedNet, load_exported
+from .export_formats import WRITERS, Request, check_opset, has_head, least_side
+from .exported import ExportedNet, check_package, files_of, load_exported
 from .frdnet import FRDNet
 from .state_files import first_line
-from .weights import header_of
 
-#: The largest deviation from PyTorch that `export_onnx` accepts, relative to the largest logit (at least 1).
+#: The formats and the endings of their files.
+FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "aoti": ".pt2"}
+#: The largest deviation from PyTorch that an export accepts, relative to the largest logit (at least 1).
 BOUND = 1e-3
 # An argmax whose two best cosines differ by less than rounding may go either way, which can change logits by more than
 # the bound (above all if a map has fewer rows or columns than a grid, so that bins repeat). That depends on the input,
 # while a wrong graph is wrong for all of them.
 _TRIES = 3
-# Traced for a dynamic file: batch and sides differ and none is 1.
-_EXAMPLE = (2, 3, 96, 160)
-# The oldest that torch writes.
-_OLDEST_OPSET = 18
+_PACKAGES = {"onnx": ("onnx", "onnxscript"), "openvino": ("onnx", "onnxscript", "openvino")}
 _INSTALL = "pip install frd-kernels[export]"
 
 
 class Exported(NamedTuple):
-    """What `export_onnx` wrote.
+    """What an export wrote.
 
-    checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty if onnxruntime is not installed.
+    checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty for ONNX where onnxruntime is missing.
     """
 
     path: Path
     checks: dict[tuple[int, ...], float]
 
 
-def export_onnx(
+def export_model(
     model: nn.Module,
     path: str | Path,
+    to: str | None = None,
     *,
     dynamic: bool = True,
     size: int | tuple[int, int] = 512,
     opset: int | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Exported:
-    """Write a network as ONNX: images [B, 3, H, W], ImageNet-normalised float32 -> logits [B, 1, H, W].
+    """Write a network as a file: images [B, 3, H, W], ImageNet-normalised float32 -> logits [B, 1, H, W].
 
     A network with `config.image_head` has a second output, image_logits [B]. The file uses standard operators only:
-    plain convolutions (`frd_kernels.convert.fold`), and clustering as index arithmetic. It holds the configuration and
-    the score rule of an FRDNet, so that :func:`frd_model.exported.load_exported` needs nothing else. If onnxruntime is
-    installed, it runs the graph at two batches and sizes before the file is written, and must match PyTorch.
+    plain convolutions (`frd_kernels.convert.fold`), and clustering as index arithmetic, so that other programs can run
+    it. It holds the configuration and the score rule of an FRDNet, and :func:`frd_model.exported.load_exported` needs
+    nothing else. Only a file of AOTInductor calls the clustering of `frd_kernels`, and takes no sides below 33 pixels
+    (97 with a trace branch).
+
+    Before the file is written, it runs at two batches and sizes, and must match PyTorch (ONNX: where onnxruntime is
+    installed).
 
     Args:
         model: an FRDNet or a wrapper of one, or another network of these shapes. It is not changed: a float32 copy in
             eval mode on the CPU is exported.
-        path: the file, replaced if it exists; missing folders are created.
+        path: the file, replaced if it exists; missing folders are created. OpenVINO's weights are beside it in a file
+            with the ending .bin.
+        to: "onnx" (.onnx), "openvino" (.xml), "torch-export" (.pt2: a program of `torch.export`) or "aoti" (.pt2:
+            compiled by AOTInductor for this machine's processor). None takes what the ending says.
         dynamic: for any batch and any sides, otherwise for batch 1 and `size` only.
         size: (H, W), or one number for both: the size of a fixed file, or of the larger check of a dynamic one.
         opset: version of ONNX's operators, None for torch's choice.
         metadata: any JSON values, stored in the file as :func:`frd_model.save_model` does.
 
     Raises:
-        ModuleNotFoundError: onnx or onnxscript is missing.
+        ModuleNotFoundError: a package or the compiler that the format needs is missing.
         TypeError, ValueError: bad arguments.
         OSError: the file cannot be written.
-        RuntimeError: torch cannot export the network, or the file computes something else.
+        RuntimeError: the network cannot be exported, or the file computes something else.
     """
-    height, width = _check_arguments(model, size)
-    check_packages("onnx", "onnxscript")
-    _check_opset(opset)
     path = Path(path).expanduser()
+    to = format_of(path, to)
+    height, width = _check_arguments(model, size)
+    check_packages(to)
+    if opset is not None:
+        check_opset(to, opset)
     check_writable(path)
     plain = fold(copy.deepcopy(_net(model)).cpu().float()).requires_grad_(False)
-    fixed = (1, 3, height, width)
-    other = (3, 3, height // 2 + 1, width // 2 + 33)
+    request = Request((height, width), dynamic, opset, metadata)
     checks = {}
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-        file = Path(folder) / "net.onnx"
-        file.write_bytes(_convert(plain, (height, width), dynamic, opset, metadata))
-        if importlib.util.find_spec("onnxruntime") is None:
+        file = Path(folder) / f"net{FORMATS[to]}"
+        WRITERS[to](plain, file, request)
+        if to == "onnx" and importlib.util.find_spec("onnxruntime") is None:
             warnings.warn(f"{path} was not checked, onnxruntime is missing: {_INSTALL}", stacklevel=2)
         else:
-            checks = _check(file, plain, [fixed, other] if dynamic else [fixed])
-        os.replace(file, path)
+            checks = _check(file, plain, _shapes(request, least_side(plain, request) if to == "aoti" else 1))
+        _move(file, path)
     return Exported(path, checks)
 
 
-def check_packages(*names: str) -> None:
-    """ModuleNotFoundError that says what to install, if a package is missing."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f"ONNX export needs {' and '.join(missing)}: {_INSTALL}")
+def _shapes(request: Request, least: int) -> list[tuple[int, ...]]:
+    """The shapes to check."""
+    height, width = (max(side, least) for side in request.size)
+    other = (3, 3, max(height // 2 + 1, least), max(width // 2 + 33, least))
+    return [(1, 3, height, width), other] if request.dynamic else [(1, 3, height, width)]
+
+
+def export_onnx(model: nn.Module, path: str | Path, **options: Any) -> Exported:
+    """`export_model` to ONNX, whatever the file's ending."""
+    return export_model(model, path, "onnx", **options)
+
+
+def format_of(path: Path, to: str | None = None) -> str:
+    """The format to write: `to`, or what the file's ending says. ValueError where the two do not fit or say none."""
+    if to is not None:
+        if to not in FORMATS:
+            raise ValueError(f"to: must be one of {', '.join(FORMATS)}, got {to!r}")
+        if path.suffix.lower() != FORMATS[to]:
+            raise ValueError(f"path: a file of {to} must end in {FORMATS[to]}, got {str(path)!r}")
+        return to
+    found = [name for name, ending in FORMATS.items() if ending == path.suffix.lower()]
+    if len(found) != 1:
+        kinds = " or ".join(found or FORMATS)
+        raise ValueError(f"to: must be {kinds} for a file {path.suffix!r}, got None (--to)")
+    return found[0]
+
+
+def check_packages(to: str) -> None:
+    """ModuleNotFoundError that says what to install, if a package that writes the format is missing."""
+    for name in _PACKAGES.get(to, ()):
+        check_package(name, "openvino" if name == "openvino" else "export", f"export to {to}")
 
 
 def check_writable(path: Path) -> None:
@@ -111,6 +145,12 @@ def check_writable(path: Path) -> None:
         pass
 
 
+def _move(file: Path, path: Path) -> None:
+    # The file that is opened comes last: once it is there, the others are.
+    for source, target in reversed(list(zip(files_of(file), files_of(path), strict=True))):
+        os.replace(source, target)
+
+
 def _check_arguments(model: Any, size: Any) -> tuple[int, int]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: an nn.Module is needed, got {type(model).__name__}")
@@ -120,81 +160,14 @@ def _check_arguments(model: Any, size: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _check_opset(opset: Any) -> None:
-    import onnx
-
-    newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not (_is_count(opset) and _OLDEST_OPSET <= opset <= newest):
-        raise ValueError(f"opset: must lie between {_OLDEST_OPSET} and {newest} or be None, got {opset!r}")
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _net(model: nn.Module) -> nn.Module:
     """The FRDNet inside DDP, torch.compile and the like."""
     nets = [module for module in model.modules() if isinstance(module, FRDNet)]
     return nets[0] if len(nets) == 1 else model
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-class _Scored(nn.Module):
-    """A network whose forward gives the image-level logit too."""
-
-    def __init__(self, net: FRDNet) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.net.with_score(images)
-
-
-def _has_head(plain: nn.Module) -> bool:
-    return isinstance(plain, FRDNet) and plain.config.image_head
-
-
-def _convert(
-    plain: nn.Module,
-    size: tuple[int, int],
-    dynamic: bool,
-    opset: int | None,
-    metadata: Mapping[str, Any] | None,
-) -> bytes:
-    """The ONNX model, serialised."""
-    import onnx
-
-    head = _has_head(plain)
-    example = torch.zeros(_EXAMPLE if dynamic else (1, 3, *size))
-    auto = torch.export.Dim.AUTO
-    try:
-        program = torch.onnx.export(
-            _Scored(cast(FRDNet, plain)).eval() if head else plain,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=[{0: auto, 2: auto, 3: auto}] if dynamic else None,
-            input_names=[INPUT],
-            output_names=OUTPUTS if head else OUTPUTS[:1],
-            opset_version=opset,
-            verbose=False,
-        )
-    except torch.onnx.errors.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise RuntimeError(f"{type(plain).__name__}: torch cannot export it to ONNX: {cause}") from error
-    assert program is not None
-    proto = program.model_proto
-    written = {entry.domain: entry.version for entry in proto.opset_import}[""]
-    if opset is not None and written != opset:
-        raise ValueError(f"opset: torch cannot bring this net from {written} to {opset}; leave it out")
-    if dynamic:
-        for value in (proto.graph.input[0], *proto.graph.output):
-            for axis, name in zip((0, 2, 3), ("batch", "height", "width"), strict=True):
-                if axis < len(value.type.tensor_type.shape.dim):
-                    value.type.tensor_type.shape.dim[axis].dim_param = name
-    if isinstance(plain, FRDNet):
-        onnx.helper.set_model_props(proto, header_of(plain, metadata))
-    return bytes(proto.SerializeToString())
 
 
 def _check(file: Path, plain: nn.Module, shapes: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
@@ -219,7 +192,7 @@ def _check(file: Path, plain: nn.Module, shapes: list[tuple[int, ...]]) -> dict[
 
 
 def _deviation(exported: ExportedNet, plain: nn.Module, images: Tensor) -> float:
-    head = _has_head(plain)
+    head = has_head(plain)
     with torch.inference_mode():
         wanted = cast(FRDNet, plain).with_score(images) if head else (plain(images),)
     try:

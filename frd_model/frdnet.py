@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .stem import PDCStem, TraceBranch
 
 #: The logit of pixels outside the valid size: a probability of 1e-13, finite in half precision.
 OUTSIDE = -30.0
+#: True while `frd_model.export` traces a program of torch.export for images of every size.
+every_side: ContextVar[bool] = ContextVar("every_side", default=False)
 
 
 class FRDNet(
@@ -280,9 +283,9 @@ def _missing(side: Any, multiple: int, min_side: int) -> Any:
     units: Any = (side + multiple - 1) // multiple
     if smallest > 1:
         units = torch.sym_max(units, smallest)
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or every_side.get():
         # A symbol of its own. Comparisons of an expression in the side are decided by the traced example: torch.export
-        # adds a guard for each, ONNX does not check them. For ONNX only, as Inductor on a CPU silently picks a wrong
+        # adds a guard for each, ONNX does not check them. Not always, as Inductor on a CPU silently picks a wrong
         # layout for convolutions of such sizes (torch 2.14).
         units = torch.scalar_tensor(units, dtype=torch.int64).item()
         torch._check(units >= smallest)

@@ -152,7 +152,7 @@ def _zip_problem(file: Path) -> str:
             "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
         )
     if any(name.endswith("archive_format") for name in names):
-        return "an archive of torch.export: give the checkpoint that it was exported from"
+        return "an archive of torch.export: give the checkpoint, or use frd_model.exported.load_exported"
     if not any(name.endswith("data.pkl") for name in names):
         return "a zip archive, but none of torch.save"
     return ""

@@ -1,18 +1,28 @@
-"""`frd export`: a checkpoint as an ONNX file."""
+"""`frd export`: a checkpoint as a file for ONNX, OpenVINO or torch."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from .arguments import add_model_arguments, at_least
+from .arguments import add_model_arguments, at_least, path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a file that `frd predict --checkpoint` takes, or `demo`"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.onnx", help="the file to write")
+    parser.add_argument(
+        "--out",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="the file to write: .onnx, .xml (OpenVINO) or .pt2",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("onnx", "openvino", "torch-export", "aoti"),
+        help="the format (default: what the ending of FILE says; for .pt2 torch-export or aoti must be given)",
+    )
     add_model_arguments(parser)
     parser.add_argument(
         "--size",
@@ -32,22 +42,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, run and compare; status 1 if anything of it fails, and then nothing is written."""
-    if args.out.exists() and not args.overwrite:
-        raise FileExistsError(f"{args.out} exists; replace it with --overwrite, or choose another --out")
-    from frd_model.export import check_packages, check_writable, export_onnx
+    from frd_model.export import check_packages, check_writable, export_model, format_of
+    from frd_model.exported import check_package, files_of
     from frd_model.weights import load_model, stored_metadata
 
-    check_packages("onnx", "onnxscript", "onnxruntime")
+    there = [file for file in files_of(args.out) if file.exists()]
+    if there and not args.overwrite:
+        raise FileExistsError(f"{there[0]} exists; replace it with --overwrite, or choose another --out")
+    to = format_of(args.out, args.to)
+    check_packages(to)
+    if to == "onnx":
+        check_package("onnxruntime", "export", "export to onnx")
     check_writable(args.out)
     model = load_model(args.checkpoint, model=args.model, preset=args.preset)
-    metadata = stored_metadata(args.checkpoint)
-    done = export_onnx(
-        model, args.out, dynamic=not args.fixed, size=args.size, opset=args.opset, metadata=metadata
+    done = export_model(
+        model,
+        args.out,
+        to,
+        dynamic=not args.fixed,
+        size=args.size,
+        opset=args.opset,
+        metadata=stored_metadata(args.checkpoint),
     )
     sizes = "any batch and sides" if not args.fixed else f"1x3x{args.size}x{args.size}"
-    print(f"{done.path}: {done.path.stat().st_size / 1e6:.1f} MB, {sizes}")
+    size = sum(file.stat().st_size for file in files_of(done.path)) / 1e6
+    print(f"{done.path}: {size:.1f} MB, {sizes}")
     for shape, deviation in done.checks.items():
-        print(
-            f"onnxruntime at {'x'.join(map(str, shape))}: PyTorch's logits up to {deviation:.1e} of the largest"
-        )
+        print(f"run at {'x'.join(map(str, shape))}: PyTorch's logits up to {deviation:.1e} of the largest")
     return 0

@@ -15,7 +15,6 @@ from torch import nn
 import frd_kernels as fk
 from frd_kernels.convert import fold
 from frd_model import create_model, save_model
-from frd_model import export as export_module
 from frd_model.cli import main
 from frd_model.export import export_onnx
 
@@ -300,7 +299,7 @@ def test_the_errors_of_the_command(
     capsys.readouterr()
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        export_module.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *a: None if name == "onnxruntime" else find(name, *a),
     )

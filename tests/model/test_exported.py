@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +17,7 @@ from torch import nn
 
 from frd_model import FRDNet, create_model, load_model, predict, save_model
 from frd_model.cli import main
-from frd_model.exported import load_exported
+from frd_model.exported import ExportedNet, load_exported
 from frd_model.score import ScoreRule
 
 SMALL: dict[str, Any] = {
@@ -26,21 +29,22 @@ SMALL: dict[str, Any] = {
     "layer_scale": 1.0,
     "image_head": True,
 }
+NAMES = ("net.onnx", "net.xml")
 RULE = ScoreRule("head", 3.0, 0.5, 0.4, {"0.01": 0.9, "0.05": 0.6, "0.10": 0.1}, {"untouched": 40})
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small net with an image-level head and a rule that needs it, in net.safetensors and net.onnx; a photo."""
+    """A small net with an image-level head and a rule that needs it, in files of three formats; a photo."""
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
     model = create_model("frdnet_mit_b0", preset="lite", **SMALL).eval()
     model.score_rule = RULE
     save_model(model, folder / "net.safetensors", {"training": {"epochs": 3}})
-    assert (
-        main(["export", str(folder / "net.safetensors"), "--out", str(folder / "net.onnx"), "--size", "64"])
-        == 0
-    )
+    onnx = folder / "net.onnx"
+    assert main(["export", str(folder / "net.safetensors"), "--out", str(onnx), "--size", "64"]) == 0
+    # As `frd export --to openvino` goes on.
+    openvino.save_model(openvino.convert_model(onnx), folder / "net.xml", compress_to_fp16=False)
     pixels = np.random.default_rng(0).integers(0, 256, (70, 131, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     return folder
@@ -51,8 +55,9 @@ def model(folder: Path) -> FRDNet:
     return load_model(folder / "net.safetensors")
 
 
-def test_a_file_holds_the_checkpoint_beside_the_weights(folder: Path, model: FRDNet) -> None:
-    net = load_exported(folder / "net.onnx")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_holds_the_checkpoint_beside_the_weights(name: str, folder: Path, model: FRDNet) -> None:
+    net = load_exported(folder / name)
     assert net.config == model.config and net.score_rule == RULE
     assert net.metadata["training"] == {"epochs": 3}
     assert not net.training
@@ -60,16 +65,103 @@ def test_a_file_holds_the_checkpoint_beside_the_weights(folder: Path, model: FRD
         net.train()
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 64, 96), (3, 3, 33, 40), (2, 3, 1, 5)], ids=str)
-def test_logits_and_image_level_logits(shape: tuple[int, ...], folder: Path, model: FRDNet) -> None:
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    net = load_exported(folder / "net.onnx")
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_and_image_level_logits(name: str, folder: Path, model: FRDNet) -> None:
+    assert_same(load_exported(folder / name), model, [(1, 3, 64, 96), (3, 3, 33, 40), (2, 3, 1, 5)])
+
+
+def assert_same(net: ExportedNet, model: FRDNet, shapes: list[tuple[int, ...]]) -> None:
+    for shape in shapes:
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            logits, scores = model.with_score(images)
+        found, found_scores = net.with_score(images)
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found_scores, scores, rtol=1e-4, atol=1e-4)
+        assert torch.equal(net(images.double()), found)
+
+
+def test_a_file_serves_several_threads(folder: Path, model: FRDNet) -> None:
+    images = torch.randn(8, 3, 64, 64)
     with torch.no_grad():
-        logits, scores = model.with_score(images)
-    found, found_scores = net.with_score(images)
-    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found_scores, scores, rtol=1e-4, atol=1e-4)
-    assert torch.equal(net(images.double()), found)
+        logits = model(images)
+    for name in NAMES:
+        net = load_exported(folder / name)
+        with ThreadPoolExecutor(4) as pool:
+            found = torch.cat(list(pool.map(net, images.split(1))))
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_by_openvino(folder: Path, model: FRDNet) -> None:
+    images = torch.randn(1, 3, 64, 96)
+    found = load_exported(folder / "net.xml", "bf16")(images)
+    with torch.no_grad():
+        assert (found - model(images)).abs().max() < 0.1
+    with pytest.raises(NotImplementedError, match=r"float32 for a \.onnx"):
+        load_exported(folder / "net.onnx", "bf16")
+    with pytest.raises(ValueError, match="precision"):
+        load_exported(folder / "net.xml", "half")
+
+
+@pytest.mark.build
+@pytest.mark.parametrize(
+    ("to", "name", "least"),
+    [
+        ("openvino", "net.xml", 1),
+        ("torch-export", "net.pt2", 1),
+        pytest.param(
+            *("aoti", "net.pt2", 97),
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++"),
+        ),
+    ],
+)
+def test_frd_export_to_other_formats(
+    to: str,
+    name: str,
+    least: int,
+    folder: Path,
+    model: FRDNet,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / name
+    assert (
+        main(["export", str(folder / "net.safetensors"), "--out", str(out), "--to", to, "--size", "128"]) == 0
+    )
+    assert "1x3x128x128" in capsys.readouterr().out
+    net = load_exported(out)
+    assert net.config == model.config and net.score_rule == RULE and net.metadata["training"] == {"epochs": 3}
+    shapes = [(1, 3, 128, 160), (3, 3, 97, 130), (2, 3, 193, 97)]
+    assert_same(net, model, shapes if least > 1 else [*shapes, (2, 3, 1, 5), (1, 3, 33, 320)])
+    if least > 1:
+        with pytest.raises(ValueError, match="from 97 pixels on, got 96 x 128"):
+            net(torch.randn(1, 3, 96, 128))
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert main(["export", str(folder / "net.safetensors"), "--out", str(out), "--to", to]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "net.pt2"], "torch-export or aoti"),
+        (["--out", "net.pth"], "to: must be onnx or openvino or torch-export or aoti"),
+        (["--out", "net.onnx", "--to", "openvino"], "must end in .xml"),
+        (["--out", "net.xml", "--opset", "18"], "opset: goes with ONNX"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_frd_export(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "demo", *options]) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_predict_judges_as_the_checkpoint_does(folder: Path, model: FRDNet) -> None:
@@ -132,13 +224,18 @@ def test_a_foreign_file_of_one_size(fixed: Path, folder: Path) -> None:
 def test_bad_files_and_arguments(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damaged = tmp_path / "damaged.onnx"
-    damaged.write_bytes((folder / "net.onnx").read_bytes()[:5000])
-    with pytest.raises(ValueError, match="does not load it"):
-        load_exported(damaged)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        load_exported(tmp_path / "none.onnx")
-    with pytest.raises(ValueError, match=r"must end in \.onnx"):
+    shutil.copy(folder / "net.xml", tmp_path / "alone.xml")
+    for name in ("none.onnx", "none.pt2", "alone.xml"):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            load_exported(tmp_path / name)
+    for name in ("damaged.onnx", "alone.xml", "damaged.pt2"):
+        (tmp_path / name).write_bytes((folder / "net.onnx").read_bytes()[:5000])
+        (tmp_path / name).with_suffix(".bin").touch()
+        with pytest.raises(ValueError, match="does not load it"):
+            load_exported(tmp_path / name)
+    with pytest.raises(ValueError, match="must be a local one"):
+        load_exported("hf://owner/name/net.pt2")
+    with pytest.raises(ValueError, match=r"must end in \.onnx, \.xml, \.pt2"):
         load_exported(folder / "net.safetensors")
     photo, onnx = str(folder / "photo.png"), str(folder / "net.onnx")
     predict_it = ["predict", photo, "--out", str(tmp_path / "out"), "--checkpoint", onnx]
