@@ -7,7 +7,7 @@ import importlib.util
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from frd_kernels.convert import fold
 
-from .export_formats import WRITERS, Request, check_opset, has_head, least_side
+from .export_formats import WRITERS, Request, check_opset, has_head, least_side, to_openvino
 from .exported import ExportedNet, check_package, files_of, load_exported
 from .frdnet import FRDNet
+from .quantize import MAX_ERROR, MIN_PHOTOS, Int8Error, compare, quantize, split
 from .state_files import first_line
 
 #: The formats and the endings of their files.
@@ -36,11 +37,14 @@ _INSTALL = "pip install frd-kernels[export]"
 class Exported(NamedTuple):
     """What an export wrote.
 
-    checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty for ONNX where onnxruntime is missing.
+    checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty for ONNX where onnxruntime is missing. For
+        an 8-bit file: of the float32 graph that it was made from.
+    int8: what 8 bits change; None for a float32 file.
     """
 
     path: Path
     checks: dict[tuple[int, ...], float]
+    int8: Int8Error | None = None
 
 
 def export_model(
@@ -52,6 +56,8 @@ def export_model(
     size: int | tuple[int, int] = 512,
     opset: int | None = None,
     metadata: Mapping[str, Any] | None = None,
+    calibration: Sequence[str | Path] | None = None,
+    max_error: float = MAX_ERROR,
 ) -> Exported:
     """Write a network as a file: images [B, 3, H, W], ImageNet-normalised float32 -> logits [B, 1, H, W].
 
@@ -75,12 +81,17 @@ def export_model(
         size: (H, W), or one number for both: the size of a fixed file, or of the larger check of a dynamic one.
         opset: version of ONNX's operators, None for torch's choice.
         metadata: any JSON values, stored in the file as :func:`frd_model.save_model` does.
+        calibration: at least four photos like those that the file is for. With them convolutions and matrix products
+            compute in 8 bits (ONNX and OpenVINO); of up to 128 of them every fourth does not calibrate but is
+            compared, each by its middle of `size` pixels.
+        max_error: the largest :attr:`frd_model.quantize.Int8Error.error` of an 8-bit file.
 
     Raises:
         ModuleNotFoundError: a package or the compiler that the format needs is missing.
         TypeError, ValueError: bad arguments.
         OSError: the file cannot be written.
-        RuntimeError: the network cannot be exported, or the file computes something else.
+        RuntimeError: the network cannot be exported, or the file computes something else, or the error of
+            8 bits is larger than `max_error`.
     """
     path = Path(path).expanduser()
     to = format_of(path, to)
@@ -88,19 +99,59 @@ def export_model(
     check_packages(to)
     if opset is not None:
         check_opset(to, opset)
+    if calibration is not None:
+        check_calibration(to, calibration, dynamic)
     check_writable(path)
     plain = fold(copy.deepcopy(_net(model)).cpu().float()).requires_grad_(False)
     request = Request((height, width), dynamic, opset, metadata)
-    checks = {}
+    checks, int8 = {}, None
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
         file = Path(folder) / f"net{FORMATS[to]}"
-        WRITERS[to](plain, file, request)
-        if to == "onnx" and importlib.util.find_spec("onnxruntime") is None:
-            warnings.warn(f"{path} was not checked, onnxruntime is missing: {_INSTALL}", stacklevel=2)
+        if calibration is not None:
+            checks, int8 = _write_int8(
+                plain, file, request, [Path(p).expanduser() for p in calibration], max_error
+            )
         else:
-            checks = _check(file, plain, _shapes(request, least_side(plain, request) if to == "aoti" else 1))
+            checks = _write(plain, file, request, to)
         _move(file, path)
-    return Exported(path, checks)
+    return Exported(path, checks, int8)
+
+
+def check_calibration(to: str, photos: Sequence[object], dynamic: bool) -> None:
+    """ValueError or ModuleNotFoundError for what an 8-bit file cannot be made of."""
+    if to not in ("onnx", "openvino") or not dynamic:
+        raise ValueError("calibration: goes with onnx and openvino and any sides (--int8, without --fixed)")
+    if len(photos) < MIN_PHOTOS:
+        raise ValueError(f"calibration: must be at least {MIN_PHOTOS} photos, got {len(photos)}")
+    check_package("onnxruntime", "export", "an 8-bit file")
+
+
+def _write(plain: nn.Module, file: Path, request: Request, to: str) -> dict[tuple[int, ...], float]:
+    WRITERS[to](plain, file, request)
+    if to == "onnx" and importlib.util.find_spec("onnxruntime") is None:
+        warnings.warn(f"the ONNX file was not checked, onnxruntime is missing: {_INSTALL}", stacklevel=3)
+        return {}
+    return _check(file, plain, _shapes(request, least_side(plain, request) if to == "aoti" else 1))
+
+
+def _write_int8(
+    plain: nn.Module, file: Path, request: Request, photos: Sequence[Path], limit: float
+) -> tuple[dict[tuple[int, ...], float], Int8Error]:
+    calibrating, compared = split(photos)
+    facts = {"int8": {"photos": len(calibrating)}}
+    full, onnx = file.with_name("float32.onnx"), file.with_suffix(".onnx")
+    checks = _write(plain, full, request._replace(metadata={**(request.metadata or {}), **facts}), "onnx")
+    side = min(request.size)
+    quantize(full, onnx, calibrating, side)
+    if onnx != file:
+        to_openvino(onnx, file)
+    found = compare(plain, load_exported(file), compared, side)
+    if found.error > limit:
+        raise RuntimeError(
+            f"max_error: 8 bits may change probabilities and scores by {limit:g}, got {found.map:.3g} and "
+            f"{found.score:.3g}; nothing was written (--max-error allows more)"
+        )
+    return checks, found
 
 
 def _shapes(request: Request, least: int) -> list[tuple[int, ...]]:
@@ -120,7 +171,8 @@ def format_of(path: Path, to: str | None = None) -> str:
     if to is not None:
         if to not in FORMATS:
             raise ValueError(f"to: must be one of {', '.join(FORMATS)}, got {to!r}")
-        if path.suffix.lower() != FORMATS[to]:
+        # Other programs open an ONNX file of any name.
+        if to != "onnx" and path.suffix.lower() != FORMATS[to]:
             raise ValueError(f"path: a file of {to} must end in {FORMATS[to]}, got {str(path)!r}")
         return to
     found = [name for name, ending in FORMATS.items() if ending == path.suffix.lower()]

@@ -118,13 +118,16 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _write_openvino(plain: nn.Module, file: Path, request: Request) -> None:
-    import openvino
-
     onnx = file.with_suffix(".onnx")
     _write_onnx(plain, onnx, request)
-    # It keeps the file's metadata as rt_info "framework".
+    to_openvino(onnx, file)
+
+
+def to_openvino(onnx: Path, file: Path) -> None:
+    """Convert an ONNX file, with its metadata, which OpenVINO keeps as rt_info "framework"."""
+    import openvino
+
     openvino.save_model(openvino.convert_model(onnx), file, compress_to_fp16=False)
-    onnx.unlink()
 
 
 @contextlib.contextmanager

@@ -45,9 +45,7 @@ class Int8Error(NamedTuple):
 
 
 def split(photos: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The photos that calibrate, and those that are compared. ValueError for too few."""
-    if len(photos) < MIN_PHOTOS:
-        raise ValueError(f"calibration: must be at least {MIN_PHOTOS} photos, got {len(photos)}")
+    """The photos that calibrate, and those that are compared."""
     # Spread over a long list: neighbours in a folder are alike.
     chosen = list(photos)[:: -(-len(photos) // _MOST_PHOTOS)]
     compared = chosen[_EVERY - 1 :: _EVERY]
@@ -117,6 +115,9 @@ def _first_convolutions(graph: Any) -> list[str]:
     while waiting:
         name, above = waiting.popleft()
         for node in readers.get(name, ()):
+            # Sizes go everywhere.
+            if node.op_type in ("Shape", "Size"):
+                continue
             here = above + (node.op_type == "Conv")
             if here <= _FLOAT_DEPTH and here < depth.get(node.name, _FLOAT_DEPTH + 1):
                 depth[node.name] = here

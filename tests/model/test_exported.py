@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from frd_model import FRDNet, create_model, load_model, predict, save_model
 from frd_model.cli import main
 from frd_model.exported import ExportedNet, load_exported
+from frd_model.quantize import compare, quantize, split
 from frd_model.score import ScoreRule
 
 SMALL: dict[str, Any] = {
@@ -41,10 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = create_model("frdnet_mit_b0", preset="lite", **SMALL).eval()
     model.score_rule = RULE
     save_model(model, folder / "net.safetensors", {"training": {"epochs": 3}})
-    onnx = folder / "net.onnx"
-    assert main(["export", str(folder / "net.safetensors"), "--out", str(onnx), "--size", "64"]) == 0
+    exported = folder / "net.onnx"
+    assert main(["export", str(folder / "net.safetensors"), "--out", str(exported), "--size", "64"]) == 0
     # As `frd export --to openvino` goes on.
-    openvino.save_model(openvino.convert_model(onnx), folder / "net.xml", compress_to_fp16=False)
+    openvino.save_model(openvino.convert_model(exported), folder / "net.xml", compress_to_fp16=False)
     pixels = np.random.default_rng(0).integers(0, 256, (70, 131, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     return folder
@@ -103,6 +105,58 @@ def test_bf16_by_openvino(folder: Path, model: FRDNet) -> None:
         load_exported(folder / "net.xml", "half")
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eight smooth photos with noise, of several sizes."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    files = [folder / f"{i}.png" for i in range(8)]
+    for i, file in enumerate(files):
+        coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize(
+            (80 + i, 70), Image.BICUBIC
+        )
+        noisy = np.asarray(coarse) + rng.normal(0, 3, (70, 80 + i, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file)
+    return files
+
+
+def test_8_bits(folder: Path, photos: list[Path], tmp_path: Path, model: FRDNet) -> None:
+    """All but the first convolutions are 8 bit, and the error that is told is that of the file."""
+    calibrating, compared = split(photos)
+    assert [file.stem for file in calibrating] == list("012456") and [file.stem for file in compared] == list(
+        "37"
+    )
+    quantize(folder / "net.onnx", tmp_path / "net.onnx", calibrating, 64)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    convolutions = [[made_by.get(name) for name in n.input] for n in graph.node if n.op_type == "Conv"]
+    in_float = [inputs for inputs in convolutions if inputs[1] != "DequantizeLinear"]
+    # Of the stem there are two, both on the image, and one on them; the trace branch goes on from there.
+    assert len(in_float) == 3 and len(convolutions) > 20
+    net = load_exported(tmp_path / "net.onnx")
+    assert net.score_rule == RULE
+    found = compare(model, net, compared, 64)
+    pixels = np.asarray(Image.open(compared[0]))[3:67, 9:73]
+    a, b = (predict(pixels, n, raw=True) for n in (model, net))
+    assert found.photos == 2 and found.error == max(found.map, found.score)
+    assert 0 < np.abs(a.probability - b.probability).mean() <= found.map < 0.02
+    assert abs(a.score - b.score) <= found.score < 0.02
+
+
+@pytest.mark.build
+@pytest.mark.parametrize("name", NAMES)
+def test_frd_export_in_8_bits(
+    name: str, folder: Path, photos: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / name
+    command = ["export", str(folder / "net.safetensors"), "--out", str(out), "--size", "64"]
+    assert main([*command, "--int8", str(photos[0].parent), "--max-error", "0"]) == 1
+    assert "8 bits may change" in capsys.readouterr().err and not list(out.parent.iterdir())
+    assert main([*command, "--int8", *map(str, photos)]) == 0
+    assert "8 bits on 2 other photos" in capsys.readouterr().out
+    assert load_exported(out).metadata["int8"] == {"photos": 6}
+
+
 @pytest.mark.build
 @pytest.mark.parametrize(
     ("to", "name", "least"),
@@ -146,6 +200,9 @@ def test_frd_export_to_other_formats(
     ("options", "message"),
     [
         (["--out", "net.pt2"], "torch-export or aoti"),
+        (["--out", "net.pt2", "--to", "aoti", "--int8", "PHOTOS"], "goes with onnx and openvino"),
+        (["--out", "net.onnx", "--int8", "PHOTOS/0.png"], "at least 4 photos, got 1"),
+        (["--out", "net.onnx", "--max-error", "0.1"], "goes with --int8"),
         (["--out", "net.pth"], "to: must be onnx or openvino or torch-export or aoti"),
         (["--out", "net.onnx", "--to", "openvino"], "must end in .xml"),
         (["--out", "net.xml", "--opset", "18"], "opset: goes with ONNX"),
@@ -155,12 +212,14 @@ def test_frd_export_to_other_formats(
 def test_bad_arguments_of_frd_export(
     options: list[str],
     message: str,
+    photos: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["export", "demo", *options]) == 1
+    options = [option.replace("PHOTOS", str(photos[0].parent)) for option in options]
+    assert main(["export", "demo", *options]) != 0
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
@@ -237,10 +296,10 @@ def test_bad_files_and_arguments(
         load_exported("hf://owner/name/net.pt2")
     with pytest.raises(ValueError, match=r"must end in \.onnx, \.xml, \.pt2"):
         load_exported(folder / "net.safetensors")
-    photo, onnx = str(folder / "photo.png"), str(folder / "net.onnx")
-    predict_it = ["predict", photo, "--out", str(tmp_path / "out"), "--checkpoint", onnx]
+    photo, exported = str(folder / "photo.png"), str(folder / "net.onnx")
+    predict_it = ["predict", photo, "--out", str(tmp_path / "out"), "--checkpoint", exported]
     assert main([*predict_it, "--preset", "lite"]) != 0
     assert "holds its network" in capsys.readouterr().err
     monkeypatch.setattr("frd_model.exported.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install frd-kernels\[onnxruntime\]"):
-        load_exported(onnx)
+        load_exported(exported)
