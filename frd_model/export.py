@@ -104,7 +104,7 @@ def export_model(
     check_writable(path)
     plain = fold(copy.deepcopy(_net(model)).cpu().float()).requires_grad_(False)
     request = Request((height, width), dynamic, opset, metadata)
-    checks, int8 = {}, None
+    int8 = None
     with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
         file = Path(folder) / f"net{FORMATS[to]}"
         if calibration is not None:

@@ -62,7 +62,7 @@ def quantize(source: Path, target: Path, photos: Sequence[Path], side: int) -> N
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]  # the base has no types
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self.photos: Iterator[Path] = iter(photos)
 

@@ -190,6 +190,9 @@ def test_frd_export_to_other_formats(
     if least > 1:
         with pytest.raises(ValueError, match="from 97 pixels on, got 96 x 128"):
             net(torch.randn(1, 3, 96, 128))
+    if to == "torch-export":
+        operators = {str(node.target) for node in torch.export.load(out).graph.nodes}
+        assert not any(name.startswith("frd") for name in operators)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     assert main(["export", str(folder / "net.safetensors"), "--out", str(out), "--to", to]) == 1
     assert "--overwrite" in capsys.readouterr().err
