@@ -131,8 +131,8 @@ def test_8_bits(folder: Path, photos: list[Path], tmp_path: Path, model: FRDNet)
     made_by = {output: node.op_type for node in graph.node for output in node.output}
     convolutions = [[made_by.get(name) for name in n.input] for n in graph.node if n.op_type == "Conv"]
     in_float = [inputs for inputs in convolutions if inputs[1] != "DequantizeLinear"]
-    # Of the stem there are two, both on the image, and one on them; the trace branch goes on from there.
-    assert len(in_float) == 3 and len(convolutions) > 20
+    # The stem's two, the one that reads them beside the image, and the next.
+    assert [inputs[0] for inputs in in_float] == ["Pad", "Pad", "Concat", "Gelu"] and len(convolutions) > 20
     net = load_exported(tmp_path / "net.onnx")
     assert net.score_rule == RULE
     found = compare(model, net, compared, 64)
