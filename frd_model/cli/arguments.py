@@ -122,7 +122,7 @@ def open_checkpoint(
     if is_exported(label):
         if model or preset:
             raise UsageError(f"{label}: an exported file holds its network; leave out model and preset")
-        if target.type != "cpu" and device != "auto":
+        if target.type != "cpu":
             raise UsageError(f"{label}: an exported file runs on the CPU; --device must be cpu, got {device}")
         return Checkpoint(load_exported(label), label)
     net = load_model(label, target, model=model, preset=preset)

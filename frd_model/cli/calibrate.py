@@ -116,8 +116,13 @@ def _write(file: Path, write: Callable[[], object]) -> bool:
 
 def _check(args: argparse.Namespace) -> None:
     """What would fail, or destroy something, after minutes of work."""
+    from frd_model.exported import is_exported
     from frd_model.map_statistics import HEAD, STATISTICS
 
+    if is_exported(args.checkpoint):
+        raise UsageError(
+            f"--checkpoint must be weights, got the exported file {args.checkpoint!r}; calibrate, then export"
+        )
     if args.statistic not in ("auto", HEAD, *STATISTICS):
         names = ", ".join((*STATISTICS, HEAD))
         raise UsageError(f"--statistic must be auto or one of {names}, got {args.statistic!r}")

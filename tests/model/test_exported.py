@@ -303,6 +303,9 @@ def test_bad_files_and_arguments(
     predict_it = ["predict", photo, "--out", str(tmp_path / "out"), "--checkpoint", exported]
     assert main([*predict_it, "--preset", "lite"]) != 0
     assert "holds its network" in capsys.readouterr().err
+    calibrate = ["calibrate", "--images", "x", "--masks", "y", "--out", "z.safetensors"]
+    assert main([*calibrate, "--checkpoint", exported]) != 0
+    assert "calibrate, then export" in capsys.readouterr().err
     monkeypatch.setattr("frd_model.exported.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install frd-kernels\[onnxruntime\]"):
         load_exported(exported)
