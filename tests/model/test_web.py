@@ -342,6 +342,18 @@ def test_requests_of_other_sites_are_refused(client: httpx.Client) -> None:
     assert links and not [link for link in links if link.startswith(("http", "//"))]
 
 
+def test_no_other_machine_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: asked.append(host) or look_up(host, *a, **k)
+    )
+    monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+    with serving(tmp_path, Net()) as client:
+        assert "<h2>edited</h2>" in Page(client).examine(png(photo(255)))["facts"]
+    assert set(asked) == {"127.0.0.1"}, "the client's own"
+
+
 def test_a_port_in_use_and_a_missing_gradio(
     client: httpx.Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
