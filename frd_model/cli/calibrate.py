@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|NAME",
         help="statistic of the map that the score is made of; auto (default): the one of the highest AUC",
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
     parser.add_argument(
         "--bf16",
         action="store_true",
@@ -80,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
         _samples(sources),
         model,
         statistic=args.statistic,
-        device=args.device,
         bf16=args.bf16,
         resamples=args.resamples,
     )

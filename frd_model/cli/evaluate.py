@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", choices=POLICIES, help="see `frd predict`; default: the preset's, auto for original"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
     add_engine_arguments(parser, precision="float32")
     parser.add_argument(
         "--method", help="name in the results (default: the checkpoint or DIR of --predictions)"
@@ -194,9 +194,8 @@ def _scorer(
         preset=args.preset,
         size=args.size,
         threshold=args.threshold,
-        device=args.device,
     )
-    return checkpoint.label, lambda _: score, look_with(checkpoint.model, args.device)
+    return checkpoint.label, lambda _: score, look_with(checkpoint.model)
 
 
 def _shift_test(args: argparse.Namespace, look: Look | None) -> ShiftTest | None:

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric", help="of table and plot (default: the preset's at the optimal threshold, or its own)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
     parser.add_argument("--method", help="name in the results (default: the checkpoint)")
     parser.add_argument(
         "--beside",
@@ -109,7 +109,6 @@ def run(args: argparse.Namespace) -> int:
         wanted,
         preset=args.preset,
         seed=args.noise_seed,
-        device=args.device,
         done=rows,
         watch=_watch,
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -425,3 +426,19 @@ def test_usage_errors(extra: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["predict", "a.png", "--out", str(tmp_path), *extra])
     assert stop.value.code == 2
+
+
+def test_commands_take_device_auto(checkpoint: Path, tmp_path: Path) -> None:
+    """Without a GPU, as by name of the CPU."""
+    write_png(tmp_path / "photos" / "a.png", photo(80, 90))
+    write_png(tmp_path / "masks" / "a.png", photo(80, 90)[:, :, 0] > 200)
+    found = {}
+    for device in ("auto", "cpu"):
+        given = ["--checkpoint", str(checkpoint), "--device", device]
+        assert main(["predict", str(tmp_path / "photos"), *given, "--out", str(tmp_path / device)]) == 0
+        sets = ["--images", str(tmp_path / "photos"), "--masks", str(tmp_path / "masks")]
+        assert main(["evaluate", *sets, *given, "--csv", str(tmp_path / f"{device}.csv")]) == 0
+        found[device] = (tmp_path / device / "a_mask.png").read_bytes()
+    assert found["auto"] == found["cpu"]
+    tables = [next(csv.DictReader((tmp_path / f"{device}.csv").open())) for device in found]
+    assert tables[0] | {"seconds": ""} == tables[1] | {"seconds": ""}
