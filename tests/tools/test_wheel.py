@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -62,10 +63,15 @@ pytestmark = [pytest.mark.build, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    out = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
-    subprocess.run([*build, "--sdist", "--wheel", str(ROOT)], check=True, capture_output=True)
+def archives() -> pathlib.Path:
+    """A folder of this run with both archives; the first worker that asks makes them, since all build in one tree."""
+    out = pathlib.Path(os.environ["FRD_TEST_RUN"]) / "dist"
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not list(out.glob("*.whl")):
+            build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
+            done = subprocess.run([*build, "--sdist", "--wheel", str(ROOT)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     return out
 
 
