@@ -37,9 +37,10 @@ _INSTALL = "pip install frd-kernels[export]"
 class Exported(NamedTuple):
     """What an export wrote.
 
-    checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty for ONNX where onnxruntime is missing. For
-        an 8-bit file: of the float32 graph that it was made from.
-    int8: what 8 bits change; None for a float32 file.
+    Attributes:
+        checks: input shape -> deviation from PyTorch, relative as `BOUND`; empty for ONNX where onnxruntime is missing.
+            For an 8-bit file: of the float32 graph that it was made from.
+        int8: what 8 bits change; None for a float32 file.
     """
 
     path: Path
