@@ -15,7 +15,7 @@ DECODERS = ("deconv", "pyramid")
 STEMS = ("none", "pdc")
 ENCODER_INPUTS = ("planes", "trace")
 # What runs a net for prediction, and in which precision (frd_model/engines.py).
-ENGINES = ("auto", "torch")
+ENGINES = ("auto", "torch", "compile", "onnxruntime", "openvino")
 PRECISIONS = ("auto", "float32", "bf16")
 CHOICES = (
     ("variant", VARIANTS),

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import ENGINES, PRECISIONS
+from .engine_cache import ENDINGS, cached, can_run, export_once
 from .eval_view import device_of, unwrap
-from .exported import ExportedNet
+from .exported import ExportedNet, load_exported
+from .frdnet import FRDNet
+from .output import one_line
 from .predict import has_image_head, parse_device
 
-__all__ = ["Prepared", "has_bf16", "prepare"]
+__all__ = ["MANY", "Prepared", "has_bf16", "prepare"]
 
+#: Photos from which on "auto" exports a network: the time that it takes is then gained back.
+MANY = 100
 # Engines that run the network itself, and not a copy in a file.
-IN_TORCH = ("torch",)
+IN_TORCH = ("torch", "compile")
+# Those that "auto" tries before torch, the fastest first; onnxruntime has no bf16 on CPUs.
+_PREFERRED = {"float32": ("openvino", "onnxruntime"), "bf16": ("openvino",)}
 
 
 class Prepared(nn.Module):
@@ -67,23 +76,35 @@ def prepare(
     engine: str = "auto",
     precision: str = "auto",
     device: str | torch.device | None = None,
+    *,
+    photos: int = 1,
+    notify: Callable[[str], object] = warnings.warn,
 ) -> nn.Module:
     """A copy of a network for prediction, in the engine and precision that suit it. `model` is not changed.
 
     Args:
         model: an FRDNet or another network of its shapes. One that `prepare` gave is returned as it is, and one of
             `load_exported` stays in its file's engine, "exported".
-        engine: "torch" (on a CPU in the channels_last layout), or "auto".
+        engine: "torch" (on a CPU in the channels_last layout); "compile" (torch.compile, which takes a minute or more
+            for each size of image; after eight sizes further ones run as in "torch"); "onnxruntime" or "openvino" (an
+            FRDNet on the CPU, exported once into the user's cache folder); "auto": on a CPU openvino, then
+            onnxruntime, where the package is installed and the network is in the cache already or `photos` is `MANY`
+            or more; else torch.
         precision: "float32"; "bf16", weights and activations in bfloat16; "auto": bf16 where the hardware multiplies
             it and the network's `score_rule` states what it changes, else float32.
         device: where to run; None takes the model's.
+        photos: how many there are to predict.
+        notify: called with a line before an export, and if "auto" cannot use an engine and takes torch instead.
 
     Returns:
         A module that :func:`frd_model.predict` takes like an FRDNet, with the attributes of `Prepared`.
 
     Raises:
         ValueError: an unknown name, a device or engine that cannot be used here.
+        NotImplementedError: a precision that the engine does not have.
+        ModuleNotFoundError: the engine's package is missing.
         TypeError: no module.
+        OSError, RuntimeError: the network cannot be exported.
     """
     for name, value, known in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
         if value not in known:
@@ -97,8 +118,44 @@ def prepare(
     model = unwrap(model)
     target = device_of(model) if device is None else parse_device(device)
     if precision == "auto":
-        precision = "bf16" if states_bf16(model) and has_bf16(target) else "float32"
-    return Prepared(_in_torch(model, precision, target), "torch", precision, model)
+        has = engine != "onnxruntime" and has_bf16(target)
+        precision = "bf16" if has and states_bf16(model) else "float32"
+    if engine == "auto":
+        return _automatic(model, precision, target, photos, notify)
+    return _prepare(model, engine, precision, target, notify)
+
+
+def _automatic(
+    model: nn.Module, precision: str, device: torch.device, photos: int, notify: Callable[[str], object]
+) -> Prepared:
+    if device.type == "cpu" and type(model) is FRDNet:
+        for engine in filter(can_run, _PREFERRED[precision]):
+            try:
+                if photos >= MANY or cached(model, engine):
+                    return _prepare(model, engine, precision, device, notify)
+            # Whatever an engine cannot do, torch can.
+            except Exception as error:
+                notify(f"{engine} cannot run this network, torch does: {one_line(error)}")
+    return _prepare(model, "torch", precision, device, notify)
+
+
+def _prepare(
+    model: nn.Module, engine: str, precision: str, device: torch.device, notify: Callable[[str], object]
+) -> Prepared:
+    if engine in IN_TORCH:
+        net = _in_torch(model, precision, device)
+        if engine == "compile":
+            # Inductor has given wrong results for convolutions of symbolic sizes on CPUs (torch 2.14).
+            net.compile(dynamic=False)
+        return Prepared(net, engine, precision, model)
+    if type(model) is not FRDNet or device.type != "cpu":
+        got = f"{type(model).__name__} on {device.type}"
+        raise ValueError(f"engine {engine} runs an FRDNet on the CPU, got {got}; torch and compile run any")
+    if precision == "bf16" and engine != "openvino":
+        raise NotImplementedError(f"engine {engine} has no bf16 on CPUs; torch, compile and openvino have it")
+    if cached(model, engine) is None:
+        notify(f"exporting the network for {engine}, once: this takes a minute or two")
+    return Prepared(load_exported(export_once(model, engine), precision), engine, precision, model)
 
 
 def _exported(net: ExportedNet, engine: str, precision: str) -> Prepared:

@@ -129,13 +129,16 @@ def open_checkpoint(
     return Checkpoint(to_first_device(net) if automatic else net, label)
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser, precision: str = "auto") -> None:
-    """--engine and --precision, which `prepared` reads."""
+def add_engine_arguments(
+    parser: argparse.ArgumentParser, engine: str = "auto", precision: str = "auto"
+) -> None:
+    """--engine and --precision, which `prepared` reads, with these defaults."""
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        default="auto",
-        help="what runs the network (default auto: docs/predict.md)",
+        default=engine,
+        help=f"what runs the network; auto: openvino or onnxruntime where installed, for 100 photos or more, else "
+        f"torch (default {engine})",
     )
     parser.add_argument(
         "--precision",
@@ -146,11 +149,19 @@ def add_engine_arguments(parser: argparse.ArgumentParser, precision: str = "auto
     )
 
 
-def prepared(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint in the engine and precision that the arguments ask for."""
+def prepared(checkpoint: Checkpoint, args: argparse.Namespace, photos: int = 1) -> Checkpoint:
+    """The checkpoint in the engine and precision that the arguments ask for, for so many photos."""
     from frd_model.engines import prepare
+    from frd_model.output import say
 
-    return Checkpoint(prepare(checkpoint.model, args.engine, args.precision), checkpoint.label)
+    model = prepare(
+        checkpoint.model,
+        args.engine,
+        args.precision,
+        photos=photos,
+        notify=lambda text: say(f"frd {args.command}: {text}", sys.stderr),
+    )
+    return Checkpoint(model, checkpoint.label)
 
 
 class UsageError(ValueError):

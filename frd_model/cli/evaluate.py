@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", choices=POLICIES, help="see `frd predict`; default: the preset's, auto for original"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
-    add_engine_arguments(parser, precision="float32")
+    add_engine_arguments(parser, engine="torch", precision="float32")
     parser.add_argument(
         "--method", help="name in the results (default: the checkpoint or DIR of --predictions)"
     )
