@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ENGINES, PRECISIONS
-from .engine_cache import ENDINGS, cached, can_run, export_once
+from .engine_cache import cached, can_run, export_once
 from .eval_view import device_of, unwrap
 from .exported import ExportedNet, load_exported
 from .frdnet import FRDNet

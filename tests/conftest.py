@@ -34,8 +34,9 @@ if not (_WORKER and "FRD_TEST_RUN" in os.environ):
     os.environ["FRD_TEST_RUN"] = _made.name
 _RUN = pathlib.Path(os.environ["FRD_TEST_RUN"])
 
-# Graphs that an earlier run compiled must not answer for the code under test.
+# Graphs that an earlier run compiled or exported must not answer for the code under test.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_RUN / "inductor")
+os.environ["HF_ASSETS_CACHE"] = str(_RUN / "assets")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of processes in each worker
 
 import frd_kernels  # noqa: E402

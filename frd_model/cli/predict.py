@@ -212,10 +212,10 @@ def _left(
     if not args.skip_existing:
         if not args.overwrite:
             refuse_to_overwrite(photos, args.out)
-        return photos, _open(args) if photos else None
+        return photos, _open(args, len(photos)) if photos else None
     if not photos:
         return [], None
-    checkpoint = _open(args)
+    checkpoint = _open(args, len(photos))
     settings = _all_settings(args, checkpoint)
     return [job for job in photos if not is_done(job, args.out, needed, settings)], checkpoint
 
@@ -341,11 +341,11 @@ def _progress(photos: int, as_json: bool) -> Any:
     return tqdm(total=photos, unit="photo", disable=as_json or not terminal or photos < 2)
 
 
-def _open(args: argparse.Namespace) -> Checkpoint:
+def _open(args: argparse.Namespace, photos: int) -> Checkpoint:
     checkpoint = open_checkpoint(
         args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
     )
-    return prepared(checkpoint, args)
+    return prepared(checkpoint, args, photos)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

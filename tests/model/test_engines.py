@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from frd_model import create_model, predict, save_model
+from frd_model import create_model, engine_cache, engines, predict, save_model
 from frd_model.cli import main
 from frd_model.data.images import write_png
-from frd_model.engines import has_bf16, prepare
+from frd_model.engines import MANY, has_bf16, prepare
 from frd_model.exported import ExportedNet, Opened
 from frd_model.score import TARGETS, ScoreRule
 
@@ -102,7 +105,128 @@ def test_auto_takes_bf16_where_hardware_and_checkpoint_allow_it(
     assert prepare(small_net(), "torch").precision == "float32"
 
 
-def test_errors() -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for this test."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setattr(engine_cache, "cached_assets_path", lambda *_: folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", engine_cache.ENDINGS)
+def test_an_exported_copy_is_made_once_and_gives_the_maps(cache: Path, engine: str) -> None:
+    model, said = small_net(bf16={}), []
+    ready = prepare(model, engine, "float32", notify=said.append)
+    assert (ready.engine, ready.precision) == (engine, "float32") and len(said) == 1
+    want, got = predict(photo(), model), predict(photo(), ready)
+    np.testing.assert_allclose(got.probability, want.probability, atol=1e-4)
+    assert got.score == pytest.approx(want.score, abs=1e-4) and got.verdict == want.verdict
+    made = sorted(cache.rglob("net.*"))
+    times = [file.stat().st_mtime_ns for file in made]
+
+    # Now that it is there, "auto" takes it for a single photo too.
+    assert prepare(model, precision="float32", notify=said.append).engine == engine
+    assert len(said) == 1 and [file.stat().st_mtime_ns for file in made] == times
+    if engine == "openvino":
+        bf16 = prepare(model, engine, "bf16")
+        assert bf16.precision == "bf16"
+        assert 0 < np.abs(predict(photo(), bf16).probability - want.probability).max() < 0.02
+
+    # A broken copy is made anew.
+    made[0].write_bytes(made[0].read_bytes()[:-100])
+    again = prepare(model, engine, "float32", notify=said.append)
+    assert len(said) == 2
+    np.testing.assert_array_equal(predict(photo(), again).probability, got.probability)
+    # Other weights have a copy of their own.
+    with torch.no_grad():
+        model.decoder.head.bias.add_(1)
+    assert engine_cache.cached(model, engine) is None
+
+
+def write_slowly(model: nn.Module, path: Path, **_: object) -> None:
+    """In the place of `export_model`: counts its calls beside the cache."""
+    path.parent.mkdir()
+    path.write_text("first half")
+    time.sleep(0.2)
+    path.write_text("whole")
+    with (path.parents[2] / "calls").open("a") as calls:
+        calls.write("x")
+
+
+def ask(folder: Path) -> str:
+    """In a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_cache, "cached_assets_path", lambda *_: folder)
+        patch.setattr(engine_cache, "export_model", write_slowly)
+        return engine_cache.export_once(small_net(), "onnxruntime").read_text()
+
+
+def test_two_processes_make_one_copy(cache: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(ask, [cache, cache]) == ["whole", "whole"]
+    assert (cache / "calls").read_text() == "x"
+
+
+def test_a_copy_that_could_not_be_written_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: nn.Module, path: Path, **_: object) -> None:
+        path.parent.mkdir()
+        path.write_text("half")
+        raise RuntimeError("the file computes something else")
+
+    monkeypatch.setattr(engine_cache, "export_model", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        prepare(small_net(), "openvino", notify=lambda _: None)
+    assert not [file for file in cache.iterdir() if file.suffix != ".lock"]
+    # "auto" says so and takes torch.
+    said: list[str] = []
+    assert prepare(small_net(), photos=MANY, notify=said.append).engine == "torch"
+    assert "openvino cannot run this network, torch does: RuntimeError: the file" in said[1]
+
+
+def test_auto_exports_for_many_photos_alone(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    asked: list[str] = []
+
+    def export_once(net: nn.Module, engine: str) -> Path:
+        asked.append(engine)
+        raise RuntimeError("none here")
+
+    monkeypatch.setattr(engines, "export_once", export_once)
+    assert prepare(small_net(), photos=MANY - 1).engine == "torch" and not asked
+    prepare(small_net(), photos=MANY, notify=lambda _: None)
+    assert asked == ["openvino", "onnxruntime"]
+    asked.clear()
+    monkeypatch.setattr(engines, "can_run", lambda engine: engine == "onnxruntime")
+    prepare(small_net(), photos=MANY, notify=lambda _: None)
+    assert asked == ["onnxruntime"]
+
+
+@pytest.mark.slow
+def test_compile_gives_the_maps_of_every_size() -> None:
+    torch.compiler.reset()
+    model = small_net()
+    ready = prepare(model, "compile", "float32")
+    for size in ((64, 64), (70, 90)):
+        want, got = predict(photo(*size), model), predict(photo(*size), ready)
+        np.testing.assert_allclose(got.probability, want.probability, atol=1e-4)
+        assert got.score == pytest.approx(want.score, abs=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert ready.net._compiled_call_impl is not None and model._compiled_call_impl is None
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotImplementedError, match=r"^engine onnxruntime has no bf16 on CPUs"):
+        prepare(small_net(), "onnxruntime", "bf16")
+    with pytest.raises(ValueError, match=r"^engine openvino runs an FRDNet on the CPU, got Conv2d on cpu"):
+        prepare(nn.Conv2d(3, 1, 1), "openvino")
+    find = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+        with pytest.raises(ModuleNotFoundError, match=r"pip install frd-kernels\[openvino\]"):
+            prepare(small_net(), "openvino", notify=lambda _: None)
     with pytest.raises(ValueError, match=r"^engine must be one of auto, torch.*, got 'tensorrt'"):
         prepare(small_net(), "tensorrt")
     with pytest.raises(ValueError, match=r"^precision must be one of auto, float32, bf16, got 'fp8'"):
