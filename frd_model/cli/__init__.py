@@ -68,7 +68,10 @@ EXAMPLES = {
 
 # Commands of frd_kernels that parse their own arguments: main(argv) -> exit status.
 PASSED_ON: dict[str, tuple[str, str]] = {
-    "bench": ("frd_model.cli.bench", "measure the kernels against plain PyTorch, in a source checkout"),
+    "bench": (
+        "frd_model.cli.bench",
+        "measure the engines of `frd predict` (frd bench predict), and in a source checkout the kernels",
+    ),
     "info": ("frd_kernels.info", "print versions, backends and build facts"),
 }
 

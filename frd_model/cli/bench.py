@@ -1,4 +1,4 @@
-"""`frd bench`: runs `benchmarks/` of a source checkout, which is not installed."""
+"""`frd bench`: the engines of `frd predict`, and `benchmarks/` of a source checkout, which is not installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from frd_model.output import one_line, say
+
+from . import bench_predict
 
 NAME = "benchmarks"
 
@@ -20,7 +24,9 @@ def checkout() -> Path | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 2 outside of a checkout."""
+    """Returns the exit status: 2 for benchmarks of a checkout outside of one."""
+    if argv[:1] == ["predict"]:
+        return _predict(argv[1:])
     root = checkout()
     if root is None:
         print(
@@ -39,3 +45,18 @@ def main(argv: Sequence[str]) -> int:
         spec.loader.exec_module(module)
     status: int = importlib.import_module(f"{NAME}.__main__").main(list(argv))
     return status
+
+
+def _predict(argv: Sequence[str]) -> int:
+    from . import Parser
+
+    parser = Parser(
+        prog="frd bench predict",
+        description="Check every engine and precision of `frd predict` against PyTorch in float32, and time them.",
+    )
+    bench_predict.add_arguments(parser)
+    try:
+        return bench_predict.run(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        say(f"frd bench predict: {one_line(error)}", sys.stderr)
+        return 1

@@ -235,6 +235,36 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare("demo")  # type: ignore[arg-type]
 
 
+def test_the_benchmark_checks_then_times_in_turns(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(small_net(bf16={}), tmp_path / "net.safetensors")
+    monkeypatch.setattr(engines, "can_run", lambda engine: False)
+
+    def bench(*more: str) -> int:
+        common = ["bench", "predict", "--checkpoint", str(tmp_path / "net.safetensors"), "--size", "64"]
+        file = ["--json-out", str(tmp_path / "bench.json"), "--overwrite"]
+        return main([*common, "--repeats", "2", "--engines", "torch", *file, *more])
+
+    def rows() -> dict[tuple[str, str], Any]:
+        found = json.loads((tmp_path / "bench.json").read_text())["rows"]
+        return {(row["engine"], row["precision"]): row for row in found}
+
+    assert bench() == 0
+    found = rows()
+    assert list(found) == [("as loaded", "float32"), ("torch", "float32"), ("torch", "bf16")]
+    assert min(row["ratio"] for row in found.values()) == 1 and all(row["ms"] > 0 for row in found.values())
+    assert 1e-4 < found["torch", "bf16"]["error"] < 5e-2 and found["torch", "float32"]["error"] < 1e-4
+    assert "auto takes torch" in capsys.readouterr().out
+
+    # One that computes something else fails and is not timed.
+    monkeypatch.setattr(engines.Prepared, "forward", lambda self, images: images[:, :1])
+    assert bench() == 1
+    assert "ms" not in rows()["torch", "float32"] and "differs from PyTorch" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        bench("--engines", "tensorrt")
+
+
 def test_the_command_records_what_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model(small_net(), tmp_path / "net.safetensors")
     write_png(tmp_path / "a.png", photo())
