@@ -127,7 +127,8 @@ def to_openvino(onnx: Path, file: Path) -> None:
     """Convert an ONNX file, with its metadata, which OpenVINO keeps as rt_info "framework"."""
     import openvino
 
-    openvino.save_model(openvino.convert_model(onnx), file, compress_to_fp16=False)
+    # Not by `convert_model`, which reports its use to a server.
+    openvino.save_model(openvino.Core().read_model(onnx), file, compress_to_fp16=False)
 
 
 @contextlib.contextmanager
