@@ -22,6 +22,8 @@ __all__ = ["MANY", "Prepared", "has_bf16", "prepare"]
 
 #: Photos from which on "auto" exports a network: the time that it takes is then gained back.
 MANY = 100
+# What "auto" lets bf16 lose: AUC of the score, and share of the pixels that are marked in one precision only.
+MOST_AUC, MOST_MASK = 0.005, 0.005
 # Engines that run the network itself, and not a copy in a file.
 IN_TORCH = ("torch", "compile")
 # Those that "auto" tries before torch, the fastest first; onnxruntime has no bf16 on CPUs.
@@ -91,7 +93,8 @@ def prepare(
             onnxruntime, where the package is installed and the network is in the cache already or `photos` is `MANY`
             or more; else torch.
         precision: "float32"; "bf16", weights and activations in bfloat16; "auto": bf16 where the hardware multiplies
-            it and the network's `score_rule` states what it changes, else float32.
+            it and the network's `score_rule` says that it loses at most 0.005 of the AUC and moves at most 0.5 % of
+            the pixels across the threshold (`frd calibrate --bf16`), else float32.
         device: where to run; None takes the model's.
         photos: how many there are to predict.
         notify: called with a line before an export, and if "auto" cannot use an engine and takes torch instead.
@@ -119,7 +122,7 @@ def prepare(
     target = device_of(model) if device is None else parse_device(device)
     if precision == "auto":
         has = engine != "onnxruntime" and has_bf16(target)
-        precision = "bf16" if has and states_bf16(model) else "float32"
+        precision = "bf16" if has and allows_bf16(model) else "float32"
     if engine == "auto":
         return _automatic(model, precision, target, photos, notify)
     return _prepare(model, engine, precision, target, notify)
@@ -176,10 +179,13 @@ def has_bf16(device: str | torch.device) -> bool:
     return kind == "cpu" and any(on for flag, on in flags.items() if flag.endswith("bf16"))
 
 
-def states_bf16(model: nn.Module) -> bool:
-    """Whether the network's score rule says how maps and scores of bf16 differ from those of float32."""
+def allows_bf16(model: nn.Module) -> bool:
+    """Whether the network's score rule says what bf16 changes (`frd calibrate --bf16`), and that it is little."""
     rule = getattr(model, "score_rule", None)
-    return rule is not None and "bf16" in rule.validation
+    found = None if rule is None else rule.validation.get("bf16")
+    if found is None:
+        return False
+    return found["auc_difference"] >= -MOST_AUC and found["mask_difference"] <= MOST_MASK
 
 
 def _in_torch(model: nn.Module, precision: str, device: torch.device) -> nn.Module:

@@ -144,7 +144,7 @@ def add_engine_arguments(
         "--precision",
         choices=PRECISIONS,
         default=precision,
-        help=f"of the network; auto: bf16 where the hardware has it and the checkpoint says what it changes "
+        help=f"of the network; auto: bf16 where the hardware has it and the checkpoint says that it changes little "
         f"(default {precision})",
     )
 

@@ -30,6 +30,8 @@ SMALL: dict[str, Any] = {
     "trace_widths": (8, 8),
     "image_head": True,
 }
+# What a checkpoint says of bf16.
+LITTLE = {"auc_difference": -0.001, "mask_difference": 0.001}
 
 
 def rule(**validation: Any) -> ScoreRule:
@@ -100,9 +102,14 @@ def test_auto_takes_bf16_where_hardware_and_checkpoint_allow_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     assert has_bf16("cpu") is wanted
-    assert prepare(small_net(bf16={"auc": 0.9}), "torch").precision == ("bf16" if wanted else "float32")
-    # A checkpoint that does not say what bf16 changes.
-    assert prepare(small_net(), "torch").precision == "float32"
+    assert prepare(small_net(bf16=LITTLE), "torch").precision == ("bf16" if wanted else "float32")
+    # A checkpoint that does not say what bf16 changes, or that it changes much.
+    for rest in (
+        {},
+        {"bf16": LITTLE | {"auc_difference": -0.01}},
+        {"bf16": LITTLE | {"mask_difference": 0.01}},
+    ):
+        assert prepare(small_net(**rest), "torch").precision == "float32"
 
 
 @pytest.fixture
@@ -117,7 +124,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", engine_cache.ENDINGS)
 def test_an_exported_copy_is_made_once_and_gives_the_maps(cache: Path, engine: str) -> None:
-    model, said = small_net(bf16={}), []
+    model, said = small_net(bf16=LITTLE), []
     ready = prepare(model, engine, "float32", notify=said.append)
     assert (ready.engine, ready.precision) == (engine, "float32") and len(said) == 1
     want, got = predict(photo(), model), predict(photo(), ready)
@@ -250,7 +257,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_benchmark_checks_then_times_in_turns(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_model(small_net(bf16={}), tmp_path / "net.safetensors")
+    save_model(small_net(bf16=LITTLE), tmp_path / "net.safetensors")
     monkeypatch.setattr(engines, "can_run", lambda engine: False)
 
     def bench(*more: str) -> int:
