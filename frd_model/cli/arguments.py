@@ -132,11 +132,12 @@ def open_checkpoint(
 def add_engine_arguments(
     parser: argparse.ArgumentParser, engine: str = "auto", precision: str = "auto"
 ) -> None:
-    """--engine and --precision, which `prepared` reads, with these defaults."""
+    """--engine and --precision, which `prepared` reads, with these defaults; an exported file has its own engine."""
+    # Not the default itself, so that it is known what was asked for.
+    parser.set_defaults(default_engine=engine)
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        default=engine,
         help=f"what runs the network; auto: openvino or onnxruntime where installed, for 100 photos or more, else "
         f"torch (default {engine})",
     )
@@ -152,11 +153,13 @@ def add_engine_arguments(
 def prepared(checkpoint: Checkpoint, args: argparse.Namespace, photos: int = 1) -> Checkpoint:
     """The checkpoint in the engine and precision that the arguments ask for, for so many photos."""
     from frd_model.engines import prepare
+    from frd_model.exported import is_exported
     from frd_model.output import say
 
+    default = "auto" if is_exported(checkpoint.label) else args.default_engine
     model = prepare(
         checkpoint.model,
-        args.engine,
+        args.engine or default,
         args.precision,
         photos=photos,
         notify=lambda text: say(f"frd {args.command}: {text}", sys.stderr),
