@@ -23,7 +23,7 @@ __all__ = ["MANY", "Prepared", "has_bf16", "prepare"]
 #: Photos from which on "auto" exports a network: the time that it takes is then gained back.
 MANY = 100
 # What "auto" lets bf16 lose: AUC of the score, and share of the pixels that are marked in one precision only.
-MOST_AUC, MOST_MASK = 0.005, 0.005
+MOST_AUC, MOST_PIXELS = 0.005, 0.005
 # Engines that run the network itself, and not a copy in a file.
 IN_TORCH = ("torch", "compile")
 # Those that "auto" tries before torch, the fastest first; onnxruntime has no bf16 on CPUs.
@@ -182,10 +182,14 @@ def has_bf16(device: str | torch.device) -> bool:
 def allows_bf16(model: nn.Module) -> bool:
     """Whether the network's score rule says what bf16 changes (`frd calibrate --bf16`), and that it is little."""
     rule = getattr(model, "score_rule", None)
-    found = None if rule is None else rule.validation.get("bf16")
-    if found is None:
+    if rule is None:
         return False
-    return found["auc_difference"] >= -MOST_AUC and found["mask_difference"] <= MOST_MASK
+    try:
+        found, auc = rule.validation["bf16"], rule.validation["auc"]
+        return bool(found["auc"] >= auc - MOST_AUC and found["pixel_difference"] <= MOST_PIXELS)
+    # It says nothing, or something else.
+    except (KeyError, TypeError):
+        return False
 
 
 def _in_torch(model: nn.Module, precision: str, device: torch.device) -> nn.Module:
