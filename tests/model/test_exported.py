@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +17,7 @@ from torch import nn
 
 from frd_model import FRDNet, create_model, load_model, predict, save_model
 from frd_model.cli import main
+from frd_model.export_formats import to_openvino
 from frd_model.exported import ExportedNet, load_exported
 from frd_model.quantize import compare, quantize, split
 from frd_model.score import ScoreRule
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exported = folder / "net.onnx"
     assert main(["export", str(folder / "net.safetensors"), "--out", str(exported), "--size", "64"]) == 0
     # As `frd export --to openvino` goes on.
-    openvino.save_model(openvino.convert_model(exported), folder / "net.xml", compress_to_fp16=False)
+    to_openvino(exported, folder / "net.xml")
     pixels = np.random.default_rng(0).integers(0, 256, (70, 131, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photo.png")
     return folder
