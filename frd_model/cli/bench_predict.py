@@ -26,7 +26,7 @@ AS_LOADED = "as loaded"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
     parser.add_argument(
         "--size", type=at_least(32), default=512, help="side of the image in pixels (default 512)"
     )
@@ -56,12 +56,14 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, check, time, print. Status 1 if an engine that is installed failed or computes something else."""
     import torch
 
+    from frd_model.eval_view import device_of
+
     if args.json_out is not None:
         check_output_file("--json-out", args.json_out, overwrite=args.overwrite)
     if args.threads:
         torch.set_num_threads(args.threads)
     model = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset).model
-    images = _images(args.batch, args.size).to(args.device)
+    images = _images(args.batch, args.size).to(device_of(model))
     rows = [_row(AS_LOADED, "float32", model, model, images)]
     for engine in args.engines:
         rows += [_candidate(model, engine, precision, images) for precision in PRECISIONS[1:]]
