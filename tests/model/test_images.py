@@ -245,3 +245,27 @@ def test_an_icon_that_holds_a_larger_image_than_it_states(tmp_path: Path) -> Non
     with pytest.raises(ImageError, match="at most 1000 pixels, got 2000 x 1000"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read_image(tmp_path / "a.ico", max_pixels=1000)
+
+
+@pytest.mark.parametrize("big", [False, True], ids=["TIFF", "BigTIFF"])
+def test_a_tiff_of_millions_of_strips_is_refused_before_they_are_read(big, tmp_path):
+    strips = 1 << 21
+    path = save(tmp_path / "a.tif", photo(), **({"big_tiff": True} if big else {}))
+    np.testing.assert_array_equal(read_image(path), photo())
+    data = bytearray(path.read_bytes())
+    order = "<" if data[:2] == b"II" else ">"
+    first = (
+        struct.unpack_from(f"{order}Q", data, 8)[0] + 8
+        if big
+        else struct.unpack_from(f"{order}I", data, 4)[0] + 2
+    )
+    entry = "HHQQ" if big else "HHII"
+    for at in range(first, len(data), struct.calcsize(order + entry)):
+        tag, kind, _, value = struct.unpack_from(order + entry, data, at)
+        if tag == 273:
+            struct.pack_into(order + entry, data, at, tag, kind, strips, value)
+            break
+    path.write_bytes(bytes(data) + bytes(8 * strips))
+    for read in (read_image, lambda path: read_image(path, data=path.read_bytes())):
+        with pytest.raises(ImageError, match=f"must have at most 1048576 strips, got {strips}"):
+            read(path)
