@@ -24,12 +24,13 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def cast_operands(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+def cast_operands(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
     """The tensors in the dtype of the enclosing autocast region; float64 stays, as for `F.conv2d`."""
+    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
         if tensor is None or tensor.dtype == torch.float64:
             return tensor
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+        return tensor.to(dtype)
 
-    return tuple(cast(tensor) for tensor in tensors)
+    return tuple(cast(tensor) for tensor in (x, *others))

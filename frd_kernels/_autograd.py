@@ -15,8 +15,10 @@ from torch.autograd import forward_ad
 from ._torch_internals import (
     below_autograd,
     dispatch_mode_count,
+    has_any_autocast,
     has_dual_level,
     is_transformed,
+    outside_autocast,
     schema_of,
     tree_map,
 )
@@ -73,6 +75,15 @@ def call(op: Any, *inputs: Any) -> Any:
         )
     if has_observers():
         return op(*inputs)
+    if has_any_autocast():
+        # Past the operator's rule for autocast, which takes longer than a small kernel to find nothing to cast.
+        with outside_autocast():
+            return _call(op, inputs)
+    return _call(op, inputs)
+
+
+def _call(op: Any, inputs: tuple[Any, ...]) -> Any:
+    """`call` where no observer is active."""
     if torch.is_grad_enabled() and _any_requires_grad(inputs):
         return _FUNCTIONS[op].apply(*inputs) if op in _FUNCTIONS else op(*inputs)
     with below_autograd():

@@ -35,6 +35,8 @@ try:
     # In `with below_autograd():` an operator goes straight to its kernel.
     below_autograd = torch._C._AutoDispatchBelowAutograd
     dispatch_mode_count = torch._C._len_torch_dispatch_stack
+    # Whether an autocast region of any device type is open: a tenth of the time of asking for one type.
+    has_any_autocast = torch._C._is_any_autocast_enabled
     # Whether a torch.func transform (grad, vmap, jvp, ...) is running.
     is_transformed = torch._C._are_functorch_transforms_active
     _tracing_state = torch._C._get_tracing_state
@@ -122,10 +124,14 @@ def autocast_key(device: str) -> str:
     return f"Autocast{torch._C._dispatch_key_for_device(device)}"
 
 
-def without_key(key: str) -> Callable[[], AbstractContextManager[None]]:
-    """Makes contexts in which operators skip what is registered for a dispatch key."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-    return functools.partial(torch._C._ExcludeDispatchKeyGuard, keys)
+def without_keys(*names: str) -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts in which operators skip what is registered for these dispatch keys."""
+    sets = [torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names]
+    return functools.partial(torch._C._ExcludeDispatchKeyGuard, functools.reduce(operator.or_, sets))
+
+
+# In `with outside_autocast():` an operator casts nothing.
+outside_autocast = without_keys(*map(autocast_key, ("cpu", "cuda")))
 
 
 def config_entry(config: Any, name: str) -> Any:

@@ -29,6 +29,11 @@ inline Tensor in_layout(const Tensor& x, MemoryFormat format = MemoryFormat::Con
   return matches ? x : torch::stable::contiguous(x, format);
 }
 
+// x in the dtype; likewise, as torch::stable::to takes that microsecond.
+inline Tensor in_type(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+
 // Uninitialised [B, channels, height, width] with the batch, dtype and device of `like`.
 inline Tensor empty_images(const Tensor& like, int64_t channels, int64_t height, int64_t width,
                            MemoryFormat format) {

@@ -69,7 +69,9 @@ def cluster(
         named: dict[str, Any] = {"aggregate": aggregate, "alpha": alpha, "beta": beta, "mask": mask}
         return handle_torch_function(cluster, (k,), k, v, grid, hw, **named)
     untraced(_check_keys_and_values, k, v)
-    k, v = _autocast(k, k), _autocast(v, k)
+    dtype = autocast_dtype(k.device.type)
+    if dtype is not None:
+        k, v = _cast(k, dtype), _cast(v, dtype)
     untraced(_check_cluster, k, v, grid, hw, aggregate, alpha, beta, mask)
     native = backend.select("cluster", k)
     if native is None:
@@ -188,9 +190,11 @@ def icm(
         named: dict[str, Any] = {"variant": variant, "alpha": alpha, "beta": beta, "grids": grids, "hw": hw}
         return handle_torch_function(icm, (x,), x, projections, **named)
     untraced(_check_icm, x, variant, alpha, beta, grids, hw)
-    if projections is not None:
-        projections = [p and cast(Projection, tuple(_autocast(t, x) for t in p)) for p in projections]
-    x = _autocast(x, x)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
+        x = _cast(x, dtype)
+        if projections is not None:
+            projections = [p and cast(Projection, tuple(_cast(t, dtype) for t in p)) for p in projections]
     untraced(_check_projections, projections, len(grids), x)
     native = backend.select("icm", x)
     if native is None:
@@ -240,10 +244,9 @@ def _check_icm(
     _check_scalar(beta, "beta", sizes)
 
 
-def _autocast(tensor: _TensorOrNone, like: torch.Tensor) -> _TensorOrNone:
-    """The tensor in the dtype of autocast on the device of `like`. Not for alpha, beta and sums, which keep theirs."""
-    dtype = autocast_dtype(like.device.type)
-    if tensor is None or dtype is None or tensor.dtype == torch.float64:
+def _cast(tensor: _TensorOrNone, dtype: torch.dtype) -> _TensorOrNone:
+    """The tensor in the dtype of autocast. Not for alpha, beta and sums, which keep theirs."""
+    if tensor is None or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
@@ -318,7 +321,8 @@ def _check_projections(projections: Sequence[Projection | None] | None, rounds: 
         raise ValueError(
             f"projections must have one entry for each of the {rounds} grids, got {len(projections)}"
         )
-    channels = x.size(2)
+    channels, dtype, device = x.size(2), x.dtype, x.device
+    shapes = {"Wk": (channels, channels), "bk": (channels,), "Wv": (channels, channels), "bv": (channels,)}
     for t, projection in enumerate(projections):
         if projection is None:
             continue
@@ -326,17 +330,16 @@ def _check_projections(projections: Sequence[Projection | None] | None, rounds: 
             raise ValueError(
                 f"projections[{t}] must be (Wk, bk, Wv, bv) or None, got {len(projection)} entries"
             )
-        for name, tensor in zip(("Wk", "bk", "Wv", "bv"), projection, strict=True):
+        for tensor, (name, shape) in zip(projection, shapes.items(), strict=True):
             if tensor is None and name[0] == "b":
                 continue
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"projections[{t}]: {name} must be a tensor, got {type(tensor).__name__}")
-            shape = [channels, channels] if name[0] == "W" else [channels]
-            if list(tensor.shape) != shape:
+            if tensor.shape != shape:
                 raise ValueError(
-                    f"projections[{t}]: {name} must be {shape} for x's channels, got {list(tensor.shape)}"
+                    f"projections[{t}]: {name} must be {list(shape)} for x's channels, got {list(tensor.shape)}"
                 )
-            if tensor.dtype != x.dtype or tensor.device != x.device:
+            if tensor.dtype != dtype or tensor.device != device:
                 raise ValueError(
                     f"projections[{t}]: {name} must have x's dtype and device, got {_describe(tensor)}"
                 )

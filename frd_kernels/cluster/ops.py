@@ -12,7 +12,7 @@ import torch
 
 from .. import _autograd, _flops, _triton
 from .._numbers import as_ints
-from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_key
+from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_keys
 from .saved import compute_dtype, saved_layout, saved_size
 
 Tensor = torch.Tensor
@@ -186,7 +186,7 @@ def _refuse(op: str) -> Callable[..., Any]:
 
 def _autocast_rule(op: Any, floats: int, device: str) -> Callable[..., Any]:
     """Casts the first `floats` arguments. alpha and beta, which follow, keep the dtype of the sums."""
-    outside_autocast = without_key(autocast_key(device))
+    outside_autocast = without_keys(autocast_key(device))
 
     def cast(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -286,7 +286,10 @@ def _gate(value: float | Tensor, like: Tensor, size: int) -> Tensor:
     dtype = compute_dtype(like.dtype)
     if not isinstance(value, Tensor):
         return torch.full((size,), value, dtype=dtype, device=like.device)
-    return value.to(device=like.device, dtype=dtype).reshape(-1).expand(size)
+    if value.dtype != dtype or value.device != like.device:
+        value = value.to(device=like.device, dtype=dtype)
+    # No view where none is needed: it takes longer than the rest.
+    return value if value.shape == (size,) else value.expand(size)
 
 
 def cluster(

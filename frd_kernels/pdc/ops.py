@@ -23,8 +23,8 @@ def pdc2d_depthwise(
     dtype = autocast_dtype(device)
     if dtype is not None:
         x, weight, bias = cast_operands(x, weight, bias)
-        # The autocast rule that the operator is registered with casts to bfloat16.
-        if dtype != torch.bfloat16:
+        # The autocast rule that the operator is registered with, and that a compiler sees, casts to bfloat16.
+        if dtype != torch.bfloat16 and _autograd.has_observers():
             with torch.autocast(device, enabled=False):
                 return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)
     return _autograd.call(ops.pdc2d_depthwise.default, x, weight, bias, *options)

@@ -35,8 +35,8 @@ def pdc_block(
     dtype = autocast_dtype(device)
     if dtype is not None:
         tensors = cast_operands(*tensors)
-        # The autocast rule that the operator is registered with casts to bfloat16.
-        if dtype != torch.bfloat16:
+        # The autocast rule that the operator is registered with, and that a compiler sees, casts to bfloat16.
+        if dtype != torch.bfloat16 and _autograd.has_observers():
             with torch.autocast(device, enabled=False):
                 return _autograd.call(ops.pdc_block.default, *tensors, *options)
     return _autograd.call(ops.pdc_block.default, *tensors, *options)

@@ -108,8 +108,8 @@ ClusterGradients backward(const Tensor& grad_centres, const Tensor& grad_similar
 
   ClusterRoundGrad<A> g{};
   Tensor workspace = allocate<A>(k, r.batch, [&](Arena<A>& arena) { layout_workspace(r, g, arena); });
-  const Tensor of_centres = in_layout(torch::stable::to(grad_centres, kScalarType<A>));
-  const Tensor of_similarity = in_layout(torch::stable::to(grad_similarity, kScalarType<A>));
+  const Tensor of_centres = in_layout(in_type(grad_centres, kScalarType<A>));
+  const Tensor of_similarity = in_layout(in_type(grad_similarity, kScalarType<A>));
   g.result_grad = {const_cast<A*>(of_centres.const_data_ptr<A>()), r.centres() * r.channels};
   g.similarity_grad = {const_cast<A*>(of_similarity.const_data_ptr<A>()), r.tokens()};
   Tensor grad_k = new_like_tokens(k);

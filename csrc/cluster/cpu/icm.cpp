@@ -58,7 +58,7 @@ struct Icm {
 
   // t, contiguous and in the compute type.
   const A* rows_of(const Tensor& t) {
-    alive.push_back(in_layout(torch::stable::to(t, kScalarType<A>)));
+    alive.push_back(in_layout(in_type(t, kScalarType<A>)));
     return alive.back().template const_data_ptr<A>();
   }
 
@@ -157,10 +157,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const IcmInputs& in) {
   Tensor saved = torch::stable::new_empty(in.x, Sizes{batch, icm.saved_size()}, kScalarType<A>);
   icm.bind(saved, labels);
   Packer<A> packer(in.x, in.x.size(2), 2 * count);
-  std::vector<Tensor> workspaces;
+  const Tensor workspace = allocate<A>(in.x, batch, [&](Arena<A>& arena) {
+    for (ClusterRound<A>& r : icm.rounds) layout_workspace(r, arena);
+  });
   for (int64_t t = 0; t < count; ++t) {
     ClusterRound<A>& r = icm.rounds[t];
-    workspaces.push_back(allocate<A>(in.x, batch, [&](Arena<A>& arena) { layout_workspace(r, arena); }));
     if (!in.projected(t)) continue;
     r.key_packed = packer.add(r.key_weight, true);
     r.value_packed = packer.add(icm.rows_of(in.projections[4 * t + 2]), true);
@@ -217,9 +218,9 @@ class Backward {
     dispatch_ = icm_.dispatch();
     dispatch_.grad = view_of(grad);
     out_.x = new_like_tokens(in.x);
+    allocate_workspaces();
     for (int64_t t = 0; t < count_; ++t) prepare(t);
     dispatch_.gradients = gradients_.data();
-    keep(allocate<A>(in.x, batch_, [&](Arena<A>& arena) { layout_workspace(icm_, dispatch_, arena); }));
     packer_.run();
   }
 
@@ -255,24 +256,41 @@ class Backward {
 
   void keep(const Tensor& t) { alive_.push_back(t); }
 
-  // Arguments and memory of round t.
+  // One block per sample for all rounds and the dispatch, and one for the sums over the batch.
+  void allocate_workspaces() {
+    int64_t groups = 0;
+    for (int64_t t = 0; t < count_; ++t) {
+      gradients_[t].dense = in_.variant == kPaper;
+      gradients_[t].last_centres = icm_.dense.last_centres;
+      gradients_[t].groups = group_count(batch_, icm_.rounds[t].chunks);
+      if (in_.projected(t)) groups += gradients_[t].groups;
+    }
+    keep(allocate<A>(in_.x, batch_, [&](Arena<A>& arena) {
+      for (int64_t t = 0; t < count_; ++t) layout_round(t, arena);
+      layout_workspace(icm_, dispatch_, arena);
+    }));
+    const int64_t channels = in_.x.size(2);
+    keep(torch::stable::new_empty(in_.x, Sizes{groups * channels * (channels + 1)}, kScalarType<A>));
+    next_sums_ = alive_.back().template mutable_data_ptr<A>();
+  }
+
+  void layout_round(int64_t t, Arena<A>& arena) {
+    const ClusterRound<A>& r = icm_.rounds[t];
+    ClusterRoundGrad<A>& g = gradients_[t];
+    layout_workspace(r, g, arena);
+    g.product_grad = arena.take(g.dense && t > 0 ? r.tokens() * g.last_centres : 0);
+    if (!in_.projected(t)) return;
+    g.pooled_packed = arena.take(round_ops(A()).packed_size(r.centres(), r.channels));
+    g.mean_packed = arena.take(round_ops(A()).packed_size(r.centres(), r.channels));
+  }
+
+  // Arguments and results of round t.
   void prepare(int64_t t) {
     ClusterRound<A>& r = icm_.rounds[t];
     ClusterRoundGrad<A>& g = gradients_[t];
-    g.dense = in_.variant == kPaper;
-    g.last_centres = icm_.dense.last_centres;
     g.query = icm_.query[t];
     g.product = icm_.product[t];
     g.dispatch = t == 0 ? &icm_.dense : nullptr;
-    g.groups = group_count(r.batch, r.chunks);
-    keep(allocate<A>(in_.x, batch_, [&](Arena<A>& arena) {
-      layout_workspace(r, g, arena);
-      g.product_grad = arena.take(g.dense && t > 0 ? r.tokens() * g.last_centres : 0);
-      if (in_.projected(t)) {
-        g.pooled_packed = arena.take(round_ops(A()).packed_size(r.centres(), r.channels));
-        g.mean_packed = arena.take(round_ops(A()).packed_size(r.centres(), r.channels));
-      }
-    }));
     if (t == 0) {
       g.keys_grad = view_of(out_.x);
     } else {
@@ -295,10 +313,9 @@ class Backward {
     r.key_packed = packer_.add(r.key_weight, true);
     g.key_packed = packer_.add(r.key_weight, false);
     g.value_packed = packer_.add(icm_.rows_of(in_.projections[4 * t + 2]), false);
-    const int64_t size = r.channels * (r.channels + 1);
-    keep(torch::stable::new_empty(in_.x, Sizes{g.groups * size}, kScalarType<A>));
-    g.key_weight_sums = alive_.back().template mutable_data_ptr<A>();
+    g.key_weight_sums = next_sums_;
     g.key_bias_sums = g.key_weight_sums + g.groups * r.channels * r.channels;
+    next_sums_ = g.key_bias_sums + g.groups * r.channels;
   }
 
   const IcmInputs& in_;
@@ -308,6 +325,7 @@ class Backward {
   Packer<A> packer_;
   IcmDispatch<A> dispatch_;
   std::vector<Tensor> alive_;
+  A* next_sums_ = nullptr;
   Gradients out_;
 };
 

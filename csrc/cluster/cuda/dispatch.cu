@@ -1,4 +1,5 @@
 #include "cluster/cuda/dispatch.cuh"
+#include "core/cuda_device.h"
 
 namespace frd {
 namespace {
@@ -14,9 +15,7 @@ cudaError_t backward(const ClusterDispatchArgs& a, int shared_limit, cudaStream_
   const int64_t elements = 2 * kTileRows + (tile_shared ? tile : 0) + (sums_shared ? sums : 0);
   const int bytes = static_cast<int>(elements * sizeof(A));
   const auto kernel = dispatch_sums_kernel<T>;
-  if (const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-    return error;
+  if (const cudaError_t error = allow_shared_memory(kernel, bytes)) return error;
   FRD_LAUNCH(kernel, dim3(blocks_of(a.batch * a.chunks, 1)), dim3(kTeamThreads), bytes, stream, a,
              tile_shared, sums_shared);
   if (const cudaError_t error = cudaGetLastError()) return error;

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cluster/op.h"
+#include "core/cuda_device.h"
 #include "core/cuda_launch.h"
 #include "core/layout.h"
 
@@ -57,9 +58,8 @@ std::tuple<Tensor, Tensor> dispatch_backward(const Tensor& grad, const Tensor& c
   a.grad = view_of(grad), a.centres_grad = view_of(centres_grad);
   a.similarity_grad = similarity_grad.mutable_data_ptr();
   a.sums = sums.mutable_data_ptr();
-  int device = 0, limit = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int limit = 0;
+  STD_CUDA_CHECK(device_attribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin));
   STD_CUDA_CHECK(cluster_dispatch_backward(a, limit, scope.stream()));
   return {centres_grad, similarity_grad};
 }

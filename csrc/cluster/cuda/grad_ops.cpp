@@ -5,6 +5,7 @@
 #include "cluster/cuda/grad_plan.h"
 #include "cluster/cuda/team.h"
 #include "cluster/op.h"
+#include "core/cuda_device.h"
 #include "core/cuda_launch.h"
 #include "core/layout.h"
 
@@ -26,10 +27,9 @@ cudaError_t launch(const IcmGradArgs& a, cudaStream_t stream) {
 
 // Allocates what the kernels need beyond inputs and outputs, and runs them.
 void run(IcmGradArgs& a, const Tensor& like, cudaStream_t stream) {
-  int device = 0, team = 0, shared_bytes = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
+  int team = 0, shared_bytes = 0;
   STD_CUDA_CHECK(team_blocks(&team));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  STD_CUDA_CHECK(device_attribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin));
   plan_grads(a, team, shared_bytes);
   const ScalarType type = compute_type(like);
   const Tensor workspace = torch::stable::new_empty(like, Sizes{a.batch, a.workspace_stride}, type);
@@ -95,10 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cluster_backward(const Tensor& grad_c
   a.weighted = aggregate == 1;
   a.alpha = alpha.const_data_ptr(), a.beta = beta.const_data_ptr(), a.gates = 1;
   const ScalarType type = compute_type(k);
-  const Tensor of_centres = grad_centres.scalar_type() == k.scalar_type()
-                                ? grad_centres
-                                : in_layout(torch::stable::to(grad_centres, type));
-  const Tensor of_similarity = torch::stable::to(grad_similarity, type);
+  const Tensor of_centres =
+      grad_centres.scalar_type() == k.scalar_type() ? grad_centres : in_layout(in_type(grad_centres, type));
+  const Tensor of_similarity = in_type(grad_similarity, type);
   a.grad = view_of(of_centres);
   a.similarity_grad = of_similarity.const_data_ptr();
   a.similarity_batch = of_similarity.stride(0), a.similarity_token = of_similarity.stride(1);

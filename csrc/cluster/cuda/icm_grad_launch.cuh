@@ -2,6 +2,7 @@
 #pragma once
 #include "cluster/cuda/icm_grad.cuh"
 #include "cluster/cuda/weight_grad.cuh"
+#include "core/cuda_device.h"
 
 namespace frd {
 
@@ -12,9 +13,7 @@ cudaError_t launch_item_grads(const IcmGradArgs& a, cudaStream_t stream) {
   const int shared =
       kGradHeadBytes + static_cast<int>(((a.projected ? kProductScratch : 0) + rows) * sizeof(A));
   const auto kernel = icm_grad_kernel<T, kBlocks>;
-  if (const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
-    return error;
+  if (const cudaError_t error = allow_shared_memory(kernel, shared)) return error;
   const dim3 grid(static_cast<unsigned>(a.batch * kBlocks)), block(kTeamThreads);
   if constexpr (kBlocks == 1)
     FRD_LAUNCH(kernel, grid, block, shared, stream, a);

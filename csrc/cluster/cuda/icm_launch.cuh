@@ -1,16 +1,14 @@
 // Launch of the clustering's kernel, for the source that is compiled per dtype.
 #pragma once
 #include "cluster/cuda/icm.cuh"
+#include "core/cuda_device.h"
 
 namespace frd {
 
 template <class T, int kBlocks>
 cudaError_t launch_icm(const IcmArgs& a, cudaStream_t stream) {
   const auto kernel = icm_kernel<T, kBlocks>;
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, a.plan.shared_bytes))
-    return error;
+  if (const cudaError_t error = allow_shared_memory(kernel, a.plan.shared_bytes)) return error;
   const dim3 grid(static_cast<unsigned>(a.batch * kBlocks)), block(kTeamThreads);
   if constexpr (kBlocks == 1)
     FRD_LAUNCH(kernel, grid, block, a.plan.shared_bytes, stream, a);

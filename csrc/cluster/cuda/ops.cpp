@@ -6,6 +6,7 @@
 
 #include "cluster/cuda/team.h"
 #include "cluster/op.h"
+#include "core/cuda_device.h"
 #include "core/cuda_launch.h"
 #include "core/layout.h"
 
@@ -62,10 +63,9 @@ class Call {
     labels = torch::stable::new_empty(tokens_, Sizes{args_.batch, args_.label_stride}, ScalarType::Int);
     saved = torch::stable::new_empty(tokens_, Sizes{args_.batch, args_.saved_stride}, compute_type(tokens_));
     if (args_.batch == 0) return;
-    int device = 0, team = 0, limit = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
+    int team = 0, limit = 0;
     STD_CUDA_CHECK(team_blocks(&team));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    STD_CUDA_CHECK(device_attribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin));
     args_.plan = plan_icm(args_, team, limit);
     args_.workspace_stride = args_.plan.workspace;
     const Tensor workspace = torch::stable::new_empty(

@@ -1,6 +1,7 @@
 #include "cluster/cuda/team.h"
 
 #include "core/cuda_compat.h"
+#include "core/cuda_device.h"
 
 namespace frd {
 namespace {
@@ -10,11 +11,17 @@ __global__ void compiled_like_the_others() {}
 }  // namespace
 
 cudaError_t team_blocks(int* blocks) {
-  cudaFuncAttributes attributes{};
-  const cudaError_t error =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(compiled_like_the_others));
-  *blocks = attributes.ptxVersion >= 90 ? 8 : 1;
-  return error;
+  static DeviceTable<int> table;
+  return table.visit(0, [&](int, int& known) {
+    cudaFuncAttributes attributes{};
+    cudaError_t error = cudaSuccess;
+    if (known == 0) {
+      error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(compiled_like_the_others));
+      if (error == cudaSuccess) known = attributes.ptxVersion >= 90 ? 8 : 1;
+    }
+    *blocks = known;
+    return error;
+  });
 }
 
 }  // namespace frd

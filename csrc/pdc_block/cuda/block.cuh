@@ -1,6 +1,7 @@
 // The fused block and its launcher: out = relu(stencil(x)) point^T (+ bias) (+ residual). The stencil is the
 // prologue of a matrix product, and its tile of hidden values never leaves shared memory.
 #pragma once
+#include "core/cuda_device.h"
 #include "pdc_block/cuda/load.cuh"
 #include "pdc_block/cuda/product.cuh"
 #include "pdc_block/cuda/stencil.cuh"
@@ -246,9 +247,7 @@ cudaError_t launch_product(const BlockProductArgs& args, const CudaLimits& limit
   const int shared = S::shared_bytes(a.reach, a.point_slots);
   const int outs = block_count(a.out_channels, Tile::kOuts);
   const auto kernel = pdc_block_kernel<T, kChannelsLast, Tile>;
-  if (const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
-    return error;
+  if (const cudaError_t error = allow_shared_memory(kernel, shared)) return error;
   const int resident = limits.multiprocessors * Tile::kBlocks / outs;
   const int columns = a.tiles < resident ? a.tiles : resident < 1 ? 1 : resident;
   FRD_LAUNCH(kernel, dim3(columns, outs), dim3(S::kThreads), shared, stream, a);

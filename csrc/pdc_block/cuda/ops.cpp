@@ -5,6 +5,7 @@
 #include <array>
 #include <tuple>
 
+#include "core/cuda_device.h"
 #include "core/cuda_launch.h"
 #include "core/layout.h"
 #include "pdc_block/op.h"
@@ -16,13 +17,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 CudaLimits limits_of_device() {
   CudaLimits limits{};
-  int device = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(device_attribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount));
+  STD_CUDA_CHECK(device_attribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin));
   STD_CUDA_CHECK(
-      cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_per_multiprocessor,
-                                        cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+      device_attribute(&limits.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor));
   return limits;
 }
 

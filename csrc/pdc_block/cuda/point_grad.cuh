@@ -2,6 +2,7 @@
 // of grad, and its launcher. The sum is cut into parts that depend on the shapes alone; a second kernel adds
 // them in order.
 #pragma once
+#include "core/cuda_device.h"
 #include "pdc_block/cuda/load.cuh"
 #include "pdc_block/cuda/product.cuh"
 
@@ -217,10 +218,7 @@ cudaError_t launch_point_grad(const PointGradArgs& args, cudaStream_t stream) {
   a.vectorized_hidden = aligned(a.hidden, 16) && (kChannelsLast ? a.channels : a.plane) * kSize % 16 == 0;
   a.vectorized_partial = a.channels % 8 == 0 && a.out_channels % 4 == 0 && aligned(a.partial, 16);
   const auto kernel = point_grad_kernel<T, kChannelsLast, Tile>;
-  if (const cudaError_t error =
-          cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, S::kSharedBytes))
-    return error;
+  if (const cudaError_t error = allow_shared_memory(kernel, S::kSharedBytes)) return error;
   const dim3 grid(a.parts, block_count(a.out_channels, Tile::kM), block_count(a.channels, Tile::kN));
   FRD_LAUNCH(kernel, grid, dim3(S::kThreads), S::kSharedBytes, stream, a);
   if (const cudaError_t error = cudaGetLastError()) return error;
