@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import stat
+import struct
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image, ImageFile
 
@@ -17,6 +18,9 @@ PathLike = str | os.PathLike[str]
 # Not photos, though Pillow opens them: a page description that Ghostscript would have to run, and a video's header.
 _NO_PHOTOS = {"EPS", "MPEG"}
 _HEIF_EXTENSIONS = (".heic", ".heif", ".hif", ".heics", ".heifs")
+# Pillow makes an object of each strip or tile of a TIFF when it opens the file.
+MAX_STRIPS = 1 << 20
+_STRIP_TAGS = {273, 279, 324, 325}
 
 
 class ImageError(ValueError):
@@ -243,3 +247,26 @@ def _skip_reason(entry: Path) -> str | None:
 def _identity(folder: PathLike) -> tuple[int, int]:
     info = os.stat(folder)
     return info.st_dev, info.st_ino
+
+
+def check_strips(path: PathLike, file: BinaryIO) -> None:
+    """ImageError for a TIFF of more strips or tiles than any photo has; other files pass. The position is kept."""
+    head = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    if order and len(head) == 16 and struct.unpack(f"{order}H", head[2:4])[0] in (42, 43):
+        big = struct.unpack(f"{order}H", head[2:4])[0] == 43
+        start, count, entry = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")
+        size = struct.calcsize(f"{order}{entry}")
+        file.seek(struct.unpack_from(f"{order}{start}", head, 8 if big else 4)[0])
+        length = file.read(struct.calcsize(f"{order}{count}"))
+        entries = b""
+        if len(length) == struct.calcsize(f"{order}{count}"):
+            entries = file.read(size * min(65535, struct.unpack(f"{order}{count}", length)[0]))
+        for tag, _, number, _ in struct.iter_unpack(
+            f"{order}{entry}", entries[: len(entries) // size * size]
+        ):
+            if tag in _STRIP_TAGS and number > MAX_STRIPS:
+                raise ImageError(
+                    f"image {os.fspath(path)!r} must have at most {MAX_STRIPS} strips, got {number}"
+                )
+    file.seek(0)

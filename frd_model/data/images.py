@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import stat
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -20,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from frd_model.results import COLOUR_MAPS
 
-from .files import ImageError, PathLike, photo_formats
+from .files import ImageError, PathLike, check_strips, photo_formats
 from .files import find_images as find_images
 from .masks import MaskError, marked_pixels, widen
 from .png import write_bands
@@ -31,9 +30,6 @@ T = TypeVar("T", bound=np.generic)
 MAX_PIXELS = 120_000_000
 # As many as 120 megapixels of four 16-bit samples take uncompressed, and metadata.
 MAX_BYTES = 1 << 30
-# Pillow makes an object of each strip or tile of a TIFF when it opens the file.
-MAX_STRIPS = 1 << 20
-_STRIP_TAGS = {273, 279, 324, 325}
 
 
 def read_image(
@@ -107,7 +103,7 @@ def open_image(
                 file = stack.enter_context(open(path, "rb"))
             else:
                 file = io.BytesIO(data) if isinstance(data, bytes) else data
-            _check_strips(path, file)
+            check_strips(path, file)
             image = stack.enter_context(Image.open(file, formats=photo_formats()))
             _check_size(path, image.size, max_pixels)
             yield image
@@ -125,29 +121,6 @@ def open_image(
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"image {name!r} must be a complete image, got: {reason}") from None
-
-
-def _check_strips(path: PathLike, file: BinaryIO) -> None:
-    """ImageError for a TIFF of more strips or tiles than any photo has; other files pass. The position is kept."""
-    head = file.read(16)
-    order = {b"II": "<", b"MM": ">"}.get(head[:2])
-    if order and len(head) == 16 and struct.unpack(f"{order}H", head[2:4])[0] in (42, 43):
-        big = struct.unpack(f"{order}H", head[2:4])[0] == 43
-        start, count, entry = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")
-        size = struct.calcsize(f"{order}{entry}")
-        file.seek(struct.unpack_from(f"{order}{start}", head, 8 if big else 4)[0])
-        length = file.read(struct.calcsize(f"{order}{count}"))
-        entries = b""
-        if len(length) == struct.calcsize(f"{order}{count}"):
-            entries = file.read(size * min(65535, struct.unpack(f"{order}{count}", length)[0]))
-        for tag, _, number, _ in struct.iter_unpack(
-            f"{order}{entry}", entries[: len(entries) // size * size]
-        ):
-            if tag in _STRIP_TAGS and number > MAX_STRIPS:
-                raise ImageError(
-                    f"image {os.fspath(path)!r} must have at most {MAX_STRIPS} strips, got {number}"
-                )
-    file.seek(0)
 
 
 def _check_size(path: PathLike, size: tuple[int, int], max_pixels: int) -> None:
