@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from frd_model.data.dataset import PairDataset
-from frd_model.data.files import PathLike, describe_skipped, name_bytes
+from frd_model.data.files import PathLike, describe_skipped, name_bytes, scan_images
 from frd_model.data.forge import Forger
 from frd_model.data.forge_options import KINDS
 from frd_model.data.forged_folder import kind_of
+from frd_model.data.pairing import Pair
 from frd_model.data.photos import sample_files, sample_photos
 from frd_model.output import one_line
 
@@ -90,6 +91,16 @@ def _forge(photos: dict[str, npt.NDArray[np.uint8]], repeats: int, seed: int) ->
 def labelled_pairs(data: PairDataset, label: str) -> Source:
     notes = describe_skipped(data.skipped), data.inverted_masks()
     return Source(_read(data), len(data), str(label), *notes, _digest(data))
+
+
+def untouched_photos(folder: Path) -> Source:
+    """The photos of a folder, with nothing edited. ValueError if it holds none."""
+    found = scan_images(folder)
+    if not found.images:
+        raise ValueError(f"{folder}: must hold photos, got none")
+    data = PairDataset([Pair(file, None) for file in found.images])
+    data.skipped = found.skipped
+    return labelled_pairs(data, str(folder))
 
 
 def _digest(data: PairDataset) -> str:

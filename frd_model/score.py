@@ -71,7 +71,7 @@ class ScoreRule:
         offset: see above.
         pixel_threshold: the probability above which a pixel counts as edited, unless another one is asked for.
         thresholds: of the score, by the rate of false alarms "0.01", "0.05", "0.10": at most so large a share of the
-            untouched validation photos scores above it.
+            untouched calibration photos scores above it.
         validation: figures of the photos that the rule was made from, see `fit_rule`.
     """
 
@@ -93,7 +93,7 @@ class ScoreRule:
         """The verdict on a score, and the false-alarm rate of the threshold that decided.
 
         "edited": above the threshold of 0.01. "unclear": above that of 0.05 or 0.10, whichever is given as the rate.
-        "no trace found": not above that of 0.10, which is given; 90 % of the untouched validation photos score as low.
+        "no trace found": not above that of 0.10, which is given; 90 % of the untouched calibration photos score as low.
         """
         passed = next((rate for rate in TARGETS if score > self.thresholds[rate]), None)
         if passed is None:
@@ -109,12 +109,12 @@ class ScoreRule:
         if verdict != NO_TRACE:
             untouched = self.validation.get("untouched")
             if untouched is not None and not allowed_alarms(untouched, rate):
-                return f"none of the {untouched} untouched validation photos scores as high"
-            return f"1 in {round(1 / rate)} untouched validation photos scores as high"
+                return f"none of the {untouched} untouched calibration photos scores as high"
+            return f"1 in {round(1 / rate)} untouched calibration photos scores as high"
         as_low = 1.0 - self.validation.get("false_alarms", {}).get("0.10", rate)
         found = self.validation.get("found", {}).get("0.10")
         edited = "" if found is None else f" and {round(100 * (1 - found))} in 100 edited"
-        return f"{round(100 * as_low)} in 100 untouched{edited} validation photos score as low"
+        return f"{round(100 * as_low)} in 100 untouched{edited} calibration photos score as low"
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as JSON values."""

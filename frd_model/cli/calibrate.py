@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
+    parser.add_argument(
+        "--untouched",
+        type=path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of more photos that nobody edited: thresholds hold the better, the more different ones there are",
+    )
     add_checkpoint_argument(parser)
     parser.add_argument(
         "--out",
@@ -64,11 +72,12 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, print the figures, write the checkpoint. Status 1 if a photo or an output could not be used."""
     from frd_model.calibrate import calibrate
     from frd_model.data.images import write_json
-    from frd_model.labelled import labelled_pairs
+    from frd_model.labelled import labelled_pairs, untouched_photos
     from frd_model.weights import save_with_rule
 
     _check(args)
     sources = [labelled_pairs(data, name) for name, data in open_data_arguments(args).items()]
+    sources += [untouched_photos(folder) for folder in args.untouched]
     for source in sources:
         if source.skipped:
             say(f"frd calibrate: skipped {source.skipped}", sys.stderr)

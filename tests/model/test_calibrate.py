@@ -548,6 +548,26 @@ def test_what_bfloat16_changes_is_stated_and_lets_auto_use_it(
     assert prepare(net).precision == "bf16" and prepare(load_model(plain)).precision == "float32"
 
 
+def test_more_untouched_photos_move_the_thresholds(forged: Path, plain: Path, tmp_path: Path) -> None:
+    data = ["--images", forged / "images", "--masks", forged / "masks"]
+    one, other, more = (tmp_path / name for name in ("one.safetensors", "other.safetensors", "more"))
+    assert run("calibrate", *data, "--checkpoint", plain, "--out", one, "--statistic", "max") == 0
+    forge_folder({"host9": photo(96, 96, seed=9), "host8": photo(96, 96, seed=8)}, more, 6, authentic=1.0)
+    untouched = ["--untouched", more / "images", "--statistic", "max", "--json-out", tmp_path / "found.json"]
+    assert run("calibrate", *data, *untouched, "--checkpoint", plain, "--out", other) == 0
+    rows = json.loads((tmp_path / "found.json").read_text())["photos"]
+    assert [row["host"] for row in rows[-6:]] == [
+        item["host"] for item in json.loads((more / "manifest.json").read_text())["items"]
+    ]
+    assert all(row["edited"] == 0 for row in rows[-6:])
+    before, after = load_model(one).score_rule, load_model(other).score_rule
+    assert before is not None and after is not None
+    assert after.validation["untouched"] == before.validation["untouched"] + 6
+    highest = max(row["statistics"]["max"] for row in rows if row["edited"] == 0)
+    assert after.thresholds["0.01"] == after.score(highest)
+    assert run("calibrate", *data, "--untouched", tmp_path / "none", "--out", tmp_path / "x.safetensors") == 1
+
+
 def test_calibrate_a_state_dict(forged: Path, tmp_path: Path) -> None:
     """A file of another kind is written as save_model writes it."""
     net = tiny()
@@ -663,7 +683,7 @@ def test_predict_prints_a_verdict_and_obeys_raw(
     line = capsys.readouterr().out.splitlines()[0]
     assert line.split()[:2] == ["photo", "50x40"] and quiet.explain(quiet.score(0.0)) in line
     assert (
-        "no trace found (score 0.12; 90 in 100 untouched validation photos score as low)  marked   0.0 %"
+        "no trace found (score 0.12; 90 in 100 untouched calibration photos score as low)  marked   0.0 %"
         in line
     )
     record = json.loads((tmp_path / "out" / "photo.json").read_text())

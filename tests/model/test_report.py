@@ -95,7 +95,7 @@ def test_page_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ]
     assert names == ["high", "large", "low"], "by score"
     assert "edited" in page.rows[1] and "no trace found" in page.rows[3] and "10.0 %" not in page.rows[3]
-    assert "12.5 %" in page.rows[1] and "in 100 untouched validation photos" in page.rows[1]
+    assert "12.5 %" in page.rows[1] and "in 100 untouched calibration photos" in page.rows[1]
     thumbnails, maps = page.images()[::2], page.images()[1::2]
     assert [t.shape for t in thumbnails] == [(40, 50, 3), (10, 320, 3), (40, 50, 3)]
     want = _level(predict(photo(255), Net(None)).probability)

@@ -335,20 +335,20 @@ def test_verdicts_at_their_edges(score: float, verdict: str, rate: float) -> Non
 def test_verdicts_in_words() -> None:
     validation = {"untouched": 240, "false_alarms": {"0.10": 0.1}, "found": {"0.10": 0.62}}
     told = rule(validation=validation)
-    assert told.explain(0.97) == "edited (score 0.97; 1 in 100 untouched validation photos scores as high)"
-    assert told.explain(0.8) == "unclear (score 0.80; 1 in 20 untouched validation photos scores as high)"
-    assert told.explain(0.65) == "unclear (score 0.65; 1 in 10 untouched validation photos scores as high)"
+    assert told.explain(0.97) == "edited (score 0.97; 1 in 100 untouched calibration photos scores as high)"
+    assert told.explain(0.8) == "unclear (score 0.80; 1 in 20 untouched calibration photos scores as high)"
+    assert told.explain(0.65) == "unclear (score 0.65; 1 in 10 untouched calibration photos scores as high)"
     assert told.explain(0.2) == (
-        "no trace found (score 0.20; 90 in 100 untouched and 38 in 100 edited validation photos score as low)"
+        "no trace found (score 0.20; 90 in 100 untouched and 38 in 100 edited calibration photos score as low)"
     )
     few = rule(validation={"untouched": 40})
     assert (
-        few.explain(0.97) == "edited (score 0.97; none of the 40 untouched validation photos scores as high)"
+        few.explain(0.97) == "edited (score 0.97; none of the 40 untouched calibration photos scores as high)"
     )
     assert few.explain(0.8) == told.explain(0.8)
     assert (
         rule().explain(0.1)
-        == "no trace found (score 0.10; 90 in 100 untouched validation photos score as low)"
+        == "no trace found (score 0.10; 90 in 100 untouched calibration photos score as low)"
     )
 
 
