@@ -239,16 +239,14 @@ def _open_pt2(file: Path) -> Opened:
         with zipfile.ZipFile(file) as archive:
             compiled = any("/aotinductor/" in name for name in archive.namelist())
         network, text = _load_compiled(file) if compiled else _load_program(file)
+        header = dict(json.loads(text or "{}"))
     # torch raises errors of any type for files that it cannot read.
     except Exception as error:
         raise ValueError(
             f"{file}: torch {torch.__version__} does not load it: {first_line(error)}"
         ) from error
-    if not text:
-        raise ValueError(
-            f"{file}: holds no {HEADER}, so that its shapes are not known: no file of `frd export`"
-        )
-    header = json.loads(text)
+    if not {"shape", "outputs", "least"} <= header.keys():
+        raise ValueError(f"{file}: holds no {HEADER} with its shapes: no file of `frd export`")
 
     def run(images: Tensor) -> list[Tensor]:
         with torch.no_grad():

@@ -43,7 +43,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "frd_model.cli.complexity",
         "parameters, multiply-accumulates, memory and time of a net, as in the paper's Table 2",
     ),
-    "export": ("frd_model.cli.export", "write a checkpoint as ONNX, run it and compare"),
+    "export": (
+        "frd_model.cli.export",
+        "write a checkpoint as ONNX, OpenVINO or a program of torch, run it and compare",
+    ),
     "forge": ("frd_model.cli.forge", "make forged images with masks from authentic photos"),
     "data": ("frd_model.cli.data", "check data sets before a training run, and convert them"),
 }

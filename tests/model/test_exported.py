@@ -295,6 +295,11 @@ def test_bad_files_and_arguments(
         (tmp_path / name).with_suffix(".bin").touch()
         with pytest.raises(ValueError, match="does not load it"):
             load_exported(tmp_path / name)
+    torch.export.save(
+        torch.export.export(Red().eval(), (torch.randn(1, 3, 64, 64),)), tmp_path / "foreign.pt2"
+    )
+    with pytest.raises(ValueError, match="no file of `frd export`"):
+        load_exported(tmp_path / "foreign.pt2")
     with pytest.raises(ValueError, match="must be a local one"):
         load_exported("hf://owner/name/net.pt2")
     with pytest.raises(ValueError, match=r"must end in \.onnx, \.xml, \.pt2"):
