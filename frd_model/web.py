@@ -156,7 +156,7 @@ class Service:
         with self._writing, tempfile.TemporaryDirectory(dir=self.folder) as folder:
             job = Job(Path(result.photo.name), result.photo.stem)
             settings = {
-                "size_policy": "auto",
+                **self.settings,
                 **({"raw": True} if raw else {}),
                 "provenance": result.provenance,
             }

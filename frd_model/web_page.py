@@ -40,9 +40,9 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 _ROUTES = re.compile(
     r"(GET|HEAD) /(config|theme\.css|favicon\.ico|manifest\.json|(assets|static|svelte)/.*|result/[\w-]+\.zip|"
-    r"gradio_api/(startup-events|queue/data|upload_progress|heartbeat/\w+|file=(?!https?:).*))?"
+    r"gradio_api/(startup-events|queue/data|upload_progress|heartbeat/\w+|file=(?!(?i:https?):).*))?"
     r"|POST /gradio_api/(upload|queue/join|cancel|reset)",
-    re.IGNORECASE | re.DOTALL,
+    re.DOTALL,
 )
 _HEADERS = {
     "content-security-policy": "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from frd_model.config import ENGINES, NAME_PREFIX, PRECISIONS, PRESETS
 
@@ -165,6 +165,12 @@ def prepared(checkpoint: Checkpoint, args: argparse.Namespace, photos: int = 1) 
         notify=lambda text: say(f"frd {args.command}: {text}", sys.stderr),
     )
     return Checkpoint(model, checkpoint.label)
+
+
+def runs_in(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a record says of a prepared checkpoint: the engine, and the precision where it is not float32."""
+    engine, precision = checkpoint.model.engine, checkpoint.model.precision
+    return {"engine": engine} | ({} if precision == "float32" else {"precision": precision})
 
 
 class UsageError(ValueError):

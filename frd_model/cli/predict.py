@@ -26,6 +26,7 @@ from .arguments import (
     open_checkpoint,
     path,
     prepared,
+    runs_in,
 )
 from .predict_jobs import (
     STANDARD_INPUT,
@@ -195,9 +196,9 @@ def _check(args: argparse.Namespace, part: Shard | None) -> None:
 def _collect(args: argparse.Namespace) -> Collected:
     from frd_model.data.files import describe_skipped
 
-    names = [*args.paths, *([] if args.from_file is None else listed_names(args.from_file))]
-    files = [name for name in names if name != STANDARD_INPUT]
-    found = collect(files, args.out, args.recursive, standard_input=len(files) < len(names))
+    listed = [] if args.from_file is None else listed_names(args.from_file)
+    files = [*(name for name in args.paths if name != STANDARD_INPUT), *listed]
+    found = collect(files, args.out, args.recursive, standard_input=STANDARD_INPUT in args.paths)
     for name, reason in found.failed:
         _complain(name, reason, as_json=args.json)
     if found.skipped:
@@ -265,7 +266,7 @@ def _records(
                 raise result
             assert content is not None
             begin(job, args.out)
-            settings = {**_settings(args), **_runs_in(checkpoint), "provenance": content.provenance}
+            settings = {**_settings(args), **runs_in(checkpoint), "provenance": content.provenance}
             return save_prediction(
                 args.out, job, content.pixels, result, checkpoint.label, settings, args.save, args.colour_map
             )
@@ -365,14 +366,8 @@ def _all_settings(args: argparse.Namespace, checkpoint: Checkpoint) -> dict[str,
         "checkpoint": checkpoint.label,
         **_settings(args),
         # Engines differ by rounding alone, and a photo more or less may change which one is the default.
-        **{name: value for name, value in _runs_in(checkpoint).items() if name == "precision"},
+        **{name: value for name, value in runs_in(checkpoint).items() if name == "precision"},
     }
-
-
-def _runs_in(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The engine, and the precision where it is not float32."""
-    engine, precision = checkpoint.model.engine, checkpoint.model.precision
-    return {"engine": engine} | ({} if precision == "float32" else {"precision": precision})
 
 
 def _report(record: dict[str, Any], *, as_json: bool) -> None:

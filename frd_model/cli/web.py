@@ -13,7 +13,14 @@ from pathlib import Path
 
 from frd_model.output import say
 
-from .arguments import add_checkpoint_argument, add_engine_arguments, at_least, open_checkpoint, prepared
+from .arguments import (
+    add_checkpoint_argument,
+    add_engine_arguments,
+    at_least,
+    open_checkpoint,
+    prepared,
+    runs_in,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +60,13 @@ def run(args: argparse.Namespace) -> int:
         _listen(args.host, args.port) as sock,
         tempfile.TemporaryDirectory(prefix="frd-web-", ignore_cleanup_errors=True) as folder,
     ):
-        opened = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset)
-        checkpoint = prepared(opened, args)
+        # Not kept: the prepared network is a copy.
+        checkpoint = prepared(
+            open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset), args
+        )
         # The name of a file alone: folders of this machine are not shown.
         label = Path(checkpoint.label).name if os.path.exists(checkpoint.label) else checkpoint.label
-        runs_in = {"engine": checkpoint.model.engine, "precision": checkpoint.model.precision}
-        service = Service(checkpoint.model, label, Path(folder), limits, runs_in)
+        service = Service(checkpoint.model, label, Path(folder), limits, runs_in(checkpoint))
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"http://{host}:{sock.getsockname()[1]} (Ctrl+C ends it)")
         if args.host not in LOCAL:

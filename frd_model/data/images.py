@@ -178,11 +178,11 @@ def check_readable(path: PathLike) -> None:
 
 
 def _describe(path: PathLike, data: bytes | BinaryIO | None) -> str:
-    if isinstance(data, bytes):
-        return f"{len(data)} bytes that start with {data[:8]!r}"
-    with open(path, "rb") as file:
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    with open(path, "rb") if source is None else contextlib.nullcontext(source) as file:
+        file.seek(0)
         head = file.read(8)
-    return f"{os.path.getsize(path)} bytes that start with {head!r}"
+        return f"{file.seek(0, io.SEEK_END)} bytes that start with {head!r}"
 
 
 def _upright(image: Image.Image) -> Image.Image:

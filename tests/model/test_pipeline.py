@@ -205,9 +205,17 @@ def test_standard_input(
     give(data)
     assert run(tmp_path / "stdin.png", "-", "--out", tmp_path / "two") == 0
     assert len(list((tmp_path / "two").glob("*.json"))) == 2, "a file of that name keeps its results"
-    give(data[:100])
-    assert run("-", "--out", tmp_path / "out", "--overwrite") == 1
-    assert "image '-' must be a complete image" in capsys.readouterr().err
+    for bad, words in (
+        (data[:100], "must be a complete image"),
+        (b"no image", "got 8 bytes that start with"),
+    ):
+        give(bad)
+        assert run("-", "--out", tmp_path / "out", "--overwrite") == 1
+        error = capsys.readouterr().err
+        assert "image '-' must be" in error and words in error
+    (tmp_path / "list").write_text("-\n")
+    assert run("--from-file", tmp_path / "list", "--out", tmp_path / "out", "--overwrite") == 1
+    assert "No such file" in capsys.readouterr().err, "in a list it is the name of a file"
     for given in (["--from-file", "-"], ["--shard", "1/2"], ["--skip-existing"]):
         assert run("-", "--out", tmp_path / "out", *given) == 2
         error = capsys.readouterr().err

@@ -129,7 +129,7 @@ def serving(folder: Path, net: nn.Module, limits: Limits = LIMITS) -> Iterator[h
 
     from frd_model import web_page
 
-    service = Service(net, "net", folder, limits)
+    service = Service(net, "net", folder, limits, {"engine": "torch"})
     with socket.create_server(("127.0.0.1", 0)) as sock:
         server = uvicorn.Server(uvicorn.Config(web_page.make_app(service, "127.0.0.1"), log_level="critical"))
         thread = threading.Thread(target=server.run, args=([sock],))
@@ -182,6 +182,7 @@ def test_a_photo_is_shown_and_downloaded_as_predicted(page: Page) -> None:
     assert record["threshold"] == 0.2 and record["path"] == "holiday.png" and record["checkpoint"] == "net"
     assert record["score"] == round(found.score, 6) and record["edited_fraction"] == low.mask.mean()
     assert record["provenance"]["format"] == "PNG"
+    assert (record["engine"], record["size_policy"], record["tile"]) == ("torch", "auto", 512)
     mask = cv2.imdecode(np.frombuffer(files.read("holiday_mask.png"), np.uint8), cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(mask > 0, low.mask)
     values = cv2.imdecode(np.frombuffer(files.read("holiday_map.png"), np.uint8), cv2.IMREAD_UNCHANGED)
