@@ -172,8 +172,9 @@ def format_of(path: Path, to: str | None = None) -> str:
     if to is not None:
         if to not in FORMATS:
             raise ValueError(f"to: must be one of {', '.join(FORMATS)}, got {to!r}")
-        # Other programs open an ONNX file of any name.
-        if to != "onnx" and path.suffix.lower() != FORMATS[to]:
+        ending = path.suffix.lower()
+        # Other programs open an ONNX file of any name, but ours go by the ending.
+        if ending != FORMATS[to] and (to != "onnx" or ending in FORMATS.values()):
             raise ValueError(f"path: a file of {to} must end in {FORMATS[to]}, got {str(path)!r}")
         return to
     found = [name for name, ending in FORMATS.items() if ending == path.suffix.lower()]

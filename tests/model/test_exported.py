@@ -208,6 +208,7 @@ def test_frd_export_to_other_formats(
         (["--out", "net.onnx", "--max-error", "0.1"], "goes with --int8"),
         (["--out", "net.pth"], "to: must be onnx or openvino or torch-export or aoti"),
         (["--out", "net.onnx", "--to", "openvino"], "must end in .xml"),
+        (["--out", "net.xml", "--to", "onnx"], "must end in .onnx"),
         (["--out", "net.xml", "--opset", "18"], "opset: goes with ONNX"),
     ],
     ids=str,
