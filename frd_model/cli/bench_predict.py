@@ -34,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engines",
         type=_engines,
-        default=ENGINES[1:],
         metavar="NAMES",
-        help=f"separated by commas (default {','.join(ENGINES[1:])})",
+        help=f"of {','.join(ENGINES[1:])} (default: those that run on the device)",
     )
     parser.add_argument("--repeats", type=at_least(1), default=15, help="timed calls of each (default 15)")
     parser.add_argument("--threads", type=at_least(1), help="CPU threads (default: torch's)")
@@ -56,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare, check, time, print. Status 1 if an engine that is installed failed or computes something else."""
     import torch
 
+    from frd_model.engines import IN_TORCH
     from frd_model.eval_view import device_of
 
     if args.json_out is not None:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset).model
     images = _images(args.batch, args.size).to(device_of(model))
     rows = [_row(AS_LOADED, "float32", model, model, images)]
-    for engine in args.engines:
+    for engine in args.engines or (ENGINES[1:] if images.device.type == "cpu" else IN_TORCH):
         rows += [_candidate(model, engine, precision, images) for precision in PRECISIONS[1:]]
     right = [row for row in rows if "net" in row]
     for row, times in zip(right, _times([row["net"] for row in right], images, args.repeats), strict=True):
