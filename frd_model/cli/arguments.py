@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frd_model.config import ENGINES, NAME_PREFIX, PRECISIONS, PRESETS
+from frd_model.output import check_output_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,6 +176,18 @@ def runs_in(checkpoint: Checkpoint) -> dict[str, Any]:
 
 class UsageError(ValueError):
     """Arguments that do not fit together."""
+
+
+def check_output_files(files: dict[str, Path | None], *, overwrite: bool) -> None:
+    """`check_output_file` of each flag's file, where one is given; UsageError if two flags name one file."""
+    seen: dict[str, str] = {}
+    for flag, file in files.items():
+        if file is None:
+            continue
+        other = seen.setdefault(os.path.realpath(file), flag)
+        if other != flag:
+            raise UsageError(f"{other} and {flag} must be two files, got {str(file)!r} twice")
+        check_output_file(flag, file, overwrite=overwrite)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse._MutuallyExclusiveGroup:

@@ -6,13 +6,14 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from frd_model.output import check_output_file, one_line, say
+from frd_model.output import one_line, say
 
 from .arguments import (
     UsageError,
     add_checkpoint_argument,
     add_data_arguments,
     at_least,
+    check_output_files,
     open_checkpoint,
     open_data_arguments,
     path,
@@ -136,11 +137,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--statistic must be auto or one of {names}, got {args.statistic!r}")
     if args.out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors, got {str(args.out)!r}")
-    check_output_file("--out", args.out, overwrite=args.overwrite)
-    if args.json_out is not None:
-        if args.json_out.resolve() == args.out.resolve():
-            raise UsageError(f"--out and --json-out must be two files, got {str(args.out)!r} twice")
-        check_output_file("--json-out", args.json_out, overwrite=args.overwrite)
+    check_output_files({"--out": args.out, "--json-out": args.json_out}, overwrite=args.overwrite)
 
 
 def _samples(sources: list[Source]) -> Iterator[Labelled | Unusable]:

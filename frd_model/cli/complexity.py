@@ -9,9 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from frd_model.config import BASELINE_PREFIX, NAME_PREFIX, PRESETS
-from frd_model.output import check_output_file
 
-from .arguments import UsageError, at_least, path
+from .arguments import UsageError, at_least, check_output_files, path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,10 +57,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    for flag in ("markdown", "json_out"):
-        file = getattr(args, flag)
-        if file is not None:
-            check_output_file(f"--{flag.replace('_', '-')}", file, overwrite=args.overwrite)
+    check_output_files({"--markdown": args.markdown, "--json-out": args.json_out}, overwrite=args.overwrite)
     name, model = _net(args)
 
     from frd_model.complexity import measure, table2

@@ -7,13 +7,12 @@ import math
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frd_model.config import PRESETS
 from frd_model.data.photos import SPLITS
 from frd_model.evaluate_presets import EVAL_PRESETS, eval_preset
-from frd_model.output import check_output_file, one_line, say
+from frd_model.output import one_line, say
 from frd_model.tiling import POLICIES
 
 from .arguments import (
@@ -23,6 +22,7 @@ from .arguments import (
     add_engine_arguments,
     add_photos_dir,
     at_least,
+    check_output_files,
     fraction,
     open_checkpoint,
     open_data_arguments,
@@ -255,15 +255,8 @@ def _say_about(maps: dict[str, SavedMaps], summaries: list[dict[str, Any]]) -> N
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """What would fail, or destroy something, after hours of work."""
-    seen: dict[Path, str] = {}
-    for flag, name in _OUTPUTS.items():
-        file = getattr(args, name)
-        if file is None:
-            continue
-        other = seen.setdefault(file.resolve(), flag)
-        if other != flag:
-            raise UsageError(f"{other} and {flag} must be two files, got {str(file)!r} twice")
-        check_output_file(flag, file, overwrite=args.overwrite)
+    files = {flag: getattr(args, name) for flag, name in _OUTPUTS.items()}
+    check_output_files(files, overwrite=args.overwrite)
 
 
 def _write_outputs(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from frd_model.output import check_output_file, check_output_folder, one_line, say
+from frd_model.output import check_output_folder, one_line, say
 from frd_model.results import COLOUR_MAPS, DEFAULT_KINDS, KINDS, Job, save_prediction
 from frd_model.tiling import OVERLAP, POLICIES, TILE
 
@@ -22,6 +22,7 @@ from .arguments import (
     add_checkpoint_argument,
     add_engine_arguments,
     at_least,
+    check_output_files,
     fraction,
     open_checkpoint,
     path,
@@ -188,9 +189,8 @@ def _check(args: argparse.Namespace, part: Shard | None) -> None:
             "--shard, with --skip-existing"
         )
     check_output_folder("--out", args.out)
-    for flag, file in (("--csv", args.csv), ("--report", args.report)):
-        if file is not None:
-            check_output_file(flag, file, overwrite=args.overwrite or args.skip_existing)
+    files = {"--csv": args.csv, "--report": args.report}
+    check_output_files(files, overwrite=args.overwrite or args.skip_existing)
 
 
 def _collect(args: argparse.Namespace) -> Collected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import hashlib
 import json
@@ -74,6 +75,9 @@ def listed_names(file: str) -> list[str]:
         data = sys.stdin.buffer.read() if file == "-" else path(file).read_bytes()
     except OSError as error:
         raise ValueError(f"--from-file must be a readable list, got {file!r}: {error.strerror}") from None
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        # As Windows PowerShell writes a list.
+        data = data.decode("utf-16", "surrogatepass").encode(errors="surrogatepass")
     if b"\0" in data:
         lines = data.split(b"\0")
     else:
@@ -154,15 +158,24 @@ def remove(job: Job, out: Path) -> None:
 
 
 def refuse_to_destroy(jobs: list[Job], out: Path, files: dict[str, Path | None]) -> None:
-    """ValueError if a result, or one of the `files` that the flags name, would replace a photo of this run."""
+    """ValueError if a result, or one of the `files` that the flags name, would replace a photo of this run, or one the
+    other.
+    """
     photos = {os.path.realpath(job.path) for job in jobs if not job.standard_input}
-    for flag, file in files.items():
-        if file is not None and os.path.realpath(file) in photos:
-            raise ValueError(f"{flag} must be a file of its own, got the photo {str(file)!r}")
+    flags = {os.path.realpath(file): flag for flag, file in files.items() if file is not None}
+    for real in flags.keys() & photos:
+        raise ValueError(
+            f"{flags[real]} must be a file of its own, got the photo {str(files[flags[real]])!r}"
+        )
     for file in (file for job in jobs for file in files_of(out, job.name)):
-        if os.path.realpath(file) in photos:
+        real = os.path.realpath(file)
+        if real in photos:
             raise ValueError(
                 f"--out must be another directory: a result would replace the photo {str(file)!r}"
+            )
+        if real in flags:
+            raise ValueError(
+                f"{flags[real]} must be a file of its own, got {str(file)!r}, the name of a photo's result"
             )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from frd_model import predict as predict_function
 from frd_model.cli import main
 from frd_model.cli.arguments import Checkpoint, path
-from frd_model.cli.predict_jobs import name_jobs
+from frd_model.cli.predict_jobs import listed_names, name_jobs
 from frd_model.data.images import read_image, write_png
 from frd_model.output import check_output_file, say
 
@@ -389,9 +389,42 @@ def test_csv_has_every_photo(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(folder, "--out", tmp_path / "out", "--csv", table, "--skip-existing") == 0
     again = list(csv.DictReader(table.open(encoding="utf-8", newline="")))
     assert again == [rows[1], rows[3]], "also the photos that were done before"
-    given = ["--out", tmp_path / "out", "--csv", folder / "gr\u00fcn.png", "--overwrite"]
-    assert run(folder, *given) == 1
-    assert "--csv must be a file of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "status"),
+    [
+        (["--csv", "in/a.png"], "--csv must be a file of its own, got the photo 'in/a.png'", 1),
+        (["--csv", "out/../out/a.json"], "--csv must be a file of its own, got 'out/a.json'", 1),
+        (["--report", "out/a_mask.png"], "--report must be a file of its own, got 'out/a_mask.png'", 1),
+        (
+            ["--csv", "one", "--report", "in/../one"],
+            "--csv and --report must be two files, got 'in/../one'",
+            2,
+        ),
+    ],
+)
+def test_no_output_replaces_another(
+    given: list[str],
+    said: str,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_png(Path("in/a.png"), photo())
+    before = Path("in/a.png").read_bytes()
+    assert run("in", "--out", "out", "--overwrite", *given) == status
+    assert said in capsys.readouterr().err
+    assert Path("in/a.png").read_bytes() == before and not list(Path("out").glob("*"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
+def test_lists_of_windows_programs(encoding: str, tmp_path: Path) -> None:
+    order = "\ufeff" if encoding.startswith("utf-16") else ""
+    (tmp_path / "list").write_bytes(f"{order}gr\u00fcn.png\r\nb c.png\r\n".encode(encoding))
+    assert listed_names(str(tmp_path / "list")) == ["gr\u00fcn.png", "b c.png"]
 
 
 def test_progress_is_for_terminals(
