@@ -15,7 +15,8 @@ Record = dict[str, Any]
 # Rows of the card's comparison by their names in the file; other nets are named as they are there.
 ROWS = {
     "net demo": "**the checkpoint**",
-    "net before": "the checkpoint before it",
+    "net second": "the one before it",
+    "net before": "the first one",
     "Splicebuster": "Splicebuster-like clustering",
     "noise variance": "noise-residual variance",
     "noise level": "noise level",
@@ -106,7 +107,7 @@ def verdict() -> str:
         for rate, text in RATES.items() if "verdict" in means["untouched"] else ():
             shares = (means[group]["verdict"][rate] for group in ("untouched", "seen", "unseen"))
             rows.append(cells(name, text, *(interval(share, percent=True) for share in shares)))
-    titles = ("net", "threshold of, on validation", "untouched above it", "seen edits", "unseen edits")
+    titles = ("net", "threshold of, in the calibration", "untouched above it", "seen edits", "unseen edits")
     return table(titles, rows) if rows else MISSING
 
 
@@ -129,7 +130,7 @@ def place() -> str:
 
 
 def score(checkpoint: pathlib.Path = ROOT / "frd_model" / "assets" / "demo.safetensors") -> str:
-    """How well each statistic of the net's map tells edited from untouched validation photos, the one used first."""
+    """How well each statistic of the net's map tells edited from untouched photos of the calibration, the one used first."""
     from safetensors import safe_open
 
     with safe_open(checkpoint, "np") as file:
@@ -146,7 +147,7 @@ def score(checkpoint: pathlib.Path = ROOT / "frd_model" / "assets" / "demo.safet
         )
         for name in names
     ]
-    return table(("statistic", "AUC on validation photos", "found at 5 %"), rows)
+    return table(("statistic", "AUC, photos of the calibration", "found at 5 %"), rows)
 
 
 def training() -> str:
