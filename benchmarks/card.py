@@ -130,7 +130,7 @@ def place() -> str:
 
 
 def score(checkpoint: pathlib.Path = ROOT / "frd_model" / "assets" / "demo.safetensors") -> str:
-    """How well each statistic of the net's map tells edited from untouched photos of the calibration, the one used first."""
+    """How well each statistic tells edited from untouched photos of the calibration, the one used first."""
     from safetensors import safe_open
 
     with safe_open(checkpoint, "np") as file:

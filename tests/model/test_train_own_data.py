@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -343,12 +344,14 @@ def test_a_photo_too_large_for_the_memory_is_passed_over(
     flags = make_plain(tmp_path, 5)
     large = Trainer(configuration(tmp_path / "x", flags)).train_data.pairs.pairs[0].image
 
-    def convert(image: Image.Image, background: int, convert: Any = images._to_rgb) -> Any:
-        if getattr(image, "filename", None) == str(large):
-            raise MemoryError
-        return convert(image, background)
+    @contextlib.contextmanager
+    def opened(path: Path, *args: Any, opener: Any = images.open_image) -> Any:
+        with opener(path, *args) as image:
+            if str(path) == str(large):
+                raise MemoryError
+            yield image
 
-    monkeypatch.setattr(images, "_to_rgb", convert)
+    monkeypatch.setattr(images, "open_image", opened)
     assert train(tmp_path / "run", *flags) == 0
     reason = f"image {str(large)!r} must fit into memory, got out of memory"
     assert f"skipped {reason} (1 of 4 training photos)" in capsys.readouterr().err
