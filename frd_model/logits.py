@@ -151,15 +151,18 @@ class _Crop(NamedTuple):
 
 def _crops(image: int, shape: Sequence[int], size: str, tile: int, overlap: int) -> list[_Crop]:
     """What the network sees of an image [H, W, 3], tile by tile or as a whole."""
-    height, width = shape[:2]
-    whole = size in ("whole", "resize") or (size == "auto" and height * width <= WHOLE_LIMIT)
-    rows, columns = (blend_windows(n, max(n, 1) if whole else tile, overlap) for n in (height, width))
+    whole = _is_whole(shape, size)
+    rows, columns = (blend_windows(n, max(n, 1) if whole else tile, overlap) for n in shape[:2])
     return [_Crop(image, top, wy, left, wx) for top, wy in rows for left, wx in columns]
+
+
+def _is_whole(shape: Sequence[int], size: str) -> bool:
+    return size in ("whole", "resize") or (size == "auto" and shape[0] * shape[1] <= WHOLE_LIMIT)
 
 
 def crop_count(shape: Sequence[int], size: str, tile: int, overlap: int) -> int:
     """The number of crops in which an image [H, W, 3] goes through the network."""
-    if size in ("whole", "resize") or (size == "auto" and shape[0] * shape[1] <= WHOLE_LIMIT):
+    if _is_whole(shape, size):
         return 1
     return len(tile_starts(shape[0], tile, overlap)) * len(tile_starts(shape[1], tile, overlap))
 

@@ -216,7 +216,9 @@ def _left(
         return photos, _open(args, len(photos)) if photos else None
     if not photos:
         return [], None
-    checkpoint = _open(args, len(photos))
+    # Those that are done are no reason to export the network.
+    new = sum(not (args.out / f"{job.name}.json").exists() for job in photos)
+    checkpoint = _open(args, new)
     settings = _all_settings(args, checkpoint)
     return [job for job in photos if not is_done(job, args.out, needed, settings)], checkpoint
 
