@@ -57,9 +57,13 @@ class Predictor:
 
 
 def run(photos: list[str], out: Path, checkpoint: str, workers: int, gpus: float) -> Iterator[dict[str, Any]]:
-    """Predict photos, folders and patterns; yields a row of COLUMNS for each photo as it is done."""
-    jobs = collect(photos, out, recursive=True).jobs
-    rows = ray.data.from_items([{"path": str(job.path.absolute()), "name": job.name} for job in jobs])
+    """Predict photos, folders and patterns; yields a row of COLUMNS for each photo, or bad argument, as it is done."""
+    found = collect(photos, out, recursive=True)
+    for name, reason in found.failed:
+        yield {"path": name, "score": "", "verdict": "", "error": reason}
+    if not found.jobs:
+        return
+    rows = ray.data.from_items([{"path": str(job.path.absolute()), "name": job.name} for job in found.jobs])
     done = rows.map_batches(
         Predictor,
         fn_constructor_args=(checkpoint, out.absolute()),

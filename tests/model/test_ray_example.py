@@ -39,7 +39,7 @@ class Dying(ray_predict.Predictor):
 if __name__ == "__main__":
     ray_predict.Predictor = Dying
     ray.init(num_cpus=2, include_dashboard=False)
-    rows = list(ray_predict.run([str(folder / "in")], folder / "out", "demo", workers=2, gpus=0))
+    rows = list(ray_predict.run([str(folder / "in"), "none.jpg"], folder / "out", "demo", workers=2, gpus=0))
     print("rows", *sorted(Path(row["path"]).stem for row in rows if not row["error"]))
     print("failed", *(row["error"] for row in rows if row["error"]))
 """
