@@ -24,11 +24,6 @@ ENDINGS = {"openvino": ".xml", "onnxruntime": ".onnx"}
 _SUMS = "sha256.json"
 
 
-def can_run(engine: str) -> bool:
-    """Whether the packages are installed that make and run the engine's files."""
-    return all(importlib.util.find_spec(name) for name in (engine, "onnx", "onnxscript"))
-
-
 def cached(net: FRDNet, engine: str) -> Path | None:
     """The copy of this network, if it is in the cache and undamaged."""
     folder = _folder(net, engine)

@@ -11,23 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from .config import ENGINES, PRECISIONS
-from .engine_cache import cached, can_run, export_once
+from .engine_cache import cached, export_once
 from .eval_view import device_of, unwrap
 from .exported import ExportedNet, load_exported
 from .frdnet import FRDNet
-from .output import one_line
 from .predict import has_image_head, parse_device
 
-__all__ = ["MANY", "Prepared", "has_bf16", "prepare"]
+__all__ = ["Prepared", "has_bf16", "prepare"]
 
-#: Photos from which on "auto" exports a network: the time that it takes is then gained back.
-MANY = 100
 # What "auto" lets bf16 lose: AUC of the score, and share of the pixels that are marked in one precision only.
 MOST_AUC, MOST_PIXELS = 0.005, 0.005
 # Engines that run the network itself, and not a copy in a file.
 IN_TORCH = ("torch", "compile")
-# Those that "auto" tries before torch, the fastest first; onnxruntime has no bf16 on CPUs.
-_PREFERRED = {"float32": ("openvino", "onnxruntime"), "bf16": ("openvino",)}
 
 
 class Prepared(nn.Module):
@@ -79,7 +74,6 @@ def prepare(
     precision: str = "auto",
     device: str | torch.device | None = None,
     *,
-    photos: int = 1,
     notify: Callable[[str], object] = warnings.warn,
 ) -> nn.Module:
     """A copy of a network for prediction, in the engine and precision that suit it. `model` is not changed.
@@ -89,15 +83,13 @@ def prepare(
             `load_exported` stays in its file's engine, "exported".
         engine: "torch" (on a CPU in the channels_last layout); "compile" (torch.compile, which takes a minute or more
             for each size of image; after eight sizes further ones run as in "torch"); "onnxruntime" or "openvino" (an
-            FRDNet on the CPU, exported once into the user's cache folder); "auto": on a CPU openvino, then
-            onnxruntime, where the package is installed and the network is in the cache already or `photos` is `MANY`
-            or more; else torch.
+            FRDNet on the CPU, exported once into the user's cache folder); "auto": torch, which no other was faster
+            than by a tenth where it computes in bf16 (docs/predict.md).
         precision: "float32"; "bf16", weights and activations in bfloat16; "auto": bf16 where the hardware multiplies
             it and the network's `score_rule` says that it loses at most 0.005 of the AUC and moves at most 0.5 % of
             the pixels across the threshold (`frd calibrate --bf16`), else float32.
         device: where to run; None takes the model's.
-        photos: how many there are to predict.
-        notify: called with a line before an export, and if "auto" cannot use an engine and takes torch instead.
+        notify: called with a line before an export.
 
     Returns:
         A module that :func:`frd_model.predict` takes like an FRDNet, with the attributes of `Prepared`.
@@ -115,6 +107,11 @@ def prepare(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}; see create_model")
     if isinstance(model, Prepared):
+        for name, value, has in (("engine", engine, model.engine), ("precision", precision, model.precision)):
+            if value not in ("auto", has):
+                raise ValueError(
+                    f"{name} must be auto or {has!r}, which the network was prepared for, got {value!r}"
+                )
         return model
     if isinstance(model, ExportedNet):
         return _exported(model, engine, precision)
@@ -123,23 +120,7 @@ def prepare(
     if precision == "auto":
         has = engine != "onnxruntime" and has_bf16(target)
         precision = "bf16" if has and allows_bf16(model) else "float32"
-    if engine == "auto":
-        return _automatic(model, precision, target, photos, notify)
-    return _prepare(model, engine, precision, target, notify)
-
-
-def _automatic(
-    model: nn.Module, precision: str, device: torch.device, photos: int, notify: Callable[[str], object]
-) -> Prepared:
-    if device.type == "cpu" and type(model) is FRDNet:
-        for engine in filter(can_run, _PREFERRED[precision]):
-            try:
-                if photos >= MANY or cached(model, engine):
-                    return _prepare(model, engine, precision, device, notify)
-            # Whatever an engine cannot do, torch can.
-            except Exception as error:
-                notify(f"{engine} cannot run this network, torch does: {one_line(error)}")
-    return _prepare(model, "torch", precision, device, notify)
+    return _prepare(model, "torch" if engine == "auto" else engine, precision, target, notify)
 
 
 def _prepare(

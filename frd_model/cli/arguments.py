@@ -139,8 +139,7 @@ def add_engine_arguments(
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        help=f"what runs the network; auto: openvino or onnxruntime where installed, for 100 photos or more, else "
-        f"torch (default {engine})",
+        help=f"what runs the network; auto: torch (default {engine})",
     )
     parser.add_argument(
         "--precision",
@@ -151,8 +150,8 @@ def add_engine_arguments(
     )
 
 
-def prepared(checkpoint: Checkpoint, args: argparse.Namespace, photos: int = 1) -> Checkpoint:
-    """The checkpoint in the engine and precision that the arguments ask for, for so many photos."""
+def prepared(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint in the engine and precision that the arguments ask for."""
     from frd_model.engines import prepare
     from frd_model.exported import is_exported
     from frd_model.output import say
@@ -162,7 +161,6 @@ def prepared(checkpoint: Checkpoint, args: argparse.Namespace, photos: int = 1) 
         checkpoint.model,
         args.engine or default,
         args.precision,
-        photos=photos,
         notify=lambda text: say(f"frd {args.command}: {text}", sys.stderr),
     )
     return Checkpoint(model, checkpoint.label)

@@ -145,13 +145,10 @@ def _times(nets: Sequence[Callable[[Tensor], Tensor]], images: Tensor, repeats: 
 
 
 def _auto(model: nn.Module, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of what `frd predict` takes for many photos."""
-    from frd_model.engines import MANY, prepare
+    """The row of what `frd predict` takes."""
+    from frd_model.engines import prepare
 
-    timed = [row for row in rows if "ms" in row]
-    # No export for an engine that was not asked for.
-    exported = any(row["engine"] in ("openvino", "onnxruntime") for row in timed)
-    net = prepare(model, photos=MANY if exported else 1, notify=lambda text: say(text, sys.stderr))
+    timed, net = [row for row in rows if "ms" in row], prepare(model)
     return next(
         (row for row in timed if (row["engine"], row["precision"]) == (net.engine, net.precision)), timed[0]
     )

@@ -213,12 +213,10 @@ def _left(
     if not args.skip_existing:
         if not args.overwrite:
             refuse_to_overwrite(photos, args.out)
-        return photos, _open(args, len(photos)) if photos else None
+        return photos, _open(args) if photos else None
     if not photos:
         return [], None
-    # Those that are done are no reason to export the network.
-    new = sum(not (args.out / f"{job.name}.json").exists() for job in photos)
-    checkpoint = _open(args, new)
+    checkpoint = _open(args)
     settings = _all_settings(args, checkpoint)
     return [job for job in photos if not is_done(job, args.out, needed, settings)], checkpoint
 
@@ -344,11 +342,11 @@ def _progress(photos: int, as_json: bool) -> Any:
     return tqdm(total=photos, unit="photo", disable=as_json or not terminal or photos < 2)
 
 
-def _open(args: argparse.Namespace, photos: int) -> Checkpoint:
+def _open(args: argparse.Namespace) -> Checkpoint:
     checkpoint = open_checkpoint(
         args.checkpoint, args.device, model=args.model, preset=args.preset, quiet=args.json
     )
-    return prepared(checkpoint, args, photos)
+    return prepared(checkpoint, args)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from frd_model import create_model, engine_cache, engines, predict, save_model
 from frd_model.cli import main
 from frd_model.data.images import write_png
-from frd_model.engines import MANY, has_bf16, prepare
+from frd_model.engines import has_bf16, prepare
 from frd_model.exported import ExportedNet, Opened
 from frd_model.score import TARGETS, ScoreRule
 
@@ -135,8 +135,8 @@ def test_an_exported_copy_is_made_once_and_gives_the_maps(cache: Path, engine: s
     made = sorted(cache.rglob("net.*"))
     times = [file.stat().st_mtime_ns for file in made]
 
-    # Now that it is there, "auto" takes it for a single photo too.
-    assert prepare(model, precision="float32", notify=said.append).engine == engine
+    assert prepare(model, engine, "float32", notify=said.append).engine == engine
+    assert prepare(model).engine == "torch"
     assert len(said) == 1 and [file.stat().st_mtime_ns for file in made] == times
     if engine == "openvino":
         bf16 = prepare(model, engine, "bf16")
@@ -202,27 +202,6 @@ def test_a_copy_that_could_not_be_written_leaves_nothing(
     with pytest.raises(RuntimeError, match="something else"):
         prepare(small_net(), "openvino", notify=lambda _: None)
     assert not [file for file in cache.iterdir() if file.suffix != ".lock"]
-    # "auto" says so and takes torch.
-    said: list[str] = []
-    assert prepare(small_net(), photos=MANY, notify=said.append).engine == "torch"
-    assert "openvino cannot run this network, torch does: RuntimeError: the file" in said[1]
-
-
-def test_auto_exports_for_many_photos_alone(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    asked: list[str] = []
-
-    def export_once(net: nn.Module, engine: str) -> Path:
-        asked.append(engine)
-        raise RuntimeError("none here")
-
-    monkeypatch.setattr(engines, "export_once", export_once)
-    assert prepare(small_net(), photos=MANY - 1).engine == "torch" and not asked
-    prepare(small_net(), photos=MANY, notify=lambda _: None)
-    assert asked == ["openvino", "onnxruntime"]
-    asked.clear()
-    monkeypatch.setattr(engines, "can_run", lambda engine: engine == "onnxruntime")
-    prepare(small_net(), photos=MANY, notify=lambda _: None)
-    assert asked == ["onnxruntime"]
 
 
 @pytest.mark.slow
@@ -248,6 +227,10 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
         with pytest.raises(ModuleNotFoundError, match=r"pip install frd-kernels\[openvino\]"):
             prepare(small_net(), "openvino", notify=lambda _: None)
+    ready = prepare(small_net(), "torch", "float32")
+    assert prepare(ready) is ready and prepare(ready, "torch", "float32") is ready
+    with pytest.raises(ValueError, match=r"^precision must be auto or 'float32', .* got 'bf16'"):
+        prepare(ready, precision="bf16")
     with pytest.raises(ValueError, match=r"^engine must be one of auto, torch.*, got 'tensorrt'"):
         prepare(small_net(), "tensorrt")
     with pytest.raises(ValueError, match=r"^precision must be one of auto, float32, bf16, got 'fp8'"):
@@ -260,7 +243,6 @@ def test_the_benchmark_checks_then_times_in_turns(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(small_net(bf16=LITTLE), tmp_path / "net.safetensors")
-    monkeypatch.setattr(engines, "can_run", lambda engine: False)
 
     def bench(*more: str) -> int:
         common = ["bench", "predict", "--checkpoint", str(tmp_path / "net.safetensors"), "--size", "64"]
