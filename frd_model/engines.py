@@ -107,10 +107,10 @@ def prepare(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}; see create_model")
     if isinstance(model, Prepared):
-        for name, value, has in (("engine", engine, model.engine), ("precision", precision, model.precision)):
-            if value not in ("auto", has):
+        for name, value, own in (("engine", engine, model.engine), ("precision", precision, model.precision)):
+            if value not in ("auto", own):
                 raise ValueError(
-                    f"{name} must be auto or {has!r}, which the network was prepared for, got {value!r}"
+                    f"{name} must be auto or {own!r}, which the network was prepared for, got {value!r}"
                 )
         return model
     if isinstance(model, ExportedNet):
