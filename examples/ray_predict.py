@@ -39,8 +39,13 @@ class Predictor:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         jobs = [Job(Path(path), name) for path, name in zip(batch["path"], batch["name"], strict=True)]
-        records = [record_of(self.out / f"{job.name}.json") or self.one(job) for job in jobs]
+        records = [self.earlier(job) or self.one(job) for job in jobs]
         return {column: [str(record.get(column, "")) for record in records] for column in COLUMNS}
+
+    def earlier(self, job: Job) -> dict[str, Any] | None:
+        """The record of a run before with this checkpoint."""
+        record = record_of(self.out / f"{job.name}.json")
+        return record if record and record.get("checkpoint") == self.checkpoint else None
 
     def one(self, job: Job) -> dict[str, Any]:
         try:

@@ -39,7 +39,7 @@ class Dying(ray_predict.Predictor):
 if __name__ == "__main__":
     ray_predict.Predictor = Dying
     ray.init(num_cpus=2, include_dashboard=False)
-    rows = list(ray_predict.run([str(folder / "in"), "none.jpg"], folder / "out", "demo", workers=2, gpus=0))
+    rows = list(ray_predict.run([str(folder / "in"), "none/*.jpg"], folder / "out", "demo", workers=2, gpus=0))
     print("rows", *sorted(Path(row["path"]).stem for row in rows if not row["error"]))
     print("failed", *(row["error"] for row in rows if row["error"]))
 """
@@ -72,6 +72,7 @@ def test_a_worker_that_dies_loses_and_repeats_nothing(tmp_path: Path) -> None:
         line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("rows ", "failed "))
     )
     assert lines["rows"].split() == names and "Pillow can read" in lines["failed"]
+    assert "none/*.jpg" in lines["failed"]
     log = Counter((tmp_path / "done").read_text().split())
     assert log.pop("bad") >= 1, "a photo that failed may be tried again"
     assert log == Counter(names), "each once"
