@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from frd_model.data.images import fit, overlay, read_image
+from frd_model.data.images import ImageError, fit, overlay, read_image
 from frd_model.predict import Prediction, predict
 from frd_model.provenance import provenance
 from frd_model.report import highest
@@ -32,6 +32,9 @@ UInt8 = npt.NDArray[np.uint8]
 SIDE = 1024
 # Bytes of the results that are kept for the slider and the download; the oldest one goes.
 KEPT_BYTES = 2 << 30
+
+
+GONE = "This result is no longer kept: give the photo again."
 
 
 class LimitError(ValueError):
@@ -146,7 +149,7 @@ class Service:
         with self._lock:
             found = self._results.get(key)
         if found is None:
-            raise LimitError("This result is no longer kept: give the photo again.")
+            raise LimitError(GONE)
         return found
 
     def archive(self, key: str, threshold: float, raw: bool) -> Path:
@@ -161,7 +164,11 @@ class Service:
                 "provenance": result.provenance,
             }
             kinds = ("mask", "overlay", "map")
-            pixels = read_image(result.photo)
+            try:
+                pixels = read_image(result.photo)
+            # It was dropped since `result` looked.
+            except ImageError:
+                raise LimitError(GONE) from None
             save_prediction(Path(folder), job, pixels, result.at(threshold, raw), self.label, settings, kinds)
             handle, name = tempfile.mkstemp(".zip", dir=self.folder)
             with open(handle, "wb") as stream, zipfile.ZipFile(stream, "w") as archive:

@@ -284,6 +284,13 @@ def test_old_results_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         answer = client.get(f"/{address}", params={"threshold": 0.5})
         assert answer.status_code == 404 and "no longer kept" in answer.text
         assert len([entry for entry in tmp_path.iterdir() if entry.name != "gradio"]) == 2
+        # A result that goes while its download is made.
+        last = re.findall(r'href="(.*?)\?', others[-1].show(0.5)["marked"])[0]
+        for entry in tmp_path.iterdir():
+            if entry.name != "gradio":
+                shutil.rmtree(entry)
+        answer = client.get(f"/{last}", params={"threshold": 0.5})
+        assert answer.status_code == 404 and "no longer kept" in answer.text
 
 
 @pytest.mark.parametrize(
