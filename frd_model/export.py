@@ -178,9 +178,10 @@ def format_of(path: Path, to: str | None = None) -> str:
             raise ValueError(f"path: a file of {to} must end in {FORMATS[to]}, got {str(path)!r}")
         return to
     found = [name for name, ending in FORMATS.items() if ending == path.suffix.lower()]
-    if len(found) != 1:
-        kinds = " or ".join(found or FORMATS)
-        raise ValueError(f"to: must be {kinds} for a file {path.suffix!r}, got None (--to)")
+    if not found:
+        raise ValueError(f"path: must end in {', '.join(dict.fromkeys(FORMATS.values()))}, got {str(path)!r}")
+    if len(found) > 1:
+        raise ValueError(f"to: must be {' or '.join(found)} for a file {path.suffix!r}, got None (--to)")
     return found[0]
 
 

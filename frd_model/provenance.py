@@ -99,6 +99,7 @@ def inspect_photo(path: PathLike, *, coordinates: bool = False, data: bytes | No
             "format": image.format,
             "size": {"width": image.width, "height": image.height},
             "mode": image.mode,
+            "several_images": _part(lambda: bool(getattr(image, "is_animated", False))),
         }
         # Metadata may stand behind the pixels of a PNG; a TIFF is closed once its pixels are read.
         if image.format == "PNG":
@@ -511,6 +512,9 @@ def _format_remarks(record: dict[str, Any]) -> Iterator[str]:
     actual = same.get(record["format"], record["format"])
     if expected and same.get(expected, expected) != actual:
         yield f"the name ends in {extension}, the file is {record['format']}"
+    # Telephones keep a smaller version or a depth map behind the photo of an MPO file.
+    if record["several_images"] is True and actual != "JPEG":
+        yield "the file holds several images, of which the first is examined"
 
 
 def _date_remarks(exif: dict[str, Any]) -> Iterator[str]:

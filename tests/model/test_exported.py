@@ -206,7 +206,7 @@ def test_frd_export_to_other_formats(
         (["--out", "net.pt2", "--to", "aoti", "--int8", "PHOTOS"], "goes with onnx and openvino"),
         (["--out", "net.onnx", "--int8", "PHOTOS/0.png"], "at least 4 photos, got 1"),
         (["--out", "net.onnx", "--max-error", "0.1"], "goes with --int8"),
-        (["--out", "net.pth"], "to: must be onnx or openvino or torch-export or aoti"),
+        (["--out", "net.pth"], "path: must end in .onnx, .xml, .pt2, got"),
         (["--out", "net.onnx", "--to", "openvino"], "must end in .xml"),
         (["--out", "net.xml", "--to", "onnx"], "must end in .onnx"),
         (["--out", "net.xml", "--opset", "18"], "opset: goes with ONNX"),

@@ -168,6 +168,16 @@ def test_exif_of_each_format(tmp_path: Path, name: str) -> None:
     assert record["exif"]["coordinates"] == {"latitude": -33.51, "longitude": 151.2}
 
 
+@pytest.mark.parametrize("ending", ["gif", "tif", "webp", "png"])
+def test_further_images_of_a_file_are_named(tmp_path: Path, ending: str) -> None:
+    pages = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green", "blue")]
+    one, many = tmp_path / f"one.{ending}", tmp_path / f"many.{ending}"
+    pages[0].save(one)
+    pages[0].save(many, save_all=True, append_images=pages[1:])
+    remark = "the file holds several images, of which the first is examined"
+    assert remark in inspect_photo(many)["remarks"] and remark not in inspect_photo(one)["remarks"]
+
+
 def test_a_plain_file_has_no_remarks(tmp_path: Path) -> None:
     record = inspected(tmp_path, jpeg(picture()))
     assert record["remarks"] == []
