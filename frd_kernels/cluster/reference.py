@@ -278,10 +278,7 @@ def icm(
 ) -> torch.Tensor:
     """`frd_kernels.icm` in plain PyTorch."""
     tokens = x.to(compute_dtype(x.dtype))
-    count = len(grids)
-    paper = variant == "paper"
-    alphas = _scalar(alpha, tokens).expand(1 if paper else count)
-    betas = _scalar(beta, tokens).expand(1 if paper else count)
+    gates = _gates(tokens, variant, alpha, beta, len(grids))
     rounds = []
     for t, grid in enumerate(grids):
         projection = None if projections is None else projections[t]
@@ -289,13 +286,32 @@ def icm(
         if projection is not None:
             keys = _project(tokens, projection[0], projection[1])
             values = _project(tokens, projection[2], projection[3])
-        rounds.append(_cluster_round(keys, values, grid, hw, None if paper else (alphas[t], betas[t])))
+        rounds.append(_cluster_round(keys, values, grid, hw, _gate_of(t, gates, variant)))
         tokens, hw = rounds[-1].centres, grid
-    if paper:
-        out = dispatch_densely(tokens, [found.similarity for found in rounds], alphas, betas)
-    else:
-        out = _masked_dispatch(rounds)
-    return out.to(x.dtype)
+    return _dispatch_last(rounds, gates, variant).to(x.dtype)
+
+
+def _gates(
+    tokens: torch.Tensor, variant: str, alpha: Scalar, beta: Scalar, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha and beta: [1] of the dispatch in the variant "paper", else [rounds]."""
+    count = 1 if variant == "paper" else rounds
+    return _scalar(alpha, tokens).expand(count), _scalar(beta, tokens).expand(count)
+
+
+def _gate_of(
+    t: int, gates: tuple[torch.Tensor, torch.Tensor], variant: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    return None if variant == "paper" else (gates[0][t], gates[1][t])
+
+
+def _dispatch_last(
+    rounds: list[_Round], gates: tuple[torch.Tensor, torch.Tensor], variant: str
+) -> torch.Tensor:
+    """The last round's centres at the tokens [B, N, C]."""
+    if variant == "paper":
+        return dispatch_densely(rounds[-1].centres, [found.similarity for found in rounds], *gates)
+    return _masked_dispatch(rounds)
 
 
 @_outside_autocast
@@ -315,16 +331,14 @@ def icm_folded(
     K_t = A_(t-1) ... A_2 Z_t and R_T = A_T ... A_2 Z_(T+1), where Z_t = (A_1 x) (Wk_t Wv_(t-1) ... Wv_1)^T + bias.
     """
     tokens = x.to(compute_dtype(x.dtype))
+    gates = _gates(tokens, variant, alpha, beta, len(grids))
     count = len(grids)
-    paper = variant == "paper"
-    alphas = _scalar(alpha, tokens).expand(1 if paper else count)
-    betas = _scalar(beta, tokens).expand(1 if paper else count)
     maps = [None] * count if projections is None else projections
     keys = tokens if maps[0] is None else _project(tokens, maps[0][0], maps[0][1])
     folded = _fold_projections(maps, tokens)
     values, rounds = tokens, []
     for t, grid in enumerate(grids):
-        rounds.append(_cluster_round(keys, values, grid, hw, None if paper else (alphas[t], betas[t])))
+        rounds.append(_cluster_round(keys, values, grid, hw, _gate_of(t, gates, variant)))
         values, hw = rounds[-1].centres, grid
         if t == 0:
             values = F.linear(values, torch.cat([m[0] for m in folded]), torch.cat([m[1] for m in folded]))
@@ -332,11 +346,7 @@ def icm_folded(
             width = len(folded[t][1])
             keys, values = values[..., :width], values[..., width:]
     rounds[-1] = rounds[-1]._replace(centres=values)
-    if paper:
-        out = dispatch_densely(values, [found.similarity for found in rounds], alphas, betas)
-    else:
-        out = _masked_dispatch(rounds)
-    return out.to(x.dtype)
+    return _dispatch_last(rounds, gates, variant).to(x.dtype)
 
 
 def _fold_projections(
