@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,14 +25,8 @@ ENDINGS = {"openvino": ".xml", "onnxruntime": ".onnx"}
 _SUMS = "sha256.json"
 
 
-def cached(net: FRDNet, engine: str) -> Path | None:
-    """The copy of this network, if it is in the cache and undamaged."""
-    folder = _folder(net, engine)
-    return _file(folder, engine) if _is_whole(folder) else None
-
-
-def export_once(net: FRDNet, engine: str) -> Path:
-    """The copy of this network in the cache, which is written first if it is missing or damaged.
+def export_once(net: FRDNet, engine: str, notify: Callable[[str], object] = lambda text: None) -> Path:
+    """The copy of this network in the cache, which is written first, after `notify`, if it is missing or damaged.
 
     Several processes may ask at once: one writes, the others wait for it. A copy appears whole or not at all, and only
     if it gives PyTorch's logits (`export_model`).
@@ -41,6 +36,7 @@ def export_once(net: FRDNet, engine: str) -> Path:
     check_package(engine, engine, f"engine {engine}")
     folder = _folder(net, engine)
     if not _is_whole(folder):
+        notify(f"exporting the network for {engine}, once: this takes a minute or two")
         with FileLock(f"{folder}.lock"):
             if not _is_whole(folder):
                 _write(net, engine, folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ENGINES, PRECISIONS
-from .engine_cache import cached, export_once
+from .engine_cache import export_once
 from .eval_view import device_of, unwrap
 from .exported import ExportedNet, load_exported
 from .frdnet import FRDNet
@@ -137,9 +137,7 @@ def _prepare(
         raise ValueError(f"engine {engine} runs an FRDNet on the CPU, got {got}; torch and compile run any")
     if precision == "bf16" and engine != "openvino":
         raise NotImplementedError(f"engine {engine} has no bf16 on CPUs; torch, compile and openvino have it")
-    if cached(model, engine) is None:
-        notify(f"exporting the network for {engine}, once: this takes a minute or two")
-    return Prepared(load_exported(export_once(model, engine), precision), engine, precision, model)
+    return Prepared(load_exported(export_once(model, engine, notify), precision), engine, precision, model)
 
 
 def _exported(net: ExportedNet, engine: str, precision: str) -> Prepared:

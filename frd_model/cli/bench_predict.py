@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from frd_model.config import ENGINES, PRECISIONS
 from frd_model.output import check_output_file, one_line, say
 
-from .arguments import add_checkpoint_argument, at_least, open_checkpoint, path
+from .arguments import UsageError, add_checkpoint_argument, at_least, open_checkpoint, path
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,11 +57,14 @@ def run(args: argparse.Namespace) -> int:
 
     from frd_model.engines import IN_TORCH
     from frd_model.eval_view import device_of
+    from frd_model.exported import is_exported
 
     if args.json_out is not None:
         check_output_file("--json-out", args.json_out, overwrite=args.overwrite)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if is_exported(args.checkpoint):
+        raise UsageError(f"--checkpoint must be a network, got the exported file {args.checkpoint!r}")
     model = open_checkpoint(args.checkpoint, args.device, model=args.model, preset=args.preset).model
     images = _images(args.batch, args.size).to(device_of(model))
     rows = [_row(AS_LOADED, "float32", model, model, images)]

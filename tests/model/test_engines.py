@@ -146,7 +146,7 @@ def test_an_exported_copy_is_made_once_and_gives_the_maps(cache: Path, engine: s
     # Other weights have a copy of their own.
     with torch.no_grad():
         model.decoder.head.bias.add_(1)
-    assert engine_cache.cached(model, engine) is None
+    assert engine_cache._folder(model, engine) != made[0].parent
 
 
 def write_slowly(model: nn.Module, path: Path, **_: object) -> None:
@@ -169,19 +169,17 @@ def ask(folder: Path) -> str:
 
 def test_a_broken_copy_is_made_anew(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_cache, "export_model", write_slowly)
-    model = small_net()
-    assert engine_cache.cached(model, "openvino") is None
-    file = engine_cache.export_once(model, "openvino")
-    assert engine_cache.cached(model, "openvino") == file == engine_cache.export_once(model, "openvino")
+    model, said = small_net(), []
+    file = engine_cache.export_once(model, "openvino", said.append)
+    assert file == engine_cache.export_once(model, "openvino", said.append) and len(said) == 1
     for damage in (
         lambda: file.write_text("whol"),
         file.unlink,
         lambda: (file.parent / "sha256.json").unlink(),
     ):
         damage()
-        assert engine_cache.cached(model, "openvino") is None
-        assert engine_cache.export_once(model, "openvino").read_text() == "whole"
-    assert (cache / "calls").read_text() == "xxxx"
+        assert engine_cache.export_once(model, "openvino", said.append).read_text() == "whole"
+    assert (cache / "calls").read_text() == "xxxx" and len(said) == 4
 
 
 def test_two_processes_make_one_copy(cache: Path) -> None:
@@ -253,6 +251,8 @@ def test_the_benchmark_checks_then_times_in_turns(
         found = json.loads((tmp_path / "bench.json").read_text())["rows"]
         return {(row["engine"], row["precision"]): row for row in found}
 
+    assert main(["bench", "predict", "--checkpoint", "net.onnx"]) == 1
+    assert "--checkpoint must be a network, got the exported file 'net.onnx'" in capsys.readouterr().err
     assert bench() == 0
     found = rows()
     assert list(found) == [("as loaded", "float32"), ("torch", "float32"), ("torch", "bf16")]
