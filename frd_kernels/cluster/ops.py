@@ -5,17 +5,31 @@ The public functions of this module take the namespace of the operators as `ops`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .. import _autograd, _flops, _triton
 from .._numbers import as_ints
 from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_keys
-from .saved import compute_dtype, saved_layout, saved_size
+from . import saved
+from .saved import compute_dtype
 
 Tensor = torch.Tensor
+
+
+class Layout(Protocol):
+    """What the operators of a namespace keep for their backward: the size of a sample's row of `saved`."""
+
+    def saved_size(self, dtype: torch.dtype, tokens: int, centres: int, channels: int, /) -> int:
+        """Elements of `saved` of `cluster` for keys of `dtype`."""
+
+    def saved_layout(
+        self, dtype: torch.dtype, hw: Sequence[int], grids: Sequence[int], channels: int, variant: int, /
+    ) -> tuple[int, int]:
+        """(labels, elements of `saved`) of `icm` for tokens of `dtype`."""
 
 
 def strided_tokens(like: Tensor, shape: Sequence[int], channels_first: bool) -> Tensor:
@@ -42,6 +56,7 @@ def _may_be_several(tokens: torch.SymInt) -> bool:
 
 
 def _fake_cluster(
+    layout: Layout,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
@@ -59,7 +74,7 @@ def _fake_cluster(
         k.new_empty((batch, tokens), dtype=torch.int32),
         k.new_empty((batch, tokens), dtype=dtype),
         k.new_empty((batch, centres), dtype=torch.int32),
-        k.new_empty((batch, saved_size(tokens, centres, channels)), dtype=dtype),
+        k.new_empty((batch, layout.saved_size(k.dtype, tokens, centres, channels)), dtype=dtype),
     )
 
 
@@ -87,6 +102,7 @@ def _fake_dispatch_backward(
 
 
 def _fake_icm(
+    layout: Layout,
     x: Tensor,
     projections: Sequence[Tensor],
     alpha: Tensor,
@@ -96,11 +112,11 @@ def _fake_icm(
     variant: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(x.dim() == 3)
-    labels, saved = saved_layout((1, x.shape[1]), grids, x.shape[2], variant)
+    labels, elements = layout.saved_layout(x.dtype, (1, x.shape[1]), grids, x.shape[2], variant)
     return (
         like_tokens(x),
         x.new_empty((x.shape[0], labels), dtype=torch.int32),
-        x.new_empty((x.shape[0], saved), dtype=compute_dtype(x.dtype)),
+        x.new_empty((x.shape[0], elements), dtype=compute_dtype(x.dtype)),
     )
 
 
@@ -246,14 +262,15 @@ _FLOPS: dict[str, Callable[..., int]] = {
 _libraries: list[torch.library.Library] = []
 
 
-def register(namespace: str) -> None:
-    """Registers fakes, autograd, autocast and FLOP formulas of the operators in `namespace`."""
+def register(namespace: str, layout: Layout = saved) -> None:
+    """Registers fakes, autograd, autocast and FLOP formulas of the operators in `namespace`, whose `saved` has this
+    layout."""
     fakes: dict[str, Callable[..., Any]] = {
-        "cluster": _fake_cluster,
+        "cluster": functools.partial(_fake_cluster, layout),
         "cluster_backward": _fake_cluster_backward,
         "cluster_dispatch": _fake_dispatch,
         "cluster_dispatch_backward": _fake_dispatch_backward,
-        "icm": _fake_icm,
+        "icm": functools.partial(_fake_icm, layout),
         "icm_backward": _fake_icm_backward,
     }
     for name, fake in fakes.items():

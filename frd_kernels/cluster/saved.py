@@ -49,7 +49,7 @@ def saved_round(
     return SavedRound(*itertools.accumulate(sizes, initial=begin))
 
 
-def saved_size(tokens: int, centres: int, channels: int) -> int:
+def saved_size(_dtype: torch.dtype, tokens: int, centres: int, channels: int) -> int:
     """Elements of a sample's row of `saved` of the operator `cluster`."""
     return saved_round(0, tokens, centres, channels).end
 
@@ -89,6 +89,8 @@ def round_layouts(
     return rounds, labels, begin
 
 
-def saved_layout(hw: Sequence[int], grids: Sequence[int], channels: int, variant: int) -> tuple[int, int]:
+def saved_layout(
+    _dtype: torch.dtype, hw: Sequence[int], grids: Sequence[int], channels: int, variant: int
+) -> tuple[int, int]:
     """(labels, elements of `saved`) of a sample of `icm`."""
     return round_layouts(hw, grids, channels, variant)[1:]

@@ -98,8 +98,8 @@ def test_another_version_compiles_anew(tmp_path: pathlib.Path) -> None:
     shutil.copytree(PACKAGE, other / PACKAGE.name, ignore=libraries)
     for library in PACKAGE.glob("*.so"):
         (other / PACKAGE.name / library.name).symlink_to(library)
-    with (other / PACKAGE.name / "cluster" / "ops.py").open("a") as ops:
-        ops.write(OTHER_FAKE)
+    with (other / PACKAGE.name / "cluster" / "saved.py").open("a") as layout:
+        layout.write(OTHER_FAKE)
     assert outcomes(other, cache) == ["wrong size 0", "wrong size 1"]
     assert outcomes(PACKAGE.parent, cache) == ["right 0", "right 1"]
 

@@ -44,7 +44,7 @@ def cluster_backward(
     grads = empty(batch, centres, channels, dtype=dtype), empty(batch, count, dtype=sums)
     gate = empty(1, dtype=sums)
     labels = empty(batch, count, dtype=torch.int32)
-    saved = empty(batch, layouts.saved_size(count, centres, channels), dtype=sums)
+    saved = empty(batch, layouts.saved_size(dtype, count, centres, channels), dtype=sums)
     return lambda: backward.cluster_backward(*grads, k, k, gate, gate, labels, saved, grid, hw, aggregate)
 
 
@@ -62,7 +62,7 @@ def icm_backward(
     maps = [empty(channels, channels, dtype=dtype), empty(channels, dtype=dtype)] * 2 * rounds
     if not projected:
         maps = [empty(0, dtype=dtype)] * 4 * rounds
-    label_count, saved_count = layouts.saved_layout(hw, ROUNDS, channels, variant)
+    label_count, saved_count = layouts.saved_layout(dtype, hw, ROUNDS, channels, variant)
     labels = empty(batch, label_count, dtype=torch.int32)
     sums = compute_dtype(dtype)
     saved = empty(batch, saved_count, dtype=sums)
