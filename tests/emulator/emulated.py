@@ -44,8 +44,8 @@ class Source(NamedTuple):
 
     @property
     def name(self) -> str:
-        family = self.path.parts[-3]
-        return "-".join(part for part in (family, self.path.name, self.dtype) if part)
+        folders = self.path.relative_to(CSRC).parts[:-1] if self.path.is_relative_to(CSRC) else ()
+        return "-".join(part for part in (*folders, self.path.name, self.dtype) if part)
 
     @property
     def flags(self) -> list[str]:
@@ -55,7 +55,7 @@ class Source(NamedTuple):
 def cuda_sources() -> list[Source]:
     """The .cu files of the library, by name."""
     found = []
-    for path in sorted(CSRC.glob("*/cuda/*.cu")):
+    for path in sorted(CSRC.glob("*/cuda/**/*.cu")):
         block = "pdc_block" in path.parts
         dtypes = [d for d in DTYPES if not (block and d == "f64")] if path.name.endswith("inst.cu") else [""]
         found += [Source(path, dtype) for dtype in dtypes]
@@ -119,7 +119,7 @@ def _build(cache: pathlib.Path, more: tuple[str, ...]) -> pathlib.Path:
         flags += ["-isystem", str(system)]
     headers = sorted(p for root in (CSRC, HERE) for p in root.rglob("*") if p.suffix in (".h", ".cuh"))
     common = b"".join(path.read_bytes() for path in headers)
-    plain = [*sorted(CSRC.glob("*/cuda/*.cpp")), HERE / "emulated_runtime.cc"]
+    plain = [*sorted(CSRC.glob("*/cuda/**/*.cpp")), HERE / "emulated_runtime.cc"]
     sources = [*cuda_sources(), *map(Source, plain)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: _compile(source, flags, common, cache), sources))

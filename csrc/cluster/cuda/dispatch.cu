@@ -16,10 +16,10 @@ cudaError_t backward(const ClusterDispatchArgs& a, int shared_limit, cudaStream_
   const int bytes = static_cast<int>(elements * sizeof(A));
   const auto kernel = dispatch_sums_kernel<T>;
   if (const cudaError_t error = allow_shared_memory(kernel, bytes)) return error;
-  FRD_LAUNCH(kernel, dim3(blocks_of(a.batch * a.chunks, 1)), dim3(kTeamThreads), bytes, stream, a,
+  FRD_LAUNCH(kernel, dim3(blocks_of(a.batch * a.chunks, 1)), dim3(kBlockThreads), bytes, stream, a,
              tile_shared, sums_shared);
   if (const cudaError_t error = cudaGetLastError()) return error;
-  FRD_LAUNCH((dispatch_centres_kernel<T>), dim3(blocks_of(a.batch * sums, kTeamThreads)), dim3(kTeamThreads),
+  FRD_LAUNCH((dispatch_centres_kernel<T>), dim3(blocks_of(a.batch * sums, kBlockThreads)), dim3(kBlockThreads),
              0, stream, a);
   return cudaGetLastError();
 }
@@ -29,7 +29,7 @@ cudaError_t backward(const ClusterDispatchArgs& a, int shared_limit, cudaStream_
 cudaError_t cluster_dispatch(const ClusterDispatchArgs& a, cudaStream_t stream) {
   return with_dtype(a.centres.dtype, [&](auto type) {
     const int tiles = (a.tokens + kTileRows - 1) / kTileRows;
-    FRD_LAUNCH((dispatch_kernel<decltype(type)>), dim3(blocks_of(a.batch * tiles, 1)), dim3(kTeamThreads), 0,
+    FRD_LAUNCH((dispatch_kernel<decltype(type)>), dim3(blocks_of(a.batch * tiles, 1)), dim3(kBlockThreads), 0,
                stream, a, tiles);
     return cudaGetLastError();
   });

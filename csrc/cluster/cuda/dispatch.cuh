@@ -1,7 +1,7 @@
 // Every token's own centre times its similarity, and the gradients.
 #pragma once
 #include "cluster/cuda/dispatch.h"
-#include "cluster/cuda/tiles.cuh"
+#include "cluster/cuda/rows.cuh"
 
 namespace frd {
 
@@ -12,7 +12,7 @@ FRD_DEVICE bool has_centre(const ClusterDispatchArgs& a, int32_t label) {
 
 // A block for each tile of kTileRows tokens of an item.
 template <class T>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kBlockThreads)
     dispatch_kernel(const __grid_constant__ ClusterDispatchArgs a, int tiles) {
   using A = compute_t<T>;
   constexpr int kWidth = 16 / sizeof(T);
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kTeamThreads)
     return result;
   };
   if (is_wide(centres, a.channels) && is_wide(out, a.channels)) {
-    for (int i = warp_of_block(); i < m; i += kTeamWarps) {
+    for (int i = warp_of_block(); i < m; i += kBlockWarps) {
       const int32_t label = labels[i];
       const A factor = similarity[i];
       const T* row = &centres.at(has_centre(a, label) ? label : 0, 0);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kTeamThreads)
 // A block for each chunk of an item's tokens: their similarities' gradients, and the chunk's sums of
 // similarity * grad over each centre's tokens, [O, C], in shared memory where they fit.
 template <class T>
-__global__ void __launch_bounds__(kTeamThreads, 2)
+__global__ void __launch_bounds__(kBlockThreads, 2)
     dispatch_sums_kernel(const __grid_constant__ ClusterDispatchArgs a, bool tile_shared, bool sums_shared) {
   using A = compute_t<T>;
   FRD_DYNAMIC_SHARED(uint4, shared_groups);  // aligned for vectors
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
       weight[threadIdx.x] = static_cast<const A*>(a.similarity)[token + threadIdx.x];
     }
     __syncthreads();
-    for (int i = warp_of_block(); i < m; i += kTeamWarps) {
+    for (int i = warp_of_block(); i < m; i += kBlockWarps) {
       A dot = 0;
       for (int c = lane_of_warp(); label[i] >= 0 && c < a.channels; c += 32)
         dot +=
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
       dot = warp_sum(dot);
       if (lane_of_warp() == 0) static_cast<A*>(a.similarity_grad)[token + i] = dot;
     }
-    for (int c = threadIdx.x; c < a.channels; c += kTeamThreads)
+    for (int c = threadIdx.x; c < a.channels; c += kBlockThreads)
       for (int i = 0; i < m; ++i)
         if (label[i] >= 0)
           sums[static_cast<int64_t>(label[i]) * a.channels + c] +=
@@ -91,16 +91,16 @@ __global__ void __launch_bounds__(kTeamThreads, 2)
   }
   if (!sums_shared) return;
   __syncthreads();
-  for (int64_t i = threadIdx.x; i < size; i += kTeamThreads) partial[i] = sums[i];
+  for (int64_t i = threadIdx.x; i < size; i += kBlockThreads) partial[i] = sums[i];
 }
 
 // A thread for each element of the centres' gradients: the chunks' sums in order.
 template <class T>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kBlockThreads)
     dispatch_centres_kernel(const __grid_constant__ ClusterDispatchArgs a) {
   using A = compute_t<T>;
   const int64_t size = static_cast<int64_t>(a.count) * a.channels;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kTeamThreads + threadIdx.x, item = at / size;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x, item = at / size;
   if (item >= a.batch) return;
   const A* sums = static_cast<const A*>(a.sums) + item * a.chunks * size + at % size;
   A sum = 0;

@@ -1,6 +1,10 @@
 // Arguments of the CUDA kernels of `cluster_dispatch` and its backward. No torch here.
 #pragma once
-#include "cluster/cuda/args.h"
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "cluster/common.h"
 
 namespace frd {
 

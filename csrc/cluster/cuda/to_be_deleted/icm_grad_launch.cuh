@@ -1,7 +1,7 @@
 // Launches of the clustering's gradients, for the source that is compiled per dtype.
 #pragma once
-#include "cluster/cuda/icm_grad.cuh"
-#include "cluster/cuda/weight_grad.cuh"
+#include "cluster/cuda/to_be_deleted/icm_grad.cuh"
+#include "cluster/cuda/to_be_deleted/weight_grad.cuh"
 #include "core/cuda_device.h"
 
 namespace frd {

@@ -1,6 +1,6 @@
 // Launch of the clustering's kernel, for the source that is compiled per dtype.
 #pragma once
-#include "cluster/cuda/icm.cuh"
+#include "cluster/cuda/to_be_deleted/icm.cuh"
 #include "core/cuda_device.h"
 
 namespace frd {

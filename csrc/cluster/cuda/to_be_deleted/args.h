@@ -5,18 +5,14 @@
 #include <algorithm>
 
 #include "cluster/common.h"
+#include "cluster/cuda/block.h"
 #include "cluster/saved.h"
 
 namespace frd {
 
 constexpr int kMaxRounds = 8;
 
-constexpr int kTeamThreads = 256, kTeamWarps = kTeamThreads / 32;
-constexpr int kTileRows = 32;  // tokens or centres of a tile
-
-// Elements from one row of a tile to the next: keeps rows aligned to 16 bytes, and the banks of eight
-// neighbouring rows apart.
-FRD_HD static inline int tile_pitch(int channels) { return (channels + 31) / 32 * 32 + 4; }
+constexpr int kTeamThreads = kBlockThreads, kTeamWarps = kBlockWarps;
 
 // Elements of the compute type that a product (product.cuh) needs in shared memory, for a tile of the
 // matrix and one of the rows.

@@ -1,6 +1,6 @@
 // From the gradient of the ICM's output to those of the last centres and of the cosines, by a team.
 #pragma once
-#include "cluster/cuda/round_grad.cuh"
+#include "cluster/cuda/to_be_deleted/round_grad.cuh"
 
 namespace frd {
 

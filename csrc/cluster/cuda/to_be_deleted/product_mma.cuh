@@ -1,7 +1,7 @@
 // The products of product.cuh with a 16-bit weight on the tensor cores. Rows of float are split into
 // 16-bit parts whose sum they are; the weight goes from global memory straight into registers.
 #pragma once
-#include "cluster/cuda/tiles.cuh"
+#include "cluster/cuda/to_be_deleted/tiles.cuh"
 
 namespace frd {
 

@@ -1,6 +1,6 @@
 // The centre of each token of a tile: the largest cosine of its key with the units of all centres.
 #pragma once
-#include "cluster/cuda/product.cuh"
+#include "cluster/cuda/to_be_deleted/product.cuh"
 
 namespace frd {
 

@@ -1,6 +1,6 @@
 // Gradients of one round by a team: through the key projection, and of the tokens.
 #pragma once
-#include "cluster/cuda/round_grad.cuh"
+#include "cluster/cuda/to_be_deleted/round_grad.cuh"
 
 namespace frd {
 

@@ -1,6 +1,6 @@
 // All rounds of the clustering and the dispatch, one team of blocks for each item.
 #pragma once
-#include "cluster/cuda/icm_dispatch.cuh"
+#include "cluster/cuda/to_be_deleted/icm_dispatch.cuh"
 
 namespace frd {
 

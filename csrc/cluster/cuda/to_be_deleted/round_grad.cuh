@@ -1,6 +1,6 @@
 // Gradients of one round by a team: from those of its centres and of its cosines to those of its tokens.
 #pragma once
-#include "cluster/cuda/grad_rows.cuh"
+#include "cluster/cuda/to_be_deleted/grad_rows.cuh"
 
 namespace frd {
 

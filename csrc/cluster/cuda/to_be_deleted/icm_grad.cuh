@@ -1,7 +1,7 @@
 // The gradients of one item's tokens by a team, from those of the outputs, all rounds in one launch.
 #pragma once
-#include "cluster/cuda/grad_tokens.cuh"
-#include "cluster/cuda/icm_dispatch_grad.cuh"
+#include "cluster/cuda/to_be_deleted/grad_tokens.cuh"
+#include "cluster/cuda/to_be_deleted/icm_dispatch_grad.cuh"
 
 namespace frd {
 

@@ -1,7 +1,7 @@
 // Rows of an item's tokens for the gradients of the clustering, and sums of them over the tokens of a label.
 #pragma once
-#include "cluster/cuda/grad_args.h"
-#include "cluster/cuda/product.cuh"
+#include "cluster/cuda/to_be_deleted/grad_args.h"
+#include "cluster/cuda/to_be_deleted/product.cuh"
 
 namespace frd {
 

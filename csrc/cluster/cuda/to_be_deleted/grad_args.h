@@ -1,6 +1,6 @@
 // Arguments of the kernels of the clustering's gradients. No torch here.
 #pragma once
-#include "cluster/cuda/args.h"
+#include "cluster/cuda/to_be_deleted/args.h"
 
 namespace frd {
 

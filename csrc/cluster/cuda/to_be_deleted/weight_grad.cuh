@@ -1,7 +1,7 @@
 // Gradients of the projections: sums over the rows of the whole batch, in parts of kPartRows rows that a
 // second kernel adds in their order, and with them the gates' parts.
 #pragma once
-#include "cluster/cuda/grad_rows.cuh"
+#include "cluster/cuda/to_be_deleted/grad_rows.cuh"
 
 namespace frd {
 

@@ -1,5 +1,5 @@
 // The clustering's forward, compiled once for each FRD_DTYPE.
-#include "cluster/cuda/icm_launch.cuh"
+#include "cluster/cuda/to_be_deleted/icm_launch.cuh"
 #include "core/instantiate.h"
 
 namespace frd {

@@ -1,7 +1,7 @@
 // One round of clustering of one item by the blocks of a team: each pools and finishes a contiguous range of
 // the centres, and assigns and sums up a contiguous range of the tokens.
 #pragma once
-#include "cluster/cuda/scores.cuh"
+#include "cluster/cuda/to_be_deleted/scores.cuh"
 
 namespace frd {
 

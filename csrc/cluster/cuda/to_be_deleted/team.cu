@@ -1,4 +1,4 @@
-#include "cluster/cuda/team.h"
+#include "cluster/cuda/to_be_deleted/team.h"
 
 #include "core/cuda_compat.h"
 #include "core/cuda_device.h"

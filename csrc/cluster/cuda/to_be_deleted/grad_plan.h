@@ -2,7 +2,7 @@
 #pragma once
 #include <algorithm>
 
-#include "cluster/cuda/grad_args.h"
+#include "cluster/cuda/to_be_deleted/grad_args.h"
 
 namespace frd {
 

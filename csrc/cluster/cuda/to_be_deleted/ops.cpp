@@ -1,10 +1,10 @@
 // The operators `cluster` and `icm` for CUDA tensors, in one launch each.
-#include "cluster/cuda/args.h"
+#include "cluster/cuda/to_be_deleted/args.h"
 
 #include <climits>
 #include <tuple>
 
-#include "cluster/cuda/team.h"
+#include "cluster/cuda/to_be_deleted/team.h"
 #include "cluster/op.h"
 #include "core/cuda_device.h"
 #include "core/cuda_launch.h"

@@ -1,7 +1,7 @@
 // Products of a tile of rows with a matrix in global memory, by all threads of a block. Every sum is one
 // chain over the reduction, whatever the tile.
 #pragma once
-#include "cluster/cuda/product_mma.cuh"
+#include "cluster/cuda/to_be_deleted/product_mma.cuh"
 
 namespace frd {
 

@@ -1,6 +1,6 @@
 // From the centres of the last round back to the tokens, by the blocks of a team.
 #pragma once
-#include "cluster/cuda/round.cuh"
+#include "cluster/cuda/to_be_deleted/round.cuh"
 
 namespace frd {
 

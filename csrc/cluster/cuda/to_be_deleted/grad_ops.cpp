@@ -2,8 +2,8 @@
 #include <climits>
 #include <tuple>
 
-#include "cluster/cuda/grad_plan.h"
-#include "cluster/cuda/team.h"
+#include "cluster/cuda/to_be_deleted/grad_plan.h"
+#include "cluster/cuda/to_be_deleted/team.h"
 #include "cluster/op.h"
 #include "core/cuda_device.h"
 #include "core/cuda_launch.h"
