@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import sys
@@ -36,6 +37,8 @@ AHEAD = 16
 MEMORY = 1 << 30
 # What a pixel takes at most at one time: while it is decoded, or as photo, map and mask with what writing needs.
 BYTES_PER_PIXEL = 12
+# Elements of a photo that leaves memory worth returning.
+LARGE = 1 << 24
 
 
 class Header(NamedTuple):
@@ -168,12 +171,21 @@ def _read(photo: Photo, number: int, gate: _Gate) -> None:
                 gate.take(header.memory)
             file.seek(0)
             data = read_stream(file, path)
-        photo.content.set_result(Content(read_image(path, data=data), provenance(path, data)))
+        content = Content(read_image(path, data=data), provenance(path, data))
+        _return_freed_memory(content.pixels)
+        photo.content.set_result(content)
     # Decoders and allocators raise errors of any type; whoever waits for the photo must learn of it.
     except BaseException as error:
         for future in (photo.header, photo.content):
             if not future.done():
                 future.set_exception(error)
+
+
+def _return_freed_memory(pixels: UInt8) -> None:
+    """Give the system what was freed after work on a large photo, which glibc keeps for each thread alone."""
+    if pixels.size > LARGE and sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _open(job: Job) -> BinaryIO:
@@ -229,6 +241,8 @@ def _alone(pixels: UInt8, model: nn.Module, options: dict[str, Any]) -> Predicti
 def _finish(photo: Photo, result: Prediction | BaseException, finish: Finish[T], gate: _Gate) -> T:
     try:
         content = None if photo.content.exception() else photo.content.result()
+        if content is not None:
+            _return_freed_memory(content.pixels)
         return finish(photo.job, content, result)
     finally:
         if not photo.header.exception():
