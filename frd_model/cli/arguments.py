@@ -130,6 +130,15 @@ def open_checkpoint(
     return Checkpoint(to_first_device(net) if automatic else net, label)
 
 
+def add_device_argument(parser: argparse.ArgumentParser, default: str = "cpu") -> None:
+    """--device: cpu, cuda, cuda:N, mps, or auto."""
+    parser.add_argument(
+        "--device",
+        default=default,
+        help=f"cpu, cuda, cuda:N, mps, or auto: a GPU if there is one (default {default})",
+    )
+
+
 def add_engine_arguments(
     parser: argparse.ArgumentParser, engine: str = "auto", precision: str = "auto"
 ) -> None:

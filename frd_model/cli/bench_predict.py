@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 from frd_model.config import ENGINES, PRECISIONS
 from frd_model.output import check_output_file, one_line, say
 
-from .arguments import UsageError, add_checkpoint_argument, at_least, open_checkpoint, path
+from .arguments import (
+    UsageError,
+    add_checkpoint_argument,
+    add_device_argument,
+    at_least,
+    open_checkpoint,
+    path,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +33,7 @@ AS_LOADED = "as loaded"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
+    add_device_argument(parser)
     parser.add_argument(
         "--size", type=at_least(32), default=512, help="side of the image in pixels (default 512)"
     )

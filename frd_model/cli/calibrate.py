@@ -12,6 +12,7 @@ from .arguments import (
     UsageError,
     add_checkpoint_argument,
     add_data_arguments,
+    add_device_argument,
     at_least,
     check_output_files,
     open_checkpoint,
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|NAME",
         help="statistic of the map that the score is made of; auto (default): the one of the highest AUC",
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
+    add_device_argument(parser)
     parser.add_argument(
         "--bf16",
         action="store_true",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from frd_model.config import BASELINE_PREFIX, NAME_PREFIX, PRESETS
 
-from .arguments import UsageError, at_least, check_output_files, path
+from .arguments import UsageError, add_device_argument, at_least, check_output_files, path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", type=_size, default=(512, 512), metavar="N|HxW", help="default 512")
     parser.add_argument("--repeats", type=at_least(1), default=10, help="timed forward passes (default 10)")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
+    add_device_argument(parser)
     parser.add_argument("--name", help="name in the table (default: the model's)")
     parser.add_argument("--markdown", type=path, metavar="FILE", help="write the table")
     parser.add_argument("--json-out", type=path, metavar="FILE", help="write the figures")

@@ -19,6 +19,7 @@ from .arguments import (
     UsageError,
     add_checkpoint_argument,
     add_data_arguments,
+    add_device_argument,
     add_engine_arguments,
     add_photos_dir,
     at_least,
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", choices=POLICIES, help="see `frd predict`; default: the preset's, auto for original"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
+    add_device_argument(parser)
     add_engine_arguments(parser, engine="torch", precision="float32")
     parser.add_argument(
         "--method", help="name in the results (default: the checkpoint or DIR of --predictions)"

@@ -20,6 +20,7 @@ from .arguments import (
     Checkpoint,
     UsageError,
     add_checkpoint_argument,
+    add_device_argument,
     add_engine_arguments,
     at_least,
     check_output_files,
@@ -105,9 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="mark pixels and show the heat map where the verdict is `no trace found` too",
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:N or mps"
-    )
+    add_device_argument(parser, "auto")
     add_engine_arguments(parser)
     parser.add_argument(
         "--size",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frd_model.output import one_line
-from frd_model.results import ENDINGS, KINDS, Job, files_of
+from frd_model.results import ENDINGS, KINDS, Job, files_of, record_of
 
 from .arguments import path
 
@@ -96,6 +96,9 @@ def collect(paths: list[str], out: Path, recursive: bool = False, standard_input
     skipped: dict[Path, Skipped] = {}
     failed = []
     for name in paths:
+        if "://" in name and not os.path.exists(name):
+            failed.append((name, "must be a file, folder or pattern, got an address: download it first"))
+            continue
         try:
             found = scan_images([name], recursive=recursive)
         # Any error of one argument must not stop the others.
@@ -103,8 +106,9 @@ def collect(paths: list[str], out: Path, recursive: bool = False, standard_input
             failed.append((name, one_line(error)))
             continue
         skipped |= {entry.path: entry for entry in found.skipped}
+        listed = not os.path.isfile(name)
         for file in found.images:
-            if _own_output(file, out):
+            if _own_output(file, out) or (listed and record_of(file) is not None):
                 skipped[file] = Skipped(file, "result of an earlier run")
             else:
                 files.setdefault(os.path.realpath(file), file)

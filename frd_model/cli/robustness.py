@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from frd_model.evaluate_presets import EVAL_PRESETS, eval_preset
 from frd_model.output import check_output_folder, say
 
-from .arguments import add_checkpoint_argument, at_least, open_checkpoint, path
+from .arguments import add_checkpoint_argument, add_device_argument, at_least, open_checkpoint, path
 from .evaluate import add_source_arguments, open_sources
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric", help="of table and plot (default: the preset's at the optimal threshold, or its own)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N, mps or auto")
+    add_device_argument(parser)
     parser.add_argument("--method", help="name in the results (default: the checkpoint)")
     parser.add_argument(
         "--beside",

@@ -15,6 +15,7 @@ from frd_model.output import say
 
 from .arguments import (
     add_checkpoint_argument,
+    add_device_argument,
     add_engine_arguments,
     at_least,
     open_checkpoint,
@@ -25,9 +26,7 @@ from .arguments import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_argument(parser)
-    parser.add_argument(
-        "--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:N or mps"
-    )
+    add_device_argument(parser, "auto")
     add_engine_arguments(parser)
     parser.add_argument(
         "--host",

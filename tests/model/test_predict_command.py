@@ -125,6 +125,23 @@ def test_any_exception_of_one_photo_is_its_own(
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["d.json", "d_mask.png", "d_overlay.png"]
 
 
+def test_results_of_another_folder_are_no_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless one is named itself."""
+    folder = tmp_path / "in"
+    write_png(folder / "a.png", photo())
+    write_png(folder / "b_mask.png", photo())  # a photo of that name, without a record
+    assert run(folder / "a.png", "--out", folder) == 0
+    assert run(folder, "--out", tmp_path / "out") == 0
+    assert {p.name for p in (tmp_path / "out").glob("*.json")} == {"a.json", "b_mask.json"}
+    assert "result of an earlier run" in capsys.readouterr().err
+    assert run(folder / "a_mask.png", "--out", tmp_path / "named") == 0
+
+
+def test_an_address_gets_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("https://example.org/a.jpg", "--out", tmp_path) == 1
+    assert "got an address: download it first" in capsys.readouterr().err
+
+
 def test_a_second_run_needs_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     write_png(folder / "a.png", photo())
