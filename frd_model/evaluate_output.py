@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,20 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def format_summary(summary: dict[str, Any]) -> str:
     """The means as small tables, the rules above them, and what they leave out below."""
     lines = [_rules(summary["preset"])] if "preset" in summary else []
-    lines.append(f"{'':<16} {'images':>6} " + " ".join(f"{c:>10}" for c in COLUMNS))
+    lines += (
+        _pixel_lines(summary)
+        if summary["forged"]["images"]
+        else ["no forged photo was scored: no pixel metrics"]
+    )
+    lines += _image_lines(summary)
+    lines += [f"skipped: {count} x {reason}" for reason, count in summary["skipped"].items()]
+    lines += [f"note: {count} x {note}" for note, count in summary["notes"].items()]
+    return "\n".join(lines)
+
+
+def _pixel_lines(summary: dict[str, Any]) -> list[str]:
+    """Pixel metrics, those of the two controls, and the means over the forged photos."""
+    lines = [f"{'':<16} {'images':>6} " + " ".join(f"{c:>10}" for c in COLUMNS)]
     centre = summary["centre_control"]
     white = {"images": summary["forged"]["images"], **summary["white_mask"]}
     rows = [
@@ -49,10 +63,7 @@ def format_summary(summary: dict[str, Any]) -> str:
         lines.append(
             f"{name:<20} {best['mean']:>8.4f} at {best['threshold']:.2f}, the best one threshold for the set"
         )
-    lines += _image_lines(summary)
-    lines += [f"skipped: {count} x {reason}" for reason, count in summary["skipped"].items()]
-    lines += [f"note: {count} x {note}" for note, count in summary["notes"].items()]
-    return "\n".join(lines)
+    return lines
 
 
 def _with_kinds(name: str, total: Any, kinds: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -75,12 +86,13 @@ def _rules(preset: dict[str, Any]) -> str:
 def _image_lines(summary: dict[str, Any]) -> list[str]:
     clean, level, lines = summary["authentic"], summary["image_level"], []
     if clean["images"]:
-        low, high = level["auc_interval"]
         lines.append(
             f"untouched photos: {clean['images']}; pixels falsely marked {100 * clean['pixel_false_alarm']:.2f} %, "
-            f"photos with a score above {summary['threshold']:g}: {100 * clean['photo_false_alarm']:.1f} %, "
-            f"AUC of the score: {clean['score_auc']:.4f}"
+            f"photos with a score above {summary['threshold']:g}: {100 * clean['photo_false_alarm']:.1f} %"
         )
+    if clean["images"] and summary["forged"]["images"]:
+        low, high = level["auc_interval"]
+        lines[-1] += f", AUC of the score: {clean['score_auc']:.4f}"
         lines.append(
             f"photos by their score above {summary['threshold']:g}: F1 {level['f1']:.4f}, "
             f"balanced accuracy {level['balanced_accuracy']:.4f}; AUC's 95 % interval {low:.4f} to {high:.4f}"
@@ -90,10 +102,8 @@ def _image_lines(summary: dict[str, Any]) -> list[str]:
         )
         lines.append(f"forged photos found at so many false alarms among these untouched ones: {found}")
     for verdict, shares in level["verdicts"].items():
-        lines.append(
-            f"verdict {verdict}: {100 * shares['forged']:.1f} % of the forged, "
-            f"{100 * shares['untouched']:.1f} % of the untouched photos"
-        )
+        of = [f"{100 * v:.1f} % of the {name}" for name, v in shares.items() if not math.isnan(v)]
+        lines.append(f"verdict {verdict}: {', '.join(of)} photos")
     if "shown" in clean:
         lines.append(f"pixels that predict marks in untouched photos: {100 * clean['shown']:.2f} %")
     return lines

@@ -176,6 +176,8 @@ def test_false_alarms_follow_the_threshold() -> None:
     )
     assert report.summary()["authentic"]["photo_false_alarm"] == 1
     assert "a score above 0.3: 100.0 %" in format_summary(report.summary())
+    assert "nan" not in format_summary(report.summary())
+    assert "no forged photo was scored" in format_summary(report.summary())
     assert Report(0.5, report.rows).summary()["authentic"]["photo_false_alarm"] == 0
 
 
