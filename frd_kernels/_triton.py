@@ -27,9 +27,8 @@ _MODULES = {
     "pdc.triton.depthwise": ("pdc2d_depthwise", "pdc2d_depthwise_backward"),
     "pdc_block.triton.forward": ("pdc_block",),
     "pdc_block.triton.backward": ("pdc_block_backward",),
-    "cluster.triton.forward": ("cluster", "icm"),
-    "cluster.triton.backward": ("cluster_backward", "icm_backward"),
-    "cluster.triton.dispatch": ("cluster_dispatch", "cluster_dispatch_backward"),
+    "cluster.triton.forward": ("cluster", "icm", "cluster_dispatch"),
+    "cluster.triton.backward": ("cluster_backward", "icm_backward", "cluster_dispatch_backward"),
 }
 
 

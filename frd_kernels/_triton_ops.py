@@ -19,13 +19,18 @@ from . import _triton
 INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 
 
+def device_function(function: Any) -> Any:
+    """Decorates what kernels call. The interpreter calls plain functions, as a decorated one takes milliseconds."""
+    return function if INTERPRETED.value else triton.jit(function)
+
+
 @triton.constexpr_function
 def compute_type(dtype):
     """float64 for float64, else float32."""
     return tl.float64 if dtype == tl.float64 else tl.float32
 
 
-@triton.jit
+@device_function
 def widen_all(values, COUNT: tl.constexpr):
     """A tuple of COUNT tiles of one dtype, in the compute type."""
     wide = ()
@@ -40,13 +45,13 @@ def widen_all(values, COUNT: tl.constexpr):
     return wide
 
 
-@triton.jit
+@device_function
 def widen(value):
     """To the compute type."""
     return widen_all((value,), 1)[0]
 
 
-@triton.jit
+@device_function
 def narrow(value, dtype: tl.constexpr):
     """From the compute type to the storage type, round to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
@@ -58,7 +63,7 @@ def narrow(value, dtype: tl.constexpr):
     return result
 
 
-@triton.jit
+@device_function
 def matmul_add(a, b, acc, PRECISION: tl.constexpr):
     """acc [M, N] + a [M, K] b [K, N] in the dtype of acc."""
     if INTERPRETED:  # numpy has no bfloat16

@@ -110,7 +110,8 @@ PROVIDERS = {
         _TRITON_ON_H100,
         _triton.problem(),
         _INT32,
-        capabilities=_H100_CAPABILITY,
+        frozenset({"cluster", "cluster_dispatch", "icm"}),
+        _H100_CAPABILITY,
     ),
     "cuda": Provider(
         "frd",

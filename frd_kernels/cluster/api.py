@@ -74,7 +74,7 @@ def cluster(
         k, v = _cast(k, dtype), _cast(v, dtype)
     untraced(_check_cluster, k, v, grid, hw, aggregate, alpha, beta, mask)
     native = backend.select("cluster", k)
-    if native is None:
+    if native is None or not backend.is_fused("cluster", k, native):
         return reference.cluster(k, v, grid, hw, aggregate=aggregate, alpha=alpha, beta=beta, mask=mask)
     index = AGGREGATES.index(aggregate)
     centres, labels, similarity, counts = ops.cluster(native, k, v, mask, grid, hw, index, alpha, beta)
@@ -132,7 +132,7 @@ def dispatch(
         return handle_torch_function(dispatch, (centres,), *inputs, channels_first=channels_first)
     untraced(_check_dispatch, centres, labels, similarity)
     native = backend.select("cluster_dispatch", centres)
-    if native is None:
+    if native is None or not backend.is_fused("cluster_dispatch", centres, native):
         return reference.dispatch(centres, labels, similarity, channels_first=channels_first)
     return ops.dispatch(native, centres, labels, similarity, channels_first)
 
@@ -197,7 +197,7 @@ def icm(
             projections = [p and cast(Projection, tuple(_cast(t, dtype) for t in p)) for p in projections]
     untraced(_check_projections, projections, len(grids), x)
     native = backend.select("icm", x)
-    if native is None:
+    if native is None or not backend.is_fused("icm", x, native):
         return reference.icm(x, projections, variant=variant, alpha=alpha, beta=beta, grids=grids, hw=hw)
     given = [None] * len(grids) if projections is None else projections
     return ops.icm(native, x, given, VARIANTS.index(variant), alpha, beta, grids, hw)

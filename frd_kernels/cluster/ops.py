@@ -16,6 +16,7 @@ from .._numbers import as_ints
 from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_keys
 from . import saved
 from .saved import compute_dtype
+from .triton import layout as triton_layout
 
 Tensor = torch.Tensor
 
@@ -295,7 +296,7 @@ def register(namespace: str, layout: Layout = saved) -> None:
 
 
 register("frd")
-register(_triton.NAMESPACE)
+register(_triton.NAMESPACE, triton_layout)
 
 
 def _gate(value: float | Tensor, like: Tensor, size: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""The layout of `saved`, what a round keeps for its backward pass: the one statement of it in Python, as
-csrc/cluster/saved.h is in C++. Every backend reads what every other one wrote."""
+"""The layout of `saved`, what a round of the C++ kernels keeps for its backward: the one statement of it in Python, as
+csrc/cluster/saved.h is in C++. The CPU reads what CUDA wrote, and the other way around."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the clustering's Triton forward has: blocks and chunks of its own, and two ways to end its sums."""
+"""What only the clustering's Triton forward has: blocks of its own, and no float64."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from .test_forward import check
 
 if _triton.problem():
     pytest.skip(_triton.problem(), allow_module_level=True)
-
-from frd_kernels.cluster.triton import assign
 
 pytestmark = pytest.mark.slow
 
@@ -69,20 +67,15 @@ def test_more_centres_than_tokens() -> None:
     torch.testing.assert_close(centres[0], v[0, bins // 64 // 8 * 8 + bins % 64 // 8])
 
 
-@pytest.mark.parametrize("aggregate", [0, 1])
-def test_the_last_chunk_and_a_kernel_of_its_own_finish_alike(
-    monkeypatch: pytest.MonkeyPatch, aggregate: int
-) -> None:
-    k, v = torch.randn(2, 2, 300, 24)
-    arguments = (k, v, None, *gates(), [5, 4], [15, 20], aggregate)
-    together = OPS.cluster(*arguments)
-    monkeypatch.setattr(assign, "_MAX_LAST_CHUNK_SUMS", 0)
-    assert all(torch.equal(a, b) for a, b in zip(OPS.cluster(*arguments), together, strict=True))
-    # As one chunk the sums have another order.
-    monkeypatch.setattr(assign, "_MAX_FUSED_SUMS", 0)
-    for found, wanted in zip(OPS.cluster(*arguments), together, strict=True):
-        if found.is_floating_point():
-            atol = 1e-6 * wanted.abs().max().item()
-            torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
-        else:
-            assert torch.equal(found, wanted)
+@pytest.mark.parametrize("op", ["cluster", "icm", "cluster_dispatch"])
+def test_float64_is_composed(op: str) -> None:
+    """The public functions take it; the operators say that they do not."""
+    x, sizes = torch.randn(2, 30, 5, dtype=torch.float64), ([5, 6], [2, 3])
+    labels, gate = torch.zeros(2, 30, dtype=torch.int32), torch.ones(1, dtype=torch.float64)
+    calls = {
+        "cluster": lambda: OPS.cluster(x, x, None, gate, gate, sizes[1], sizes[0], 0),
+        "icm": lambda: OPS.icm(x, [x.new_empty(0)] * 4, gate, gate, sizes[1], sizes[0], 0),
+        "cluster_dispatch": lambda: OPS.cluster_dispatch(x, labels, x[..., 0], False),
+    }
+    with pytest.raises(NotImplementedError, match="float32, got float64"):
+        calls[op]()

@@ -1,8 +1,8 @@
 """Compiles the Triton kernels ahead of time, for GPUs that this machine does not have, and prints what came out.
 
 The launchers run on meta tensors and launch nothing: signatures, alignments, constants and tiles are those of the
-real launch. `python triton_aot.py [--arch 80 90] [--only NAME ...]` prints a JSON list. Needs no GPU; must run without
-TRITON_INTERPRET.
+real launch. `python triton_aot.py [--arch 80 90] [--only NAME ...]` prints a JSON list, by default for every
+architecture. Needs no GPU; must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from frd_kernels.pdc.triton import weight as transform
 from frd_kernels.pdc_block.triton import backward, dense, forward
 
 # Run as a script: its folder is on the path.
-from triton_aot_cluster import launches as icm_launches  # isort: skip
-from triton_aot_cluster_backward import launches as icm_backward_launches  # isort: skip
+from triton_aot_cluster import launches as clustering_launches  # isort: skip
 
 BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 # How often each SASS instruction stands in a kernel.
@@ -40,10 +39,12 @@ COUNTED = {
     "stg_128": r"STG\.\S*\b128\b",
     "hmma": r"\bHMMA\.",
     "hgmma": r"\bHGMMA\.",
+    "utcmma": r"\bUTC\w*MMA",
     "ldl": r"\bLDL",
     "stl": r"\bSTL",
 }
 ONE, TWO = [1, 1], [2, 2]
+ARCHITECTURES = [80, 90, 100, 120]
 Launch = Callable[[], Any]
 
 
@@ -161,17 +162,14 @@ def launches() -> dict[str, Launch]:
     }
 
 
-def clustering_launches() -> dict[str, Launch]:
-    return icm_launches() | icm_backward_launches()
-
-
 def left_out(arch: int) -> set[str]:
-    """Launches that others, or another architecture, have to stand for: every second one is compiled for each, of the
-    clustering's one in four."""
+    """Launches that others, or another architecture, have to stand for: of the clustering's each architecture compiles
+    one in four, of the others every second one, for sm_80 and sm_90 alone."""
     clustering = clustering_launches()
     others = [name for name in launches() if name not in clustering]
-    return {name for i, name in enumerate(others) if (i + arch // 10) % 2} | {
-        name for i, name in enumerate(clustering) if (i + 2 * (arch // 10)) % 4
+    place = ARCHITECTURES.index(arch)
+    return {name for i, name in enumerate(others) if (i + place) % 2 or arch >= 100} | {
+        name for i, name in enumerate(clustering) if (i + place) % 4
     }
 
 
@@ -223,7 +221,7 @@ def compiled(launch: Launch, arch: int) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of launches")
     parser.add_argument("--sass", type=pathlib.Path, help="a folder for the SASS of every kernel")
     arguments = parser.parse_args()

@@ -1,7 +1,5 @@
-"""The clustering on Triton kernels.
+"""The clustering on Triton kernels, for GPUs without the CUDA library: a chain of short launches.
 
-In reading order: `tiles` (device functions that all share), `operands` (what the kernels of a round are given), `pool`
-and `assign` (the two kernels of a round), `icm_dispatch`, `forward` (the operators `cluster` and `icm`);
-`backward_operands`, `backward_dense`, `backward_round`, `backward_labels` (kernels of the gradients), `backward` (their
-operators); `dispatch` (the operator `cluster_dispatch` and its backward).
+In reading order: `layout` (what a forward pass keeps), `kernels` (all kernels, each with its launcher), `forward` and
+`backward` (the operators). The ICM is computed in the folded form of `reference.icm_folded`.
 """
