@@ -373,5 +373,5 @@ def unit_grads(rows: Tensor, inv_norm: Tensor, grads: Tensor, along: Maybe = Non
     along: unit . grad [B, N], where it is known."""
     if along is None:
         along = dots(grads * inv_norm.unsqueeze(2), rows)
-    scale = torch.where(inv_norm == _MAX_INV_NORM, 0, inv_norm)
-    return (grads - rows * (inv_norm * along).unsqueeze(2)) * scale.unsqueeze(2)
+    along, scale = (inv_norm * along).unsqueeze(2), inv_norm.unsqueeze(2)
+    return torch.where(scale == _MAX_INV_NORM, 0, (grads - rows * along) * scale)
