@@ -21,8 +21,8 @@ STABLE_TORCH_LIBRARY(frd, m) {
       "Tensor? residual, int kind, float theta, SymInt[] stride, SymInt[] dilation) -> Tensor");
   m.def(
       "pdc_block_backward(Tensor grad, Tensor x, Tensor pdc_weight, Tensor? pdc_bias, Tensor point_weight, "
-      "int kind, float theta, SymInt[] stride, SymInt[] dilation) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "int kind, float theta, SymInt[] stride, SymInt[] dilation, bool need_point_bias) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
 
   // Cosine clustering of tokens [B, N, C]. aggregate: 0 count, 1 similarity. variant: 0 paper, 1 released.
   // mask: bool [B, N], the tokens that take part. labels: int32 [B, N], -1 for the others. saved: for the

@@ -51,6 +51,17 @@ def declare(namespace: str, ops: Iterable[str]) -> torch.library.Library:
     return library
 
 
+# The newer CUDA kernels, beside those of `frd` until a GPU has run them: the clustering as a chain of launches; the PDC
+# block with other small tiles, and with products of the library in its backward.
+CHAIN = "frd_chain"
+CHAIN_OPS = (
+    *("cluster", "cluster_backward", "cluster_dispatch", "cluster_dispatch_backward"),
+    *("icm", "icm_backward"),
+    *("pdc_block", "pdc_block_backward"),
+)
+_CHAIN_LIBRARY = declare(CHAIN, CHAIN_OPS)
+
+
 def cuda_architectures() -> list[str]:
     """What libfrd_cuda.so was compiled for, as CMake writes it: "90a-real", "80", ..."""
     module = importlib.import_module("frd_kernels._C")

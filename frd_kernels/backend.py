@@ -18,7 +18,7 @@ import torch
 from . import _library, _triton
 from ._torch_internals import is_tracing, is_transformed, is_transforming
 
-NAMES = ("reference", "cpu", "triton", "cuda")
+NAMES = ("reference", "cpu", "triton", "cuda", "cuda_chain")
 
 _ALL = frozenset({"pdc_weight", "pdc2d", "pdc_block", "cluster", "cluster_dispatch", "icm"})
 _INT32 = 2**31 - 1
@@ -62,6 +62,7 @@ class Provider(NamedTuple):
     max_elements: the largest image [C, H, W] that the kernels can index.
     without_float64: ops that are composed of others for float64.
     capabilities: compute capabilities of the GPUs that the evidence was measured on.
+    elsewhere: ops whose operators are in another namespace.
     """
 
     namespace: str
@@ -72,6 +73,11 @@ class Provider(NamedTuple):
     max_elements: int | None = None
     without_float64: frozenset[str] = frozenset()
     capabilities: frozenset[tuple[int, int]] = frozenset()
+    elsewhere: Mapping[str, str] = {}
+
+    def operators(self, op: str) -> Any:
+        """torch.ops.<namespace> with the operators of `op`."""
+        return getattr(torch.ops, self.elsewhere.get(op, self.namespace))
 
     def refusal(self, op: str, tensor: torch.Tensor) -> str | None:
         """Why it cannot run `op` on this tensor; None if it can."""
@@ -123,6 +129,16 @@ PROVIDERS = {
         frozenset({"pdc_block"}),
         _H100_CAPABILITY,
     ),
+    "cuda_chain": Provider(
+        _library.CHAIN,
+        "cuda",
+        _ALL,
+        {},
+        _cuda_problem(),
+        _INT32,
+        frozenset({"pdc_block", "cluster", "icm"}),
+        elsewhere=dict.fromkeys(_ALL - {"cluster", "cluster_dispatch", "icm", "pdc_block"}, "frd"),
+    ),
 }
 
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("frd_backend", default=None)
@@ -137,7 +153,8 @@ def use_backend(name: str) -> Iterator[None]:
     A `torch.fx` graph calls the public functions, which select a backend when the graph runs, not when it is traced.
 
     Args:
-        name: "reference" (plain PyTorch, any device), "cpu" (C++ kernels), "triton" or "cuda".
+        name: "reference" (plain PyTorch, any device), "cpu" (C++ kernels), "triton", "cuda", or "cuda_chain": "cuda"
+            with the clustering as a chain of launches and newer kernels of the PDC block, which no GPU has run yet.
 
     Raises:
         ValueError: another name.
@@ -203,13 +220,13 @@ def select(op: str, tensor: torch.Tensor) -> Any | None:
             return torch.ops.frd
         for provider in (PROVIDERS["cuda"], PROVIDERS["triton"]):
             if provider.is_default(op, tensor) and provider.refusal(op, tensor) is None:
-                return getattr(torch.ops, provider.namespace)
+                return provider.operators(op)
         return None
     provider = PROVIDERS[name]
     refusal = _transform_refusal() or provider.refusal(op, tensor)
     if refusal is not None:
         raise NotImplementedError(f"{op}: backend {name!r} was requested and {refusal}")
-    return getattr(torch.ops, provider.namespace)
+    return provider.operators(op)
 
 
 def is_composed() -> bool:

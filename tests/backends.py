@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from frd_kernels import _triton, backend
+from frd_kernels.cluster import chain_saved
 from frd_kernels.cluster import ops as icm_ops
 from frd_kernels.pdc import ops as pdc_ops
 from frd_kernels.pdc_block import ops as pdc_block_ops
@@ -15,17 +16,27 @@ from frd_kernels.pdc_block import ops as pdc_block_ops
 from .emulator import emulated
 
 EMULATED = "cuda (emulated)"
+EMULATED_CHAIN = "cuda_chain (emulated)"
 Case = TypeVar("Case")
 
 
 def _declare_emulated() -> None:
     """The emulated kernels as one more backend: operators of their own namespace on CPU tensors."""
-    global _library  # keeps the declarations alive
-    _library = backend._library.declare(emulated.NAMESPACE, emulated.OPS)
+    global _libraries  # keeps the declarations alive
+    declare = backend._library.declare
+    _libraries = (
+        declare(emulated.NAMESPACE, emulated.OPS),
+        declare(emulated.CHAIN, backend._library.CHAIN_OPS),
+    )
     for family in (pdc_ops, pdc_block_ops, icm_ops):
         family.register(emulated.NAMESPACE)
-    backend.PROVIDERS[EMULATED] = backend.PROVIDERS["cuda"]._replace(
-        namespace=emulated.NAMESPACE, device="cpu", problem=""
+    icm_ops.register(emulated.CHAIN, chain_saved)
+    pdc_block_ops.register(emulated.CHAIN, emulated.NAMESPACE)
+    providers = backend.PROVIDERS
+    providers[EMULATED] = providers["cuda"]._replace(namespace=emulated.NAMESPACE, device="cpu", problem="")
+    elsewhere = dict.fromkeys(providers["cuda_chain"].elsewhere, emulated.NAMESPACE)
+    providers[EMULATED_CHAIN] = providers["cuda_chain"]._replace(
+        namespace=emulated.CHAIN, device="cpu", problem="", elsewhere=elsewhere
     )
 
 
@@ -34,24 +45,25 @@ if not torch.cuda.is_available() and not emulated.problem():
 
 
 def running(op: str) -> list[str]:
-    """Every backend that has `op` here, the reference first."""
+    """Every backend that has an `op` of its own here, the reference first."""
     names = ["reference"]
     for name, provider in backend.PROVIDERS.items():
-        if op in provider.ops and not provider.problem:
+        if op in provider.ops and op not in provider.elsewhere and not provider.problem:
             names.append(name)
     return names
 
 
 def prepare(name: str) -> None:
     """Builds what a backend of the tests still needs."""
-    if name == EMULATED:
+    if name in (EMULATED, EMULATED_CHAIN):
         emulated.load()
 
 
 def is_slow(name: str, op: str = "") -> bool:
-    """Whether a backend takes tenths of a second for the smallest call: Triton's interpreter, and emulated clusters of
-    eight blocks, 2048 fibers."""
-    return (name == "triton" and _triton.INTERPRETED) or (name == EMULATED and op in ("cluster", "icm"))
+    """Whether a backend takes tenths of a second for the smallest call: Triton's interpreter, and emulated kernels of
+    many threads."""
+    emulated_clustering = name in (EMULATED, EMULATED_CHAIN) and op in ("cluster", "icm")
+    return (name == "triton" and _triton.INTERPRETED) or emulated_clustering
 
 
 def assert_same_bits(name: str, found: Iterable[torch.Tensor], wanted: Iterable[torch.Tensor]) -> None:
@@ -66,11 +78,16 @@ def assert_same_bits(name: str, found: Iterable[torch.Tensor], wanted: Iterable[
             assert torch.equal(a, b)
 
 
+def is_superseded(name: str, op: str) -> bool:
+    """Whether the kernels are in a folder to_be_deleted: the tier slow has test_across_backends.py alone of them."""
+    return name == EMULATED and op in ("cluster", "icm")
+
+
 def tier(name: str) -> str:
     """The marker of what runs on a backend; none for those that are quick everywhere."""
-    if name == EMULATED or (name == "triton" and _triton.INTERPRETED):
+    if name in (EMULATED, EMULATED_CHAIN) or (name == "triton" and _triton.INTERPRETED):
         return "slow"
-    return "gpu" if name in ("cuda", "triton") else ""
+    return "gpu" if name in ("cuda", "cuda_chain", "triton") else ""
 
 
 def subset(name: str, cases: Sequence[Case]) -> Sequence[Case]:

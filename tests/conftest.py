@@ -103,7 +103,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         module: Any = item.module  # type: ignore[attr-defined]
         if backends.is_slow(name, getattr(module, "OP", "")):
             test = f"{item.nodeid.partition('[')[0]} {name}"
-            if rank[test] % getattr(module, "EVERY", 12):
+            if rank[test] % getattr(module, "EVERY", 12) or backends.is_superseded(name, module.OP):
                 item.add_marker("exhaustive")
             rank[test] += 1
     items.sort(key=lambda item: hasattr(item.module, "compile_all"))  # type: ignore[attr-defined]

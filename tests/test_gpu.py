@@ -120,7 +120,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture(params=["cuda", "triton"])
+@pytest.fixture(params=["cuda", "cuda_chain", "triton"])
 def on_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if problem := fk.backend.PROVIDERS[request.param].problem:
         pytest.skip(problem)
@@ -164,7 +164,7 @@ def test_outputs_and_gradients_are_right(call: Call, dtype: torch.dtype, poisone
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("on_backend", ["cuda"], indirect=True)
+@pytest.mark.parametrize("on_backend", ["cuda", "cuda_chain"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_under_the_sanitizer(call: Call, dtype: torch.dtype) -> None:
     assert_right(call, dtype)

@@ -10,6 +10,7 @@
 #else
 
 #define FRD_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(frd, CUDA, m)
+#define FRD_CHAIN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(frd_chain, CUDA, m)
 // Name of an operator for a call through the dispatcher.
 #define FRD_OP(name) "frd::" name
 

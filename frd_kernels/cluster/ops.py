@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import _autograd, _flops, _triton
+from .. import _autograd, _flops, _library, _triton
 from .._numbers import as_ints
 from .._torch_internals import autocast_key, is_batched_grad, over_batched_grad, without_keys
-from . import saved
+from . import chain_saved, saved
 from .saved import compute_dtype
 from .triton import layout as triton_layout
 
@@ -297,6 +297,7 @@ def register(namespace: str, layout: Layout = saved) -> None:
 
 register("frd")
 register(_triton.NAMESPACE, triton_layout)
+register(_library.CHAIN, chain_saved)
 
 
 def _gate(value: float | Tensor, like: Tensor, size: int) -> Tensor:

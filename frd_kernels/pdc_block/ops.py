@@ -1,4 +1,10 @@
-"""`pdc_block` and its backward as operators: fakes, autograd to any order, autocast."""
+"""`pdc_block` and its backward as operators: fakes, autograd to any order, autocast.
+
+The backward operators take what the forward took, and compute the hidden values again. Keeping them would take a second
+output of the forward: whether a gradient will be wanted is not known when a graph is recorded for `torch.export`, and
+the second derivative would have to go through that output too. Computing them again is one launch of the stencil, of
+five or six of the backward pass on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import _autograd, _flops, _triton
+from .. import _autograd, _flops, _library, _triton
 from .._autocast import autocast_dtype, cast_operands
 from ..pdc.arguments import Geometry
 
@@ -70,13 +76,14 @@ def _fake_backward(
     theta: float,
     stride: list[int],
     dilation: list[int],
+    need_point_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         empty_image(x, tuple(x.shape)),
         pdc_weight.new_empty(pdc_weight.shape),
         pdc_weight.new_empty((pdc_weight.shape[0],)),
         point_weight.new_empty(point_weight.shape),
-        point_weight.new_empty((point_weight.shape[0],)),
+        point_weight.new_empty((point_weight.shape[0] if need_point_bias else 0,)),
     )
 
 
@@ -87,7 +94,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, kind, theta, stride, dilation = inputs
+    *tensors, kind, theta, stride, dilation, ctx.need_point_bias = inputs
     # stride, padding and dilation of the difference convolution: padding = dilation.
     ctx.options = (kind, theta, stride, dilation, dilation)
     ctx.has_bias = tensors[3] is not None
@@ -95,17 +102,20 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tenso
 
 
 class _Rules:
-    """The backwards of the operators of a namespace, which call operators of the same namespace."""
+    """The backwards of the operators of a namespace, which call operators of the same namespace, and those of the
+    difference convolution in the namespace `pdc`."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, pdc: str) -> None:
         self.ops = getattr(torch.ops, namespace)
+        self.pdc = getattr(torch.ops, pdc)
 
     def backward(self, ctx: Any, grad: torch.Tensor) -> tuple[OptionalTensor, ...]:
         x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
-        dx, d_pdc, d_pdc_bias, d_point, d_point_bias = _autograd.call(
-            self.ops.pdc_block_backward.default, grad, x, pdc_weight, pdc_bias, point_weight, *ctx.options
-        )
         has_pdc_bias, has_point_bias, has_residual = ctx.has
+        tensors = (grad, x, pdc_weight, pdc_bias, point_weight)
+        dx, d_pdc, d_pdc_bias, d_point, d_point_bias = _autograd.call(
+            self.ops.pdc_block_backward.default, *tensors, *ctx.options, has_point_bias
+        )
         return (
             dx,
             d_pdc,
@@ -131,7 +141,7 @@ class _Rules:
         <L(a_x, w) + L(x, a_w) + a_b, m (v' grad)> + <a_v r + a_c, grad>.
         """
         grad, x, pdc_weight, pdc_bias, point_weight = ctx.saved_tensors
-        pdc, pdc_backward = self.ops.pdc2d_depthwise, self.ops.pdc2d_depthwise_backward
+        pdc, pdc_backward = self.pdc.pdc2d_depthwise, self.pdc.pdc2d_depthwise_backward
         hidden = pdc(x, pdc_weight, pdc_bias, *ctx.options)
         # A NaN passes the ReLU, as in torch.
         inactive = hidden <= 0
@@ -140,14 +150,15 @@ class _Rules:
             return tensor.masked_fill(inactive, 0)
 
         tangent = gate(pdc(a_x, pdc_weight, None, *ctx.options) + pdc(x, a_pdc, a_pdc_bias, *ctx.options))
-        d_grad = F.conv2d(tangent, point_weight) + F.conv2d(gate(hidden), a_point, a_point_bias)
+        a_bias = a_point_bias if ctx.need_point_bias else None
+        d_grad = F.conv2d(tangent, point_weight) + F.conv2d(gate(hidden), a_point, a_bias)
         d_point = torch.einsum("bohw,bchw->oc", grad, tangent)[:, :, None, None]
         through = gate(F.conv2d(grad, point_weight.transpose(0, 1)))
         through_a = gate(F.conv2d(grad, a_point.transpose(0, 1)))
         d_x, d_pdc, d_bias = pdc_backward(through_a, x, pdc_weight, *ctx.options, True, True)
         d_x = d_x + pdc_backward(through, x, a_pdc, *ctx.options, True, False)[0]
         d_pdc = d_pdc + pdc_backward(through, a_x, pdc_weight, *ctx.options, False, True)[1]
-        return d_grad, d_x, d_pdc, d_bias if ctx.has_bias else None, d_point, *(None for _ in range(4))
+        return d_grad, d_x, d_pdc, d_bias if ctx.has_bias else None, d_point, *(None for _ in range(5))
 
 
 def _flop_count(out: Any, pdc_weight: Any, point_weight: Any, kind: int | None) -> int:
@@ -182,10 +193,11 @@ def _dense_flops(
     return _flop_count(out_shape, plain, point_weight, None)
 
 
-def register(namespace: str) -> None:
-    """Registers fakes, autograd, autocast and FLOP formulas of the operators in `namespace`."""
+def register(namespace: str, pdc: str | None = None) -> None:
+    """Registers fakes, autograd, autocast and FLOP formulas of the operators in `namespace`. The difference
+    convolution's operators are in the namespace `pdc`, by default the same."""
     forward, backward = f"{namespace}::pdc_block", f"{namespace}::pdc_block_backward"
-    rules = _Rules(namespace)
+    rules = _Rules(namespace, pdc or namespace)
     torch.library.register_fake(forward, _fake)
     torch.library.register_fake(backward, _fake_backward)
     _autograd.register(forward, rules.backward, _setup)
@@ -213,5 +225,6 @@ def _fake_dense(
 
 register("frd")
 register(_triton.NAMESPACE)
+register(_library.CHAIN, "frd")
 torch.library.register_fake(f"{_triton.NAMESPACE}::pdc_block_dense", _fake_dense)
 _flops.register(_triton.NAMESPACE, {"pdc_block_dense": _dense_flops})

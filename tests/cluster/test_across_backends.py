@@ -42,7 +42,7 @@ def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 def keeps_the_same(name: str) -> bool:
     """Whether a backend's `saved` has the CPU's layout."""
-    return name != "triton"
+    return name in ("cuda", backends.EMULATED)
 
 
 def skip_composed(name: str, dtype: torch.dtype) -> None:
@@ -215,7 +215,10 @@ def test_a_key_that_is_not_finite_spoils_only_its_cluster(other: str, aggregate:
         return call(name, "cluster_backward", *arguments)[0]
 
     found, wanted = map(grad_of_keys, (other, "cpu"))
-    assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.isinf(), wanted.isinf())
+    if keeps_the_same(other):
+        assert torch.equal(found.isnan(), wanted.isnan()) and torch.equal(found.isinf(), wanted.isinf())
+    # From other sums of the forward pass less may be spoiled, nothing more.
+    assert (found.isfinite() | ~wanted.isfinite()).all()
     assert not found[1, 150].isfinite().all() and found[1].isfinite().any() and found[0].isfinite().all()
 
 

@@ -118,6 +118,7 @@ def test_cluster_gradients(
         Case((13, 11), [(3, 5), (2, 2)], 7, "none"),
         Case((8, 8), [(4, 4), (2, 1)], 70, "mixed"),
         Case((6, 5), [(4, 4), (3, 2), (2, 2), (1, 2)], 33, "no biases"),
+        Case((5, 4), [(3, 2), (2, 1)], 40, "biases"),  # rows of whole 16 bytes
     ],
     ids=lambda case: f"{case.hw}-{case.projected}",
 )

@@ -7,7 +7,7 @@ import torch
 
 import frd_kernels as fk
 
-from ..backends import is_slow
+from ..backends import EMULATED_CHAIN, is_slow, prepare, running
 from .cases import (
     CLEAR,
     VARIANTS,
@@ -43,6 +43,7 @@ CASES = [
     Case((6, 5), [(4, 4), (3, 2), (2, 2), (1, 2)], 33, "none"),
     Case((6, 5), [(4, 4), (3, 2), (2, 2), (1, 2)], 33, "mixed"),
     Case((38, 39), [(8, 8), (4, 4), (2, 1)], 16, "biases"),
+    Case((7, 12), [(7, 12), (3, 2)], 9, "mixed"),
 ]
 # Relative rounding of the output, and absolute error of the sums behind it.
 ROUNDING = {
@@ -57,6 +58,42 @@ ROUNDING = {
 @pytest.mark.parametrize(("dtype", "layout"), DTYPES, ids=lambda value: str(value).removeprefix("torch."))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_float64(backend: str, variant: str, dtype: torch.dtype, layout: str, case: Case) -> None:
+    assert_matches_float64(variant, dtype, layout, case)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EMULATED_CHAIN not in running(OP), reason="needs the block emulator")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_chain_with_less_shared_memory(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100's cannot hold all that the later rounds take, which then comes from global memory."""
+    monkeypatch.setenv("FRD_EMULATED_GPU", "A100")
+    prepare(EMULATED_CHAIN)
+    case = Case((9, 8), [(8, 8), (4, 4), (2, 1)], 256, "biases")
+    with fk.use_backend(EMULATED_CHAIN):
+        assert_matches_float64(variant, torch.float32, "image", case)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EMULATED_CHAIN not in running(OP), reason="needs the block emulator")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_chain_makes_its_keys_among_the_cosines(variant: str) -> None:
+    """As in FRD-Net: 16 bits, channels in whole slabs. Output and gradients."""
+    prepare(EMULATED_CHAIN)
+    case = Case((9, 8), [(8, 8), (4, 4), (2, 1)], 128, "biases")
+    x, maps, options = clear_case(case, variant, torch.bfloat16, "image")
+
+    def results(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        with fk.use_backend(backend):
+            return run_icm(x.to(dtype), map_projections(lambda t: t.to(dtype), maps), options)
+
+    exact = results("reference", torch.float64)
+    eager = results("reference", torch.bfloat16)
+    for found, peer, wanted in zip(results(EMULATED_CHAIN, torch.bfloat16), eager, exact, strict=True):
+        error, allowed = ((t.double() - wanted).norm() for t in (found, peer))
+        assert error <= 2 * allowed + 1e-5 * wanted.norm()
+
+
+def assert_matches_float64(variant: str, dtype: torch.dtype, layout: str, case: Case) -> None:
     x, maps, options = clear_case(case, variant, dtype, layout)
     out = fk.icm(x, maps, **options)
     assert out.shape == x.shape and out.dtype == dtype

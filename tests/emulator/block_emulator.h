@@ -324,6 +324,12 @@ inline unsigned __ballot_sync(unsigned, int pred) {
     r |= unsigned(emu::exchange(pred != 0, i)) << i;  // 32 exchanges: simple, and slow enough not to matter
   return r;
 }
+inline unsigned __match_any_sync(unsigned, int v) {
+  unsigned r = 0;
+  for (int i = 0; i < 32; ++i) r |= unsigned(emu::exchange(v, i) == v) << i;
+  return r;
+}
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __any_sync(unsigned mask, int pred) { return __ballot_sync(mask, pred) != 0; }
 inline int __all_sync(unsigned mask, int pred) { return __ballot_sync(mask, !pred) == 0; }
 template <typename T>

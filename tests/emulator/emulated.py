@@ -31,7 +31,8 @@ OPS = (
     *("cluster", "cluster_backward", "cluster_dispatch", "cluster_dispatch_backward"),
     *("icm", "icm_backward"),
 )
-
+# Those of the chain of launches.
+CHAIN = "frd_emulated_chain"
 
 DTYPES = ("f32", "f64", "f16", "bf16")
 

@@ -4,6 +4,7 @@
 #include "block_emulator.h"
 
 #define FRD_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(frd_emulated, CPU, m)
+#define FRD_CHAIN_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(frd_emulated_chain, CPU, m)
 #define FRD_OP(name) "frd_emulated::" name
 #undef STD_CUDA_CHECK
 #define STD_CUDA_CHECK(call) STD_TORCH_CHECK((call) == cudaSuccess, "emulated: " #call)

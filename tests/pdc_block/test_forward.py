@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import frd_kernels as fk
 from frd_kernels import reference
 
-from ..backends import device_of, running, subset
+from ..backends import EMULATED, EMULATED_CHAIN, device_of, prepare, running, subset
 from ..pdc.cases import (
     DTYPES,
     KINDS,
@@ -207,6 +207,39 @@ def test_output_keeps_the_layout_of_x(
     assert_layout(out, "nchw" if operands["x"].is_contiguous() else layout)
     exact = reference.pdc_block(**in_double(operands), kind="central")
     assert_rounded_once(out, exact, 1.0 if batch == 0 else block_magnitude(operands))
+
+
+# batch, in and out channels, height, width, kind, theta: ragged tiles and channels; more slabs of channels than shared
+# memory holds at once, fully and partly; on an H100 one wave of medium tiles, of more slabs than are in flight.
+SMALL_TILES: list[tuple[int, int, int, int, int, str, float]] = [
+    (1, 1, 1, 1, 1, "central", 1.0),
+    (2, 67, 37, 3, 9, "radial", 1.0),
+    (1, 130, 33, 5, 8, "angular", 0.7),
+    (1, 1300, 3, 2, 3, "vanilla", 1.0),
+    (100, 260, 2, 2, 3, "central", 1.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EMULATED_CHAIN not in running(OP), reason="needs the emulated kernels")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("gpu", ["H100", "A100", "L4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiles_give_equal_bits(
+    gpu: str, dtype: torch.dtype, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The small tiles of "cuda" and of "cuda_chain", on GPUs that choose and fill them differently."""
+    prepare(EMULATED_CHAIN)
+    cases = SMALL_TILES if gpu == "H100" and dtype != torch.float16 else SMALL_TILES[:4]
+    for batch, channels, filters, height, width, kind, theta in cases:
+        operands = block_operands(batch, channels, filters, height, width, dtype=dtype, layout=layout)
+        with fk.use_backend(EMULATED):
+            expected = fk.pdc_block(**operands, kind=kind, theta=theta)
+        monkeypatch.setenv("FRD_EMULATED_GPU", gpu)
+        with fk.use_backend(EMULATED_CHAIN):
+            assert torch.equal(fk.pdc_block(**operands, kind=kind, theta=theta), expected)
+        monkeypatch.delenv("FRD_EMULATED_GPU")
 
 
 @pytest.mark.parametrize("groups", [4, 1])

@@ -51,7 +51,7 @@ def test_opcheck_backward(ops: Any, view: str, bias: bool, learns: bool) -> None
     operands: dict[str, Any] = operands_as(view, learns) | ({} if bias else {"pdc_bias": None})
     grad = torch.randn(2, 4, 6, 7, requires_grad=learns)
     tensors = (grad, *(operands[name] for name in ("x", "pdc_weight", "pdc_bias", "point_weight")))
-    opcheck(ops.pdc_block_backward.default, (*tensors, int(Kind.CENTRAL), 0.7, [1, 1], [1, 1]))
+    opcheck(ops.pdc_block_backward.default, (*tensors, int(Kind.CENTRAL), 0.7, [1, 1], [1, 1], bias))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -228,7 +228,7 @@ def test_bad_arguments_of_the_operator(ops: Any, arguments: dict[str, Any], mess
 @pytest.mark.native
 def test_bad_gradient_of_the_operator(ops: Any) -> None:
     with raises(ValueError, "pdc_block: grad must be [2, 6, 8, 9], got 4-D"):
-        ops.pdc_block_backward(X, X, PDC, None, POINT, 2, 1.0, [1, 1], [1, 1])
+        ops.pdc_block_backward(X, X, PDC, None, POINT, 2, 1.0, [1, 1], [1, 1], True)
 
 
 def test_reference_checks_what_it_convolves() -> None:

@@ -30,9 +30,15 @@ loaded = pytest.mark.skipif(bool(_library.CUDA_PROBLEM), reason=_library.CUDA_PR
 
 
 @loaded
-@pytest.mark.parametrize("op", backends.emulated.OPS)
+@pytest.mark.parametrize(
+    "op",
+    [
+        *(f"frd::{op}" for op in backends.emulated.OPS),
+        *(f"{_library.CHAIN}::{op}" for op in _library.CHAIN_OPS),
+    ],
+)
 def test_registered_for_cuda(op: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"frd::{op}", "CUDA")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA")
 
 
 def in_library() -> set[int]:

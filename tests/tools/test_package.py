@@ -41,14 +41,16 @@ def test_the_installed_package_is_tested() -> None:
 
 def test_backends_name_reasons() -> None:
     found = frd_kernels.backends()
-    assert set(found) >= {"reference", "cpu", "triton", "cuda"}  # and those of the suite
+    assert set(found) >= set(backend.NAMES)  # and those of the suite
     assert found["reference"][0] and found["cpu"][0]
     assert all(isinstance(reason, str) and reason for _available, reason in found.values())
 
 
 def test_unknown_backend_is_refused() -> None:
     with (
-        pytest.raises(ValueError, match="backend must be one of reference, cpu, triton, cuda, got 'gpu'"),
+        pytest.raises(
+            ValueError, match="backend must be one of reference, cpu, triton, cuda, cuda_chain, got 'gpu'"
+        ),
         frd_kernels.use_backend("gpu"),
     ):
         pass
@@ -68,7 +70,7 @@ def test_explicit_backend_never_falls_back() -> None:
 
 def test_a_default_is_verified_and_preferred(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
-    defaults = {"cuda": {"icm", "pdc2d", "pdc_block"}, "triton": set()}
+    defaults = {"cuda": {"icm", "pdc2d", "pdc_block"}, "cuda_chain": set(), "triton": set()}
     for name, expected in defaults.items():
         provider = backend.PROVIDERS[name]._replace(device="cuda")
         for capability, ops in (((9, 0), expected), ((8, 0), set()), ((10, 0), set())):

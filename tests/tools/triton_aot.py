@@ -113,7 +113,7 @@ def block_forward(dtype: torch.dtype, layout: str, kind: Kind) -> Launch:
 def block_backward(dtype: torch.dtype, layout: str, kind: Kind) -> Launch:
     x, weight = images(8, 256, 64, dtype, layout), torch.empty((256, 1, 3, 3), dtype=dtype, device="meta")
     point = torch.empty((256, 256, 1, 1), dtype=dtype, device="meta")
-    return lambda: backward.pdc_block_backward(x, x, weight, None, point, kind, 1.0, ONE, ONE)
+    return lambda: backward.pdc_block_backward(x, x, weight, None, point, kind, 1.0, ONE, ONE, True)
 
 
 def block_dense(dtype: torch.dtype, layout: str, kind: Kind, channels: int = 256) -> Launch:

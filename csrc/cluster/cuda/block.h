@@ -5,7 +5,8 @@
 namespace frd {
 
 constexpr int kBlockThreads = 256, kBlockWarps = kBlockThreads / 32;
-constexpr int kTileRows = 32;  // tokens or centres of a tile
+constexpr int kTileRows = 32;     // tokens or centres of a tile
+constexpr int kTileColumns = 64;  // of a product's tile
 
 // Elements from one row of a tile to the next: keeps rows aligned to 16 bytes, and the banks of eight
 // neighbouring rows apart.

@@ -23,13 +23,16 @@ struct SavedRound {
   int64_t pooled;           // [O_t, C] bin means of the keys
   int64_t pooled_inv_norm;  // [O_t] 1 / norm of the pooled key
   int64_t scale;            // [O_t] 1 / (1 + sum of the weights)
-  int64_t matrix;           // [N_t, O_t] cosines, variant paper alone; in round 1 f16 if x has 16 bits
+  int64_t matrix;           // [N_t, O_t] cosines, variant paper alone
   int64_t rows;  // icm alone: [O_t, (T - t + 1) C] with t from 1: Z, and its means by the rounds 2 .. t; the
                  // first C columns are the keys of round t + 1, the last C end as the centres R_T
 };
 struct Saved {
   SavedRound round[kMaxRounds];
   int64_t mean;  // [O_1, C] means of x (cluster: of v)
+  // Variant paper alone: the products M_t ... M_T of the cosines' matrices, [O_(t-1), J] for t = 2 .. T, one
+  // right behind another; M_T is there as well. Forward::links.
+  int64_t links;
   int64_t size;
 };
 
@@ -44,7 +47,7 @@ struct Round {
 };
 
 // round: count of them. icm: with Z and its means; dense: with the cosines' matrices.
-inline Saved saved_layout(const Round* round, int count, int channels, DType dtype, bool icm, bool dense) {
+inline Saved saved_layout(const Round* round, int count, int channels, bool icm, bool dense) {
   Saved s{};
   const auto take = [&](int64_t floats) {
     const int64_t at = s.size;
@@ -59,11 +62,13 @@ inline Saved saved_layout(const Round* round, int count, int channels, DType dty
     r.pooled = take(centres * channels);
     r.pooled_inv_norm = take(centres);
     r.scale = take(centres);
-    const bool halves = t == 0 && dtype != DType::f32;
-    r.matrix = take(dense ? (tokens * centres + halves) / (halves ? 2 : 1) : 0);
+    r.matrix = take(dense ? tokens * centres : 0);
     r.rows = take(icm ? centres * (count - t) * channels : 0);
   }
   s.mean = take(round[0].centres() * channels);
+  int64_t links = 0;
+  for (int t = 1; dense && t < count; ++t) links += int64_t{round[t].tokens()} * round[count - 1].centres();
+  s.links = take(links);
   return s;
 }
 

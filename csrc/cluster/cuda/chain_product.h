@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cluster/common.h"
+#include "cluster/cuda/block.h"
 
 namespace frd {
 namespace chain {
@@ -22,12 +23,16 @@ struct Product {
   Matrix to;         // [rows, columns]
   const void* bias;  // [columns] of bias_dtype, or null
   DType bias_dtype;
-  Matrix add;          // [rows, columns], or data null
+  Matrix add;          // [rows, columns], or data null; may be `to`
   float* row_squares;  // null, or [items, column tiles, rows]: each tile's sums of squares of `to`
   bool sum_items;
-  int parts;  // with sum_items: the depth of all items is cut into so many runs, `to` has a matrix for
-              // each (stride to.item), which a later launch adds in order
+  int parts;  // with sum_items: the depth of all items is cut into so many runs (0 counts as 1), `to` has a
+              // matrix for each (stride to.item), which a later launch adds in order; the first has bias and
+              // add
+  bool right_early;  // `right` is an input, or older than the previous launch, and is read before that ends
 };
+
+FRD_HD static inline int column_tiles(int columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 
 constexpr int kMaxProducts = 8;
 

@@ -19,8 +19,8 @@ cudaError_t backward(const ClusterDispatchArgs& a, int shared_limit, cudaStream_
   FRD_LAUNCH(kernel, dim3(blocks_of(a.batch * a.chunks, 1)), dim3(kBlockThreads), bytes, stream, a,
              tile_shared, sums_shared);
   if (const cudaError_t error = cudaGetLastError()) return error;
-  FRD_LAUNCH((dispatch_centres_kernel<T>), dim3(blocks_of(a.batch * sums, kBlockThreads)), dim3(kBlockThreads),
-             0, stream, a);
+  FRD_LAUNCH((dispatch_centres_kernel<T>), dim3(blocks_of(a.batch * sums, kBlockThreads)),
+             dim3(kBlockThreads), 0, stream, a);
   return cudaGetLastError();
 }
 

@@ -71,3 +71,8 @@ FRD_CUDA_LIBRARY(m) {
   m.impl("cluster_dispatch", TORCH_BOX(&frd::dispatch));
   m.impl("cluster_dispatch_backward", TORCH_BOX(&frd::dispatch_backward));
 }
+
+FRD_CHAIN_LIBRARY(m) {
+  m.impl("cluster_dispatch", TORCH_BOX(&frd::dispatch));
+  m.impl("cluster_dispatch_backward", TORCH_BOX(&frd::dispatch_backward));
+}

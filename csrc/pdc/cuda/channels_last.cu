@@ -77,13 +77,13 @@ __device__ __forceinline__ void load_weights(float (&w)[kPerWord<T>][kPdcWeights
 }
 
 // Computes and stores the subtile whose window starts at `at`; its outputs start at (y, x) of image [height,
-// width, words].
-template <class T, PdcKind kind, bool pure, int kRows, int kColumns>
+// width, words]. kGated: stores their ReLU, and gates the gradients at the same places of `gated`.
+template <class T, PdcKind kind, bool pure, int kRows, int kColumns, bool kGated>
 __device__ __forceinline__ void stencil_subtile(const uint32_t* at, int pitch,
                                                 const float (&w)[kPerWord<T>][kPdcWeights],
                                                 const float (&bias)[kPerWord<T>], float theta,
-                                                uint32_t* image, int height, int width, int words, int word,
-                                                int y, int x, int dy, int dx) {
+                                                uint32_t* image, uint32_t* gated, int height, int width,
+                                                int words, int word, int y, int x, int dy, int dx) {
   constexpr int reach = pdc_reach(kind);
   constexpr int V = kPerWord<T>;
   float window[V][kRows + 2 * reach][kColumns + 2 * reach];
@@ -96,14 +96,27 @@ __device__ __forceinline__ void stencil_subtile(const uint32_t* at, int pitch,
     to[j] = image + (static_cast<int64_t>(y) * width + x + j * dx) * words + word;
   }
   const int64_t line = static_cast<int64_t>(dy) * width * words;
+  const int64_t to_gated = kGated ? gated - image : 0;
 #pragma unroll
   for (int r = 0; r < kRows; ++r, y += dy) {
     const bool valid = static_cast<unsigned>(y) < static_cast<unsigned>(height);
+    uint32_t grads[kColumns];
+    if constexpr (kGated) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        grads[j] = load_written_if<uint32_t>(valid & inside[j], to[j] + to_gated);
+    }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j, to[j - 1] += line) {
       float sum[V];
 #pragma unroll
       for (int v = 0; v < V; ++v) sum[v] = pdc_combine<kind, pure>(bias[v], window[v], r, j, w[v], theta);
+      if constexpr (kGated) {
+        float grad[V];
+        unpack(grads[j], grad, T{});
+        pdc_gate(sum, grad);
+        store_word_if(valid & inside[j], to[j] + to_gated, pack(grad, T{}));
+      }
       store_word_if(valid & inside[j], to[j], pack(sum, T{}));
     }
   }
@@ -181,21 +194,22 @@ struct ChannelsLastBlock {
   }
 
   // Computes this warp's outputs; the tile's first position is (y, x) of images [B, height, width, words].
-  template <PdcKind of>
+  template <PdcKind of, bool kGated = false>
   __device__ __forceinline__ void stencil(const uint32_t* shared, const float (&w)[V][kPdcWeights],
                                           const float (&bias)[V], void* images, int height, int width,
                                           const TilePosition& place, int y, int x) const {
-    stencil_subtile<T, of, pure, kRows, kColumns>(
+    stencil_subtile<T, of, pure, kRows, kColumns, kGated>(
         window(shared), columns * kWordsPerPixel, w, bias, p.theta,
-        image_at(static_cast<uint32_t*>(images), place.image, height, width, words), place.valid ? height : 0,
-        width, words, word, place.y + y + sub_row * p.y.dilation, place.x + x + sub_column * p.x.dilation,
-        p.y.dilation, p.x.dilation);
+        image_at(static_cast<uint32_t*>(images), place.image, height, width, words),
+        kGated ? image_at(static_cast<uint32_t*>(p.gated), place.image, height, width, words) : nullptr,
+        place.valid ? height : 0, width, words, word, place.y + y + sub_row * p.y.dilation,
+        place.x + x + sub_column * p.x.dilation, p.y.dilation, p.x.dilation);
   }
 };
 
-// y = bias + sum_k w_k (x[plus_k] - theta x[minus_k])
-template <class T, PdcKind kind, bool pure, int kRows, int kColumns>
-__global__ void __launch_bounds__(32 * forward_warps(kind), kind == PdcKind::radial ? 3 : 2)
+// y = bias + sum_k w_k (x[plus_k] - theta x[minus_k]); kGated: relu(y), and the gradient p.gated gated
+template <class T, PdcKind kind, bool pure, int kRows, int kColumns, bool kGated>
+__global__ void __launch_bounds__(32 * forward_warps(kind), kind == PdcKind::radial && !kGated ? 3 : 2)
     pdc_channels_last_forward(PdcTiles p) {
   using Block = ChannelsLastBlock<T, kind, pure, kRows, kColumns>;
   FRD_DYNAMIC_SHARED(uint32_t, shared);
@@ -209,8 +223,8 @@ __global__ void __launch_bounds__(32 * forward_warps(kind), kind == PdcKind::rad
     wait_async();
     __syncthreads();
     if (b.word < b.words) {
-      b.template stencil<kind>(shared, w, bias, p.out, p.y.out_size, p.x.out_size,
-                               b.position_of(b.lane, bundle), p.y.out_begin, p.x.out_begin);
+      b.template stencil<kind, kGated>(shared, w, bias, p.out, p.y.out_size, p.x.out_size,
+                                       b.position_of(b.lane, bundle), p.y.out_begin, p.x.out_begin);
     }
     __syncthreads();
   }
@@ -413,7 +427,7 @@ size_t shared_bytes(const PdcTiles& t, PdcKind kind, bool backward) {
 }  // namespace
 
 bool pdc_channels_last_fit(const PdcProblem& p) {
-  if (!p.channels_last || p.dtype == DType::f64 || !fits_tiles(p.y) || !fits_tiles(p.x)) return false;
+  if (!p.channels_last || !fits_tiles(p)) return false;
   const bool words = p.dtype == DType::f32 || p.channels % 2 == 0;
   return words && all_aligned(p, 4) && channels_last_plan(p, false).fits() &&
          channels_last_plan(p, true).fits();
@@ -433,9 +447,13 @@ cudaError_t pdc_channels_last_launch(const PdcProblem& p, bool backward, cudaStr
     if (backward) {
       FRD_LAUNCH((pdc_channels_last_backward<T, k, is_pure, kRows, columns_of(k, true)>), blocks, threads,
                  bytes, stream, t);
+    } else if (p.gated) {
+      if constexpr (is_pure)
+        FRD_LAUNCH((pdc_channels_last_forward<T, k, true, kRows, columns_of(k, false), true>), blocks,
+                   threads, bytes, stream, t);
     } else {
-      FRD_LAUNCH((pdc_channels_last_forward<T, k, is_pure, kRows, columns_of(k, false)>), blocks, threads,
-                 bytes, stream, t);
+      FRD_LAUNCH((pdc_channels_last_forward<T, k, is_pure, kRows, columns_of(k, false), false>), blocks,
+                 threads, bytes, stream, t);
     }
   });
   return cudaGetLastError();

@@ -58,8 +58,8 @@ __device__ __forceinline__ void input_grad_weights(PdcKind kind, A (&w)[kPdcWeig
 }
 
 // y = bias + sum_k w_k (x[plus_k] - theta x[minus_k]), or dx by the same stencil over dy. One thread per
-// output.
-template <class T, PdcKind kind>
+// output. kGated: relu(y), and the gradient p.gated gated.
+template <class T, PdcKind kind, bool kGated>
 __global__ void __launch_bounds__(kGatherThreads) pdc_gather_stencil(PdcGather p) {
   using A = compute_t<T>;
   constexpr int side = kernel_side(kind);
@@ -83,9 +83,16 @@ __global__ void __launch_bounds__(kGatherThreads) pdc_gather_stencil(PdcGather p
   for (int k = 0; k < kPdcWeights; ++k) w[k] = load(static_cast<const T*>(p.weight)[c * kPdcWeights + k]);
   if (p.is_input_grad) input_grad_weights(p.forward_kind, w, theta);
   const A bias = p.bias ? static_cast<A>(load(static_cast<const T*>(p.bias)[c])) : A(0);
-  const A sum = p.pure ? pdc_combine<kind, true>(bias, window, 0, 0, w, theta)
-                       : pdc_combine<kind, false>(bias, window, 0, 0, w, theta);
-  store((static_cast<T*>(p.out) + static_cast<int64_t>(image) * p.outputs)[i], sum);
+  A sum[1] = {p.pure ? pdc_combine<kind, true>(bias, window, 0, 0, w, theta)
+                     : pdc_combine<kind, false>(bias, window, 0, 0, w, theta)};
+  const int64_t at = static_cast<int64_t>(image) * p.outputs + i;
+  if constexpr (kGated) {
+    T& gated = static_cast<T*>(p.gated)[at];
+    A grad[1] = {load(gated)};
+    pdc_gate(sum, grad);
+    store(gated, grad[0]);
+  }
+  store(static_cast<T*>(p.out)[at], sum[0]);
 }
 
 // Pixels of a unit per thread.
@@ -192,6 +199,7 @@ PdcGather stencil_args(const PdcProblem& p, const PdcAxis& y, const PdcAxis& x) 
   g.weight = p.weight;
   g.bias = p.bias;
   g.grad = p.grad;
+  g.gated = p.gated;
   g.out = p.out;
   g.sums = p.sums;
   return g;
@@ -226,8 +234,12 @@ void launch_stencil(PdcGather g, PdcKind kind, const PdcProblem& p, cudaStream_t
   g.chunks = Divisor(ceil_divide(outputs, kGatherThreads));
   const unsigned blocks = static_cast<unsigned>(p.batch * g.chunks.value);
   with_kind_and_dtype(kind, p.dtype, [&](auto k, auto element) {
-    FRD_LAUNCH((pdc_gather_stencil<decltype(element), decltype(k)::value>), blocks, kGatherThreads, 0, stream,
-               g);
+    using T = decltype(element);
+    if (g.gated) {
+      FRD_LAUNCH((pdc_gather_stencil<T, decltype(k)::value, true>), blocks, kGatherThreads, 0, stream, g);
+    } else {
+      FRD_LAUNCH((pdc_gather_stencil<T, decltype(k)::value, false>), blocks, kGatherThreads, 0, stream, g);
+    }
   });
 }
 

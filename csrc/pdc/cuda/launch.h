@@ -18,6 +18,7 @@ struct PdcProblem {
   const void* source;  // x
   const void* weight;  // [C, 9]
   const void* bias;    // forward: [C] or null
+  void* gated;         // forward: dL/d relu(y), or null; see pdc_forward_cuda
   const void* grad;    // backward: dy
   void* out;           // forward: y; backward: dx or null
   void* dw;            // backward: [C, 9] or null
@@ -25,7 +26,8 @@ struct PdcProblem {
   void* sums;          // backward with dw: compute type, [parts, 10, C]
 };
 
-// y = bias + sum_k w_k (x[plus_k] - theta x[minus_k])
+// y = bias + sum_k w_k (x[plus_k] - theta x[minus_k]). With `gated` instead relu(y), while `gated`, the
+// gradient of relu(y), becomes that of y in its place.
 cudaError_t pdc_forward_cuda(const PdcProblem& problem, cudaStream_t stream);
 
 // Number of partial sums of dw and db in `sums`. It depends on the shapes and the alignment only.

@@ -14,8 +14,7 @@ template <class T>
 constexpr int kPerVector = 16 / static_cast<int>(sizeof(T));
 
 template <class T>
-__device__ __forceinline__ void load_columns(float (&v)[kPerVector<T>], const T* from, bool inside) {
-  const uint4 vector = load_words_if(inside, from);
+__device__ __forceinline__ void unpack_columns(float (&v)[kPerVector<T>], const uint4& vector) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -26,8 +25,20 @@ __device__ __forceinline__ void load_columns(float (&v)[kPerVector<T>], const T*
   }
 }
 template <class T>
+__device__ __forceinline__ void load_columns(float (&v)[kPerVector<T>], const T* from, bool inside) {
+  unpack_columns<T>(v, load_words_if(inside, from));
+}
+template <class T>
 __device__ __forceinline__ void load_columns(float (&v)[1], const T* from, bool inside) {
   v[0] = load_element_if(inside, from);
+}
+template <class T>
+__device__ __forceinline__ void load_written_columns(float (&v)[kPerVector<T>], const T* from, bool inside) {
+  unpack_columns<T>(v, load_written_if<uint4>(inside, from));
+}
+template <class T>
+__device__ __forceinline__ void load_written_columns(float (&v)[1], const T* from, bool inside) {
+  v[0] = load(load_written_if<T>(inside, from));
 }
 
 template <class T>
@@ -80,24 +91,33 @@ __device__ __forceinline__ void load_weights(float (&w)[kPdcWeights], const PdcT
 }
 
 // Computes and stores the outputs of a window: rows y, y + dy, ... of plane [height, width] from column x on.
-template <class T, PdcKind kind, bool pure, int kRows, int kColumns, int rows, int columns>
+// kGated: stores their ReLU, and gates the gradients at the same places of `gated`.
+template <class T, PdcKind kind, bool pure, int kRows, int kColumns, bool kGated, int rows, int columns>
 __device__ __forceinline__ void stencil_rows(const float (&window)[rows][columns],
                                              const float (&w)[kPdcWeights], float bias, float theta, T* plane,
-                                             int height, int width, int y, int x, int dy) {
+                                             T* gated, int height, int width, int y, int x, int dy) {
   T* to = plane + (static_cast<int64_t>(y) * width + x);
-  const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(width);
+  const int64_t to_gated = kGated ? gated - plane : 0;
+  const bool inside_x = static_cast<unsigned>(x) < static_cast<unsigned>(width);
 #pragma unroll
   for (int r = 0; r < kRows; ++r, y += dy, to += static_cast<int64_t>(dy) * width) {
-    float sums[kColumns];
+    const bool inside = inside_x & (static_cast<unsigned>(y) < static_cast<unsigned>(height));
+    float sums[kColumns], grad[kColumns];
+    if constexpr (kGated) load_written_columns<T>(grad, to + to_gated, inside);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) sums[j] = pdc_combine<kind, pure>(bias, window, r, j, w, theta);
-    store_columns(inside & (static_cast<unsigned>(y) < static_cast<unsigned>(height)), to, sums);
+    if constexpr (kGated) {
+      pdc_gate(sums, grad);
+      store_columns(inside, to + to_gated, grad);
+    }
+    store_columns(inside, to, sums);
   }
 }
 
-// y = bias + sum_k w_k (x[plus_k] - theta x[minus_k])
-template <class T, PdcKind kind, bool pure, int kRows, int kColumns>
-__global__ void __launch_bounds__(kNchwThreads) pdc_nchw_forward(PdcTiles p) {
+// y = bias + sum_k w_k (x[plus_k] - theta x[minus_k]); kGated: relu(y), and the gradient p.gated gated;
+// without the bound ptxas would spill some of these
+template <class T, PdcKind kind, bool pure, int kRows, int kColumns, bool kGated>
+__global__ void __launch_bounds__(kNchwThreads, kGated ? 2 : 0) pdc_nchw_forward(PdcTiles p) {
   constexpr int reach = pdc_reach(kind);
   const int unit = blockIdx.x * kNchwThreads + threadIdx.x;
   if (unit >= p.units) return;
@@ -107,15 +127,17 @@ __global__ void __launch_bounds__(kNchwThreads) pdc_nchw_forward(PdcTiles p) {
   const int x = tile.column * kColumns;
   const T* plane =
       static_cast<const T*>(p.source) + static_cast<int64_t>(tile.image) * (p.y.in_size * p.x.in_size);
-  T* out = static_cast<T*>(p.out) + static_cast<int64_t>(tile.image) * (p.y.out_size * p.x.out_size);
+  const int64_t first = static_cast<int64_t>(tile.image) * (p.y.out_size * p.x.out_size);
   float window[kRows + 2 * reach][kColumns + 2 * reach], w[kPdcWeights];
   load_window<reach, kColumns>(window, plane, p.y.in_size, p.x.in_size,
                                y + p.y.in_begin - reach * p.y.dilation, x + p.x.in_begin, p.y.dilation,
                                p.x.dilation);
   load_weights<T>(w, p, channel);
   const float bias = p.bias ? load(static_cast<const T*>(p.bias)[channel]) : 0.f;
-  stencil_rows<T, kind, pure, kRows, kColumns>(window, w, bias, p.theta, out, p.y.out_size, p.x.out_size,
-                                               y + p.y.out_begin, x + p.x.out_begin, p.y.dilation);
+  stencil_rows<T, kind, pure, kRows, kColumns, kGated>(
+      window, w, bias, p.theta, static_cast<T*>(p.out) + first,
+      kGated ? static_cast<T*>(p.gated) + first : nullptr, p.y.out_size, p.x.out_size, y + p.y.out_begin,
+      x + p.x.out_begin, p.y.dilation);
 }
 
 // dx, the same stencil over dy, and dw_k = sum dy (x[plus_k] - theta x[minus_k]), db = sum dy. A warp takes
@@ -146,9 +168,9 @@ __global__ void __launch_bounds__(kNchwThreads) pdc_nchw_backward(PdcTiles p) {
                                  p.y.out_size, p.x.out_size, out_y - reach * p.y.dilation, out_x,
                                  p.y.dilation, p.x.dilation);
     if (p.out) {
-      stencil_rows<T, input_grad_kind(kind), pure, kRows, kColumns>(
-          grad, w, 0.f, p.theta, static_cast<T*>(p.out) + plane * (p.y.in_size * p.x.in_size), p.y.in_size,
-          p.x.in_size, y, x, p.y.dilation);
+      stencil_rows<T, input_grad_kind(kind), pure, kRows, kColumns, false>(
+          grad, w, 0.f, p.theta, static_cast<T*>(p.out) + plane * (p.y.in_size * p.x.in_size), nullptr,
+          p.y.in_size, p.x.in_size, y, x, p.y.dilation);
     }
     if (p.sums) {
       float window[kRows + 2 * reach][kColumns + 2 * reach];
@@ -221,15 +243,22 @@ void launch(const PdcTiles& t, bool backward, cudaStream_t stream) {
     FRD_LAUNCH((pdc_nchw_backward<T, kind, pure, rows_of(kind, columns, true), columns>),
                static_cast<unsigned>(ceil_divide(warps, kNchwThreads / 32)), kNchwThreads, 0, stream, t);
   } else {
-    FRD_LAUNCH((pdc_nchw_forward<T, kind, pure, rows_of(kind, columns, false), columns>),
-               static_cast<unsigned>(ceil_divide(t.units, kNchwThreads)), kNchwThreads, 0, stream, t);
+    const unsigned blocks = static_cast<unsigned>(ceil_divide(t.units, kNchwThreads));
+    constexpr int rows = rows_of(kind, columns, false);
+    if (t.gated) {
+      if constexpr (pure)
+        FRD_LAUNCH((pdc_nchw_forward<T, kind, true, rows, columns, true>), blocks, kNchwThreads, 0, stream,
+                   t);
+    } else {
+      FRD_LAUNCH((pdc_nchw_forward<T, kind, pure, rows, columns, false>), blocks, kNchwThreads, 0, stream, t);
+    }
   }
 }
 
 }  // namespace
 
 bool pdc_nchw_fit(const PdcProblem& p) {
-  if (p.channels_last || p.dtype == DType::f64 || !fits_tiles(p.y) || !fits_tiles(p.x)) return false;
+  if (p.channels_last || !fits_tiles(p)) return false;
   return nchw_plan(p, false).fits() && nchw_plan(p, true).fits();
 }
 

@@ -61,6 +61,7 @@ struct PdcTiles {
   const void* weight;  // [C, 9]
   const void* bias;    // [C] or null
   const void* grad;    // dy [B, C, Ho, Wo] or [B, Ho, Wo, C]
+  void* gated;         // forward: as in PdcProblem
   void* out;           // y, or dx, or null if dx is not needed
   float* sums;         // [parts, 10, C], or null if dw is not needed
 };
@@ -103,6 +104,7 @@ struct PdcGather {
   const void* weight;  // [C, 9]
   const void* bias;    // [C] or null
   const void* grad;    // dy
+  void* gated;         // forward: as in PdcProblem
   void* out;           // y or dx
   void* sums;          // compute type, [parts, 10, C]
 };
@@ -117,7 +119,8 @@ inline int64_t ceil_divide(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 inline bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 inline bool all_aligned(const PdcProblem& p, int bytes) {
-  return aligned(p.source, bytes) && aligned(p.grad, bytes) && aligned(p.out, bytes);
+  return aligned(p.source, bytes) && aligned(p.grad, bytes) && aligned(p.out, bytes) &&
+         aligned(p.gated, bytes);
 }
 
 // The tiled kernels index positions with 32 bits. No image comes near these limits.
@@ -125,6 +128,11 @@ inline bool fits_tiles(const PdcAxis& a) {
   constexpr int64_t kMax = 1 << 24;
   return a.stride == 1 && a.dilation <= kMax && a.padding <= kMax && a.padding >= -kMax && a.out <= kMax &&
          a.in <= kMax && a.dilation * 64 <= kMax;
+}
+// The tiles take no float64, and gate gradients for theta 1 only, as in the networks' blocks.
+inline bool fits_tiles(const PdcProblem& p) {
+  const bool pure = p.kind == PdcKind::vanilla || p.theta == 1;
+  return p.dtype != DType::f64 && fits_tiles(p.y) && fits_tiles(p.x) && (pure || !p.gated);
 }
 
 // Range of positions that the tiles cover, see PdcTileAxis.
@@ -173,6 +181,7 @@ inline void set_pointers(PdcTiles& t, const PdcProblem& p) {
   t.weight = p.weight;
   t.bias = p.bias;
   t.grad = p.grad;
+  t.gated = p.gated;
   t.out = p.out;
   t.sums = static_cast<float*>(p.sums);
   t.channels = static_cast<int>(p.channels);

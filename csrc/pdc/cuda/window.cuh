@@ -87,6 +87,17 @@ __device__ __forceinline__ void pdc_correlate_if(bool inside, A (&sums)[kPdcSums
   for (int k = 0; k < kPdcSums; ++k) sums[k] = inside ? added[k] : sums[k];
 }
 
+// dy = h <= 0 ? 0 : dy, then h = relu(h). A NaN of h stays, and lets dy through, as in torch.
+template <class A, int n>
+__device__ __forceinline__ void pdc_gate(A (&h)[n], A (&dy)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const bool closed = h[i] <= 0;
+    dy[i] = closed ? A(0) : dy[i];
+    h[i] = closed ? A(0) : h[i];
+  }
+}
+
 // input_grad_weights() of pdc/weight.h with all indices known at compile time.
 template <PdcKind kind, class A>
 __device__ __forceinline__ void pdc_input_grad_weights(A (&w)[kPdcWeights], A theta) {

@@ -114,6 +114,15 @@ __device__ __forceinline__ float load_element_if(bool inside, const T* from) {
   return load(v);
 }
 
+// A load of memory that the kernel also writes, which must not go through the read-only cache; 0 if not
+// `inside`.
+template <class V>
+__device__ __forceinline__ V load_written_if(bool inside, const void* from) {
+  V v{};
+  if (inside) v = *static_cast<const V*>(from);
+  return v;
+}
+
 // Streaming stores (evict first), as no later block reads the data. Predicated, without a branch around the
 // arithmetic before them.
 __device__ __forceinline__ void store_word_if(bool inside, void* to, uint32_t word) {

@@ -226,10 +226,12 @@ std::tuple<Tensor, Tensor, Tensor> pdc2d_depthwise_backward(const Tensor& grad, 
 }
 
 // grad [B, Co, Ho, Wo], x [B, C, H, W], pdc_weight [C, 1, 3, 3], pdc_bias [C], point_weight [Co, C, 1, 1] ->
-// dx [B, C, H, W], d_pdc [C, 1, 3, 3], d_pdc_bias [C], d_point [Co, C, 1, 1], d_point_bias [Co]
+// dx [B, C, H, W], d_pdc [C, 1, 3, 3], d_pdc_bias [C], d_point [Co, C, 1, 1], d_point_bias [Co] or, if not
+// needed, [0]
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
     const Tensor& grad_, const Tensor& x_, const Tensor& pdc_weight, const OptionalTensor& pdc_bias,
-    const Tensor& point_weight, int64_t kind, double theta, const Ints& stride, const Ints& dilation) {
+    const Tensor& point_weight, int64_t kind, double theta, const Ints& stride, const Ints& dilation,
+    bool need_point_bias) {
   PdcBlockArgs a{};
   static_cast<PdcBlockGeometry&>(a) =
       checked_pdc_block(x_, pdc_weight, pdc_bias, point_weight, kind, theta, stride, dilation);
@@ -264,6 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pdc_block_backward(
   }
   auto [dx, d_pdc, d_pdc_bias] = pdc2d_depthwise_backward(hidden_grad, x, pdc_weight, kind, theta, stride,
                                                           dilation, dilation, true, true);
+  if (!need_point_bias) d_point_bias = torch::stable::new_empty(x, {0});
   return {dx, d_pdc, d_pdc_bias, d_point, d_point_bias};
 }
 

@@ -145,14 +145,14 @@ __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) pdc_block_ke
   FRD_DYNAMIC_SHARED(uint4, shared_groups);
   uint32_t* shared = reinterpret_cast<uint32_t*>(shared_groups);
   uint32_t* point = shared + 2 * S::kHiddenWords;
-  uint32_t* stages = point + a.point_slots * S::kPointWords;
+  uint32_t* stages = point + a.slots * S::kPointWords;
   const int stride = static_cast<int>(gridDim.x);
   const int first_out = static_cast<int>(blockIdx.y) * Tile::kOuts;
   const int first_tile = static_cast<int>(blockIdx.x);
   const int slabs = a.slabs.divisor;
   const int steps = (a.tiles - first_tile + stride - 1) / stride * slabs;
   // If the whole 1x1 weight fits shared memory, it is read once.
-  const bool keep_point = a.point_slots >= slabs;
+  const bool keep_point = a.slots >= slabs;
   const bool multiply_first = threadIdx.x / 128 % 2;
   const auto slab_of = [&](int step) { return step - a.slabs.quotient(step) * slabs; };
   const auto position_at = [&](int step) {
@@ -194,14 +194,19 @@ __global__ void __launch_bounds__(Tile::kWarps * 32, Tile::kBlocks) pdc_block_ke
   }
 }
 
+// Shared memory that each of `blocks` resident blocks can have.
+inline int shared_room(int blocks, const CudaLimits& limits) {
+  // CUDA reserves this much per block.
+  constexpr int kReserved = 1024;
+  const int room = limits.shared_per_multiprocessor / blocks - kReserved;
+  return room < limits.shared_per_block ? room : limits.shared_per_block;
+}
+
 // Slots for slabs of the 1x1 weight: one for each slab if kBlocks thread blocks have room for that, else
 // kStages.
 template <class S>
 int point_slots(int slabs, int reach, const CudaLimits& limits) {
-  // Shared memory that CUDA reserves per resident block.
-  constexpr int kReserved = 1024;
-  const int room = limits.shared_per_multiprocessor / S::Tile::kBlocks - kReserved;
-  const int max_bytes = room < limits.shared_per_block ? room : limits.shared_per_block;
+  const int max_bytes = shared_room(S::Tile::kBlocks, limits);
   return slabs > S::Tile::kStages && S::shared_bytes(reach, slabs) <= max_bytes ? slabs : S::Tile::kStages;
 }
 
@@ -210,7 +215,7 @@ inline int reach_of(Prologue p) {
 }
 
 template <class S>
-BlockProduct prepare(const BlockProductArgs& args, const CudaLimits& limits) {
+BlockProduct prepare(const BlockProductArgs& args) {
   using T = typename S::T;
   constexpr int kSize = sizeof(T);
   BlockProduct a{};
@@ -219,7 +224,6 @@ BlockProduct prepare(const BlockProductArgs& args, const CudaLimits& limits) {
   a.reach = reach_of(a.prologue);
   a.left_halo = S::left_halo(a.reach);
   a.slabs = Divider(block_count(a.channels, S::kSlab));
-  a.point_slots = point_slots<S>(a.slabs.divisor, a.reach, limits);
   a.halo_rows = S::halo_rows(a.reach);
   a.halo_columns = Divider(S::halo_columns(a.reach));
   a.stage_words = S::stage_words(a.reach);
@@ -243,8 +247,9 @@ BlockProduct prepare(const BlockProductArgs& args, const CudaLimits& limits) {
 template <class T, bool kChannelsLast, class Tile>
 cudaError_t launch_product(const BlockProductArgs& args, const CudaLimits& limits, cudaStream_t stream) {
   using S = BlockShape<T, kChannelsLast, Tile>;
-  const BlockProduct a = prepare<S>(args, limits);
-  const int shared = S::shared_bytes(a.reach, a.point_slots);
+  BlockProduct a = prepare<S>(args);
+  a.slots = point_slots<S>(a.slabs.divisor, a.reach, limits);
+  const int shared = S::shared_bytes(a.reach, a.slots);
   const int outs = block_count(a.out_channels, Tile::kOuts);
   const auto kernel = pdc_block_kernel<T, kChannelsLast, Tile>;
   if (const cudaError_t error = allow_shared_memory(kernel, shared)) return error;
@@ -252,41 +257,6 @@ cudaError_t launch_product(const BlockProductArgs& args, const CudaLimits& limit
   const int columns = a.tiles < resident ? a.tiles : resident < 1 ? 1 : resident;
   FRD_LAUNCH(kernel, dim3(columns, outs), dim3(S::kThreads), shared, stream, a);
   return cudaGetLastError();
-}
-
-// The largest tile that still occupies three quarters of the GPU.
-template <class T, bool kChannelsLast>
-BlockTile tile_for(const BlockProductArgs& a, const CudaLimits& limits) {
-  const int reach = reach_of(a.prologue);
-  const auto fits = [&](auto tile, int64_t min_outs) {
-    using Tile = decltype(tile);
-    using S = BlockShape<T, kChannelsLast, Tile>;
-    const int64_t tiles = a.batch * block_count(a.out_height, Tile::kRows) *
-                          block_count(a.out_width, Tile::kColumns) * block_count(a.out_channels, Tile::kOuts);
-    return a.out_channels > min_outs && 4 * tiles >= 3 * int64_t{limits.multiprocessors} &&
-           S::shared_bytes(reach, Tile::kStages) <= limits.shared_per_block;
-  };
-  if (fits(LargeTile{}, MediumTile::kOuts)) return BlockTile::large;
-  return fits(MediumTile{}, 0) ? BlockTile::medium : BlockTile::small;
-}
-
-template <class T, bool kChannelsLast>
-cudaError_t launch_product(const BlockProductArgs& a, const CudaLimits& limits, BlockTile tile,
-                           cudaStream_t stream) {
-  switch (tile) {
-    case BlockTile::large:
-      return launch_product<T, kChannelsLast, LargeTile>(a, limits, stream);
-    case BlockTile::medium:
-      return launch_product<T, kChannelsLast, MediumTile>(a, limits, stream);
-    default:
-      return launch_product<T, kChannelsLast, SmallTile>(a, limits, stream);
-  }
-}
-
-template <class T>
-cudaError_t block_product(const BlockProductArgs& a, const CudaLimits& limits, cudaStream_t stream) {
-  if (a.channels_last) return launch_product<T, true>(a, limits, tile_for<T, true>(a, limits), stream);
-  return launch_product<T, false>(a, limits, tile_for<T, false>(a, limits), stream);
 }
 
 }  // namespace frd

@@ -37,6 +37,11 @@ struct MediumTile {
   static constexpr int kBlocks = 2;
   static constexpr int kStripRows = 4;
 };
+// For one wave of blocks, which have a multiprocessor each: more slabs in flight.
+struct DeepMediumTile : MediumTile {
+  static constexpr int kStages = 4;
+  static constexpr int kBlocks = 1;
+};
 struct SmallTile {
   static constexpr int kRows = 2;
   static constexpr int kColumns = 8;
@@ -72,7 +77,7 @@ struct BlockProduct : BlockProductArgs {
   // Slabs of channels that the product sums over.
   Divider slabs;
   // Slots of shared memory for slabs of the 1x1 weight.
-  int point_slots;
+  int slots;
   // Halo of a tile: rows above and below it, columns to the left.
   int reach, left_halo;
   int halo_rows;
@@ -109,7 +114,6 @@ struct BlockShape {
   static constexpr int kStripsY = Tile::kRows / kStripRows;
   // Strips of 32 lanes.
   static constexpr int kStrips = kStripsX * kStripsY * (kPaired ? 2 : 1);
-  static_assert(kStrips % Tile::kWarps == 0, "every warp takes the same number of strips");
 
   // The product's rows and columns. Of pixels and output channels, those contiguous in memory are the
   // columns.

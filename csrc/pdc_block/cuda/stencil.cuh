@@ -240,37 +240,45 @@ FRD_DEVICE void gather_hidden(const BlockProduct& a, const TilePosition& positio
   }
 }
 
+// The stencil weights and biases of a stage.
+template <class S>
+FRD_DEVICE const uint32_t* stencil_of(const BlockProduct& a, const uint32_t* stage) {
+  return stage + a.stage_words - 32 - S::kStencilWords;
+}
+
+// Computes the hidden values of strip `strip` of kStrips of one slab, with its stencil weights.
+template <class S>
+FRD_DEVICE void make_strip(Prologue prologue, const uint32_t* stage, const uint32_t* weights, int strip,
+                           uint32_t* hidden) {
+  const int lane = threadIdx.x % 32;
+  const int column = strip % S::kStripsX;
+  const int rest = strip / S::kStripsX;
+  const StripPosition<S> at{rest / S::kStripsY * 32 + lane, column * 2, rest % S::kStripsY * S::kStripRows};
+  switch (prologue) {
+    case Prologue::vanilla:
+      return stencil_strip<S, PdcKind::vanilla>(stage, weights, at, hidden);
+    case Prologue::central:
+      return stencil_strip<S, PdcKind::central>(stage, weights, at, hidden);
+    case Prologue::angular:
+      return stencil_strip<S, PdcKind::angular>(stage, weights, at, hidden);
+    case Prologue::radial:
+      return stencil_strip<S, PdcKind::radial>(stage, weights, at, hidden);
+    default:
+      return copy_strip<S>(stage, at, hidden);
+  }
+}
+
 // Computes the tile of hidden values of one slab.
 template <class S>
 FRD_DEVICE void make_hidden(const BlockProduct& a, const TilePosition& position, int slab,
                             const uint32_t* stage, uint32_t* hidden) {
-  const int lane = threadIdx.x % 32;
+  static_assert(S::kStrips % S::Tile::kWarps == 0, "every warp takes the same number of strips");
   const int warp = threadIdx.x / 32;
-  const uint32_t* weights = stage + a.stage_words - 32 - S::kStencilWords;
+  const uint32_t* weights = stencil_of<S>(a, stage);
   if (a.prologue == Prologue::gather) return gather_hidden<S>(a, position, slab * S::kSlab, weights, hidden);
 #pragma unroll
-  for (int i = 0; i < S::kStrips; i += S::Tile::kWarps) {
-    const int strip = i + warp;
-    const int column = strip % S::kStripsX;
-    const int rest = strip / S::kStripsX;
-    const StripPosition<S> at{rest / S::kStripsY * 32 + lane, column * 2, rest % S::kStripsY * S::kStripRows};
-    switch (a.prologue) {
-      case Prologue::vanilla:
-        stencil_strip<S, PdcKind::vanilla>(stage, weights, at, hidden);
-        break;
-      case Prologue::central:
-        stencil_strip<S, PdcKind::central>(stage, weights, at, hidden);
-        break;
-      case Prologue::angular:
-        stencil_strip<S, PdcKind::angular>(stage, weights, at, hidden);
-        break;
-      case Prologue::radial:
-        stencil_strip<S, PdcKind::radial>(stage, weights, at, hidden);
-        break;
-      default:
-        copy_strip<S>(stage, at, hidden);
-    }
-  }
+  for (int i = 0; i < S::kStrips; i += S::Tile::kWarps)
+    make_strip<S>(a.prologue, stage, weights, i + warp, hidden);
 }
 
 }  // namespace frd

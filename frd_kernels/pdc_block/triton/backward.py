@@ -320,9 +320,10 @@ def pdc_block_backward(
     theta: float,
     stride: list[int],
     dilation: list[int],
+    need_point_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad [B, Co, Ho, Wo] -> dx [B, C, H, W], d_pdc [C, 1, 3, 3], d_pdc_bias [C], d_point [Co, C, 1, 1],
-    d_point_bias [Co]."""
+    d_point_bias [Co] or, if not needed, [0]."""
     launch = Launch(x, kind, theta, stride, dilation, dilation)
     filters = point_weight.shape[0]
     x = launch.dense(x)
@@ -339,4 +340,4 @@ def pdc_block_backward(
             _launch_add(partial, d_point, d_point_bias)
     geometry = (kind, theta, stride, dilation, dilation)
     dx, d_pdc, d_pdc_bias = pdc2d_depthwise_backward(hidden_grad, x, pdc_weight, *geometry, True, True)
-    return dx, d_pdc, d_pdc_bias, d_point, d_point_bias
+    return dx, d_pdc, d_pdc_bias, d_point, d_point_bias if need_point_bias else d_point_bias.new_empty(0)

@@ -5,6 +5,7 @@
 #include "core/cuda_device.h"
 #include "pdc_block/cuda/load.cuh"
 #include "pdc_block/cuda/product.cuh"
+#include "pdc_block/cuda/to_be_deleted/point_grad.h"
 
 namespace frd {
 
