@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cluster/cuda/chain_operand.h"
 #include "core/cuda_device.h"
 
 namespace frd {

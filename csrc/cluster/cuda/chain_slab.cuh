@@ -2,6 +2,7 @@
 // depth. A slab of a matrix [outer, depth] holds rows [outer, 64], or if `across` rows [64, outer], for
 // operands that are contiguous along `outer`.
 #pragma once
+#include "cluster/cuda/chain_product.h"
 #include "cluster/cuda/rows.cuh"
 
 namespace frd {
@@ -293,6 +294,23 @@ FRD_DEVICE void write_sums(const Sums& sums, float* tile) {
         sums[0][j][i] + (sums[1][j][i] + sums[2][j][i]),
         sums[0][j][i + 1] + (sums[1][j][i + 1] + sums[2][j][i + 1])};
   }
+}
+
+// Parts of a number of a dtype.
+inline int parts_of(DType dtype, int float_parts) {
+  return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : float_parts;
+}
+
+// m's data and items with these strides; rows: of its slabs
+inline Operand operand_of(const Matrix& m, int64_t outer, int64_t depth, int outers, int depths, int rows,
+                          int parts) {
+  Operand o{m.data, m.dtype, m.item, outer, depth, outers, depths, rows, parts, false, false};
+  o.across = depth != 1 && outer == 1;
+  const int64_t group = m.dtype == DType::f32 ? 4 : 8;
+  o.aligned = (o.across ? outer : depth) == 1 && (o.across ? outers : depths) % kGroup == 0 &&
+              (o.across ? depth : outer) % group == 0 && m.item % group == 0 &&
+              reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+  return o;
 }
 
 }  // namespace chain
