@@ -83,8 +83,8 @@ def cluster(aggregate: str, dtype: torch.dtype) -> Call:
     return Call([keys, values], function)
 
 
-def icm(variant: str, dtype: torch.dtype) -> Call:
-    case = Case((8, 8), [(4, 4), (2, 1)], 32, "biases")
+def icm(variant: str, dtype: torch.dtype, projected: str = "biases") -> Call:
+    case = Case((8, 8), [(4, 4), (2, 1)], 32, projected)
     x, maps, options = clear_case(case, variant, dtype, clear=2e-3, noise=0.3)
     flat: Tensors = [x]
     map_projections(lambda tensor: flat.append(tensor) or tensor, maps)
@@ -93,7 +93,7 @@ def icm(variant: str, dtype: torch.dtype) -> Call:
     def function(module: Any, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         *weights, alpha, beta = rest
         rounds = [tuple(weights[i : i + 4]) for i in range(0, len(weights), 4)]
-        return module.icm(x, rounds, alpha=alpha, beta=beta, **options)
+        return module.icm(x, rounds or None, alpha=alpha, beta=beta, **options)
 
     return Call([*flat, *gates], function)
 
@@ -112,6 +112,7 @@ CALLS: dict[str, Callable[[torch.dtype], Call]] = {
     },
     **{f"cluster {form}": lambda dtype, f=form: cluster(f, dtype) for form in ("count", "similarity")},
     **{f"icm {variant}": lambda dtype, v=variant: icm(v, dtype) for variant in ("paper", "released")},
+    "icm without projections": lambda dtype: icm("paper", dtype, "none"),
 }
 
 

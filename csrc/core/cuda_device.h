@@ -36,6 +36,20 @@ inline cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   });
 }
 
+// The virtual architecture that the loaded code of a kernel was compiled for, such as 90.
+template <class... P>
+cudaError_t compiled_for(void (*kernel)(P...), int* architecture) {
+  static DeviceTable<const void*> table;
+  const void* const address = reinterpret_cast<const void*>(kernel);
+  return table.visit(address, [&](int, int& known) {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error = known ? cudaSuccess : cudaFuncGetAttributes(&attributes, address);
+    if (known == 0 && error == cudaSuccess) known = attributes.ptxVersion;
+    *architecture = known;
+    return error;
+  });
+}
+
 // Lets launches of a kernel on the current device have up to `bytes` of dynamic shared memory.
 template <class... P>
 cudaError_t allow_shared_memory(void (*kernel)(P...), int bytes) {

@@ -8,8 +8,9 @@
 
 namespace frd {
 
-// The previous kernel has ended and its writes are visible. Before it, read only inputs of the operator and
-// what was written two launches before or earlier.
+// The previous kernel has ended and its writes are visible. Before it, the first launch of an operator reads
+// nothing, as any kernel may have written its inputs just before; a later one reads only the operator's
+// inputs and what was written two launches before or earlier.
 FRD_DEVICE void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -30,8 +31,9 @@ template <class... P, class... A>
 cudaError_t launch_dependent(void (*kernel)(P...), dim3 grid, dim3 block, int bytes, cudaStream_t stream,
                              const A&... args) {
   if (const cudaError_t error = allow_shared_memory(kernel, bytes)) return error;
-  int major = 0;
-  if (const cudaError_t error = device_attribute(&major, cudaDevAttrComputeCapabilityMajor)) return error;
+  // Code for older GPUs, which a newer one may run, does not wait.
+  int architecture = 0;
+  if (const cudaError_t error = compiled_for(kernel, &architecture)) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -41,7 +43,7 @@ cudaError_t launch_dependent(void (*kernel)(P...), dim3 grid, dim3 block, int by
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  config.numAttrs = architecture >= 90 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
 #else

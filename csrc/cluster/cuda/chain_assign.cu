@@ -98,7 +98,7 @@ FRD_DEVICE void scale_centres(const Forward& a, const Operand& pooled, int64_t i
 }
 
 // Tokens of a block; a masked one counts for nothing.
-struct TokenTile {
+struct AssignTile {
   int64_t item;
   int first, count;
 };
@@ -107,7 +107,7 @@ FRD_DEVICE bool takes_part(const Forward& a, int64_t item, int token) {
 }
 
 // The tile's scores as cosines, to the matrix; of each row the best one of a lane.
-FRD_DEVICE void meet_tile(const Forward& a, const TokenTile& t, int first_centre, float order,
+FRD_DEVICE void meet_tile(const Forward& a, const AssignTile& t, int first_centre, float order,
                           const AssignShared& s, Best (&best)[kTileRows / kBlockWarps]) {
   const int centres = a.round[0].centres();
   float* const matrix = a.saved + t.item * a.at.size + a.at.round[0].matrix;
@@ -127,7 +127,7 @@ FRD_DEVICE void meet_tile(const Forward& a, const TokenTile& t, int first_centre
 }
 
 // The best centre of each token from those of the lanes.
-FRD_DEVICE void write_labels(const Forward& a, const TokenTile& t, float order, const AssignShared& s,
+FRD_DEVICE void write_labels(const Forward& a, const AssignTile& t, float order, const AssignShared& s,
                              Best (&best)[kTileRows / kBlockWarps]) {
   float* const saved = a.saved + t.item * a.at.size;
   FRD_UNROLL
@@ -186,7 +186,7 @@ FRD_DEVICE void multiply_keys(KeySums& sums, const char* x, const char* weight, 
   }
 }
 // memory: x [C / 64, slab], weight [weight_window, C / 64, slab]. Reads inputs of the operator alone.
-FRD_DEVICE void project_tokens(const AssignPlan& p, const TokenTile& t, const bf16* bias, char* memory,
+FRD_DEVICE void project_tokens(const AssignPlan& p, const AssignTile& t, const bf16* bias, char* memory,
                                KeySums& sums) {
   const int blocks = p.weight.outers / kTileColumns, slabs = blocks;
   FRD_UNROLL
@@ -283,7 +283,7 @@ FRD_DEVICE void scale_tokens(const Operand& keys, AssignShared& s) {
 // sums = keys pooled^T of the tile and the centres from `first` on. keys: parts of the tile's keys, all of
 // them if fused, else where a window of them comes to; pooled: a window of those of the centres.
 template <bool kFused>
-FRD_DEVICE void score_centres(const AssignPlan& p, const TokenTile& t, int first, char* keys, char* pooled,
+FRD_DEVICE void score_centres(const AssignPlan& p, const AssignTile& t, int first, char* keys, char* pooled,
                               const AssignShared& s, Sums& sums) {
   const int item = static_cast<int>(t.item), slabs = (p.keys.depths + kSlab - 1) / kSlab;
 #pragma unroll 1
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   __shared__ AssignShared s;
   char* const memory = reinterpret_cast<char*>(shared_groups);
   const int slabs = (a.channels + kSlab - 1) / kSlab, centres = a.round[0].centres();
-  TokenTile t{blockIdx.x / p.tiles, static_cast<int>(blockIdx.x % p.tiles) * kTileRows, 0};
+  AssignTile t{blockIdx.x / p.tiles, static_cast<int>(blockIdx.x % p.tiles) * kTileRows, 0};
   t.count = a.round[0].tokens() - t.first < kTileRows ? a.round[0].tokens() - t.first : kTileRows;
   const int item = static_cast<int>(t.item);
   // fused: x, then the weight or the keys' parts and those of the pooled keys

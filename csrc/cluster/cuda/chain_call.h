@@ -24,12 +24,14 @@ class Call {
     batch = int_of(tokens.size(0), "the batch");
     channels = int_of(tokens.size(2), "the number of channels");
     const int64_t count = int_of(tokens.size(1), "the number of tokens");
+    int_of(batch * count, "the number of tokens of the batch");
     int_of(batch * (count / 32 + 1) * (channels / 32 + 1), "the number of blocks");
   }
 
   // Rounds in order, each with its grid of centres.
   Round& add_round(int64_t height, int64_t width, int64_t rows, int64_t columns) {
     FRD_CHECK_VALUE(count < kMaxRounds, "frd: on CUDA an icm has at most ", kMaxRounds, " rounds");
+    int_of(batch * rows * columns, "the number of centres of the batch");
     int_of(batch * (rows * columns / 32 + 1) * (channels / 32 + 1), "the number of centres");
     int_of((rows + 1) * height + rows, "the height of the tokens times that of the grid");
     int_of((columns + 1) * width + columns, "the width of the tokens times that of the grid");

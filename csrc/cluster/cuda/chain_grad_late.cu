@@ -11,14 +11,14 @@ constexpr int kLateShared = 96 * 1024;  // bytes of shared memory that the small
 // Parts of an item's scratch, by round from 0: offsets in floats. N_t tokens, O_t centres; J = O_(T-1).
 // S_t = M_t ... M_(T-1), dS_(t+1) = M_t^T dS_t.
 struct LateRound {
-  int link;   // t > 0, in `saved`: [N_t, J] S_t
-  int score;  // t > 0: [N_t, J] dS_t; also t = T: [J, J]. released: [N_t] gradient of the own cosine
-  int flow;   // t > 0, released: [N_t] gradient of the product of the weights from round t on, then of
-              // what the rounds after t make of it
-  int unit;   // [J, C] U_t = dS_t^T u_t, paper
-  int query;  // t > 0: [J, C] Q_t = S_(t+1)^T c_t, paper
-  int key;    // t > 0: [O_t, C] gradient of the pooled keys
-  int rows;   // t > 0: [O_t, (T - t) C] gradient of saved.rows
+  int64_t link;  // t > 0, in `saved`: [N_t, J] S_t
+  int score;     // t > 0: [N_t, J] dS_t; also t = T: [J, J]. released: [N_t] gradient of the own cosine
+  int flow;      // t > 0, released: [N_t] gradient of the product of the weights from round t on, then of
+                 // what the rounds after t make of it
+  int unit;      // [J, C] U_t = dS_t^T u_t, paper
+  int query;     // t > 0: [J, C] Q_t = S_(t+1)^T c_t, paper
+  int key;       // t > 0: [O_t, C] gradient of the pooled keys
+  int rows;      // t > 0: [O_t, (T - t) C] gradient of saved.rows
 };
 struct LateLayout {
   LateRound round[kMaxRounds + 1];
@@ -32,7 +32,7 @@ inline LateLayout late_layout(const GradArgs& a) {
     return at;
   };
   const int last = a.last(), channels = a.channels;
-  int link = static_cast<int>(a.layout.links);
+  int64_t link = a.layout.links;
   for (int t = 0; t < a.count; ++t) {
     const int tokens = a.round[t].tokens(), centres = a.round[t].centres();
     LateRound& r = s.round[t];
@@ -426,7 +426,7 @@ cudaError_t launch(const GradArgs& a, const LateLayout& layout, cudaStream_t str
                               kShared ? layout.size * 4 : 0, stream, a, layout);
 }
 
-bool fits_shared(const LateLayout& layout) { return layout.size * 4 <= kLateShared; }
+bool fits_shared(const LateLayout& layout) { return layout.size <= kLateShared / 4; }
 
 }  // namespace
 

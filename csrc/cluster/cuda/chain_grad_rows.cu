@@ -68,7 +68,7 @@ struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
 // A lane's channels of a run of a row: two groups of four neighbours. What lies behind the row counts as 0.
-struct Groups {
+struct RowGroups {
   static constexpr int kEach = 8, kRun = 32 * kEach;
   int begin, channels;
   __device__ int channel(int e) const { return begin + e / 4 * 128 + lane_of_warp() * 4 + e % 4; }
@@ -242,7 +242,7 @@ template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 2)
     grad_rows_kernel(const __grid_constant__ GradArgs a, const __grid_constant__ GradRows to) {
   __shared__ TokenGrad token[kMaxRunTokens];
-  __shared__ float sums[kBlockWarps * Groups::kRun];
+  __shared__ float sums[kBlockWarps * RowGroups::kRun];
   wait_for_previous();
   let_next_start();
   const int tokens = a.tokens(), run = run_tokens(a), runs = token_runs(a);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   const bool wide = s.channels % 4 == 0 && are_fours(rows.from) && are_fours(rows.keys) &&
                     (rows.adds || are_fours(rows.values)) && are_fours(s.means_grad);
   if (wide)
-    grads_by_token<Groups>(s, token, rows, key_sums, sums);
+    grads_by_token<RowGroups>(s, token, rows, key_sums, sums);
   else if (rows.keys.channel == 1 || key_sums)
     grads_by_token<Single>(s, token, rows, key_sums, sums);
   else

@@ -217,6 +217,8 @@ FRD_DEVICE void for_run(const GradArgs& a, const F& f) {
 template <class T, class K>
 __global__ void __launch_bounds__(kBlockThreads, 2) grad_scores_kernel(const __grid_constant__ GradArgs a) {
   FRD_DYNAMIC_SHARED(float4, shared);
+  // Without the keys' product this is the operator's first launch: the kernel before it may have written dF.
+  if (a.round[0].key_weight == nullptr) wait_for_previous();
   const TokenTile tile = token_tile(reinterpret_cast<float*>(shared), a.channels, true);
   GateSums sums{0, 0};
   for_run(a, [&](const Sweep& s) {
@@ -334,6 +336,8 @@ FRD_DEVICE void add_flows(const Sweep& s, const TokenTile& tile) {
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 2) grad_chains_kernel(const __grid_constant__ GradArgs a) {
   FRD_DYNAMIC_SHARED(float4, shared);
+  // Without the keys' product this is the operator's first launch: the kernel before it may have written dF.
+  if (a.round[0].key_weight == nullptr) wait_for_previous();
   const TokenTile tile = token_tile(reinterpret_cast<float*>(shared), a.channels, false);
   for_run(a, [&](const Sweep& s) {
     const TokenChain chain = token_chain(s);

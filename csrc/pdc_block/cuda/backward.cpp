@@ -78,16 +78,12 @@ Tensor point_gradient(const PdcBlockGeometry& g, const Tensor& grad, const Tenso
   const Tensor right = transposed(planes_of(g, hidden, g.channels));
   const Ints sizes{left.size(0), g.out_channels, g.channels};
   const Ints shape{g.out_channels, g.channels, 1, 1};
-  if (sizes[0] == 1) {
-    Tensor out = torch::stable::new_empty(grad, sizes);
-    multiply(left, right, out);
-    return torch::stable::reshape(out, shape);
-  }
-  // In NCHW a product for each image; their sum is rounded once.
+  // In NCHW a product for each image. In float, so that the sum over all pixels is rounded once.
   Tensor products = torch::stable::new_empty(grad, sizes, ScalarType::Float);
   g.dtype == DType::f32 ? multiply(left, right, products) : multiply_wide(left, right, products);
   const std::array<int64_t, 1> images{0};
-  return torch::stable::reshape(in_type(torch::stable::sum(products, images), grad.scalar_type()), shape);
+  if (sizes[0] > 1) products = torch::stable::sum(products, images);
+  return torch::stable::reshape(in_type(products, grad.scalar_type()), shape);
 }
 
 // relu(stencil(x)) [B, C, Ho, Wo]; `gated`, its gradient, becomes that of the stencil. x [B, C, H, W],

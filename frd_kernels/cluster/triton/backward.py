@@ -158,4 +158,4 @@ def cluster_dispatch_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad [B, N, C] -> gradients of the centres [B, O, C] and of the similarity [B, N]."""
     grad_centres = sums(grad, labels, similarity, centres.new_empty(centres.shape))
-    return grad_centres, dots(grad, centres, labels)
+    return grad_centres, dots(grad, centres, labels.masked_fill(labels >= centres.shape[1], -1))

@@ -57,7 +57,11 @@ def cluster(
     """One round on keys and values [B, N, C], mask [B, N] bool: centres [B, O, C], labels [B, N], similarity [B, N],
     counts [B, O], saved [B, *]."""
     ((image, shapes),) = layouts(hw, grid, k.shape[2], 1)
-    labels = k.new_zeros(k.shape[:2], dtype=torch.int32) if mask is None else mask.to(torch.int32) - 1
+    labels = (
+        k.new_zeros(k.shape[:2], dtype=torch.int32)
+        if mask is None
+        else (mask.to(torch.int32) - 1).contiguous()
+    )
     counts = labels.new_empty((len(k), grid[0] * grid[1]))
     saved = k.new_zeros((len(k), saved_layout(k.dtype, hw, grid, k.shape[2], 1)[1]), dtype=torch.float32)
     r = Round(k, v, image, labels, views(saved, shapes)[0], (alpha, beta) if aggregate == 1 else None)
@@ -148,6 +152,9 @@ def _compose(before: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def cluster_dispatch(centres: Tensor, labels: Tensor, similarity: Tensor, channels_first: bool) -> Tensor:
-    """centres [B, O, C], labels [B, N], similarity [B, N] -> [B, N, C], its memory [B, C, N] if channels_first."""
+    """centres [B, O, C], labels [B, N], similarity [B, N] -> [B, N, C], its memory [B, C, N] if channels_first. A label
+    beyond the centres, which is not followed, makes its token NaN."""
+    beyond = labels >= centres.shape[1]
+    labels, similarity = labels.masked_fill(beyond, 0), similarity.masked_fill(beyond, float("nan"))
     out = strided_tokens(centres, (*labels.shape, centres.shape[2]), channels_first)
     return spread(out, labels, centres, similarity)

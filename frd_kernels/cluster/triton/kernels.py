@@ -93,12 +93,13 @@ def _store(view, sample, row, active, column, columns, value):
 def _load_number(view, sample, row, active):
     """One number a row; 0 where not `active`."""
     start = view.start + tl.cast(sample, tl.int64) * view.sample
-    return tl.load(start + row * view.row, mask=active, other=0)
+    return tl.load(start + tl.cast(row, tl.int64) * view.row, mask=active, other=0)
 
 
 @device_function
 def _store_number(view, sample, row, active, value):
-    tl.store(view.start + tl.cast(sample, tl.int64) * view.sample + row * view.row, value, mask=active)
+    start = view.start + tl.cast(sample, tl.int64) * view.sample
+    tl.store(start + tl.cast(row, tl.int64) * view.row, value, mask=active)
 
 
 @device_function
@@ -148,8 +149,8 @@ def _add_chosen(acc, chosen, rows):
 def _in_bin(centre, token, image):
     """Whether the token lies in the centre's bin of `adaptive_avg_pool2d`, for centres [O, 1] and tokens [1, N], or
     [1, O] and [N, 1]."""
-    row = centre // image.columns
-    column = centre % image.columns
+    row = tl.cast(centre // image.columns, tl.int64)
+    column = tl.cast(centre % image.columns, tl.int64)
     y = token // image.width
     x = token % image.width
     below = (y >= row * image.height // image.rows) & (row < image.rows)
