@@ -164,6 +164,20 @@ def test_tokens_without_a_centre_are_zero_whatever_comes(backend: str, what: flo
     assert (out[labels < 0] == 0).all() and (grad_similarity[labels < 0] == 0).all()
 
 
+@pytest.mark.kernels
+def test_a_label_beyond_the_centres_is_not_followed(backend: str) -> None:
+    """An error where the labels can be looked at, else NaN: a kernel would read foreign memory."""
+    centres, labels, similarity = inputs((2, 4, 6, 35), torch.float32)
+    grad = torch.randn(2, 35, 6)
+    labels[1, 7] = 2**20
+    if backend == "cpu":
+        with pytest.raises(ValueError, match="labels must lie in -1"):
+            run(centres, labels, similarity, grad)
+        return
+    out, _, grad_similarity = run(centres, labels, similarity, grad)
+    assert out[1, 7].isnan().all() and out.isnan().sum() == 6 and grad_similarity[1, 7] == 0
+
+
 @pytest.mark.parametrize("what", [NAN, INF])
 def test_a_nan_stays_in_its_centre_and_channel(backend: str, what: float) -> None:
     centres, labels, similarity = inputs((2, 5, 6, 35), torch.float32)
