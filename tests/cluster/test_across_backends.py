@@ -31,7 +31,17 @@ ROUNDING = {torch.float32: 2e-5, torch.float64: 1e-12, torch.float16: 1e-3, torc
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(params=OTHERS, ids=" ".join)
+def parameters(others: list[tuple[str, str]]) -> list[Any]:
+    """Those of the fixture `other`. Emulated teams of eight blocks, 2048 threads, are for the tier exhaustive."""
+    return [
+        pytest.param(
+            other, id=" ".join(other), marks=[pytest.mark.exhaustive] * (other == (backends.EMULATED, "H100"))
+        )
+        for other in others
+    ]
+
+
+@pytest.fixture(params=parameters(OTHERS))
 def other(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend whose operators are compared with the CPU's."""
     name, gpu = request.param
@@ -258,7 +268,7 @@ def test_gradients_repeat_bit_for_bit_in_any_batch(other: str, dtype: torch.dtyp
 CUDA = [param for param in OTHERS if "cuda" in param[0]]
 
 
-@pytest.mark.parametrize("other", CUDA, indirect=True, ids=" ".join)
+@pytest.mark.parametrize("other", parameters(CUDA), indirect=True)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     "case",
@@ -272,9 +282,7 @@ def test_what_does_not_fit_into_shared_memory(other: str, case: Case, variant: s
     check_icm(other, case, variant, torch.float32, "tokens")
 
 
-@pytest.mark.parametrize(
-    "other", [param for param in CUDA if param[1] == "A100"], indirect=True, ids=" ".join
-)
+@pytest.mark.parametrize("other", parameters([p for p in CUDA if p[1] == "A100"]), indirect=True)
 @pytest.mark.parametrize(("channels", "projected"), [(4000, "none"), (1100, "biases")])
 def test_rows_beyond_shared_memory(other: str, channels: int, projected: str) -> None:
     """More channels in float64 than tiles of rows have room for."""
@@ -286,7 +294,7 @@ def test_rows_beyond_shared_memory(other: str, channels: int, projected: str) ->
     assert_close(call(other, "icm_backward", *arguments), wanted, ROUNDING[torch.float64])
 
 
-@pytest.mark.parametrize("other", CUDA, indirect=True, ids=" ".join)
+@pytest.mark.parametrize("other", parameters(CUDA), indirect=True)
 def test_more_rounds_than_a_launch_takes_are_refused(other: str) -> None:
     x, gates = torch.randn(1, 4, 3), [torch.ones(1), torch.zeros(1)]
 
